@@ -1,0 +1,154 @@
+"""Saving and loading what was trained: ``adapter.safetensors`` and ``config.json``.
+
+The frozen backbone is not saved. Its fingerprint is, so that what was trained on one set of
+weights is not silently put onto another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from gist.config import GistConfig
+from gist.model import GistModel, wrap
+
+FORMAT = 1
+WEIGHTS_FILE = "adapter.safetensors"
+CONFIG_FILE = "config.json"
+
+
+def save(model: GistModel, directory: str | os.PathLike[str], **extra: Any) -> None:
+    """Write the trained parameters and the config into ``directory``, which is made if missing.
+
+    Files are written beside their final place and then renamed: a full disk or a crash leaves
+    each earlier one whole.
+
+    Args:
+        model: what :func:`gist.wrap` returned.
+        directory: gets adapter.safetensors and config.json.
+        extra: further JSON values for config.json, such as ``classes=[...]``.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    config = {
+        "format": FORMAT,
+        "gist": model.config.to_dict(),
+        "num_classes": model.num_classes,
+        "backbone": _describe(model.backbone),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        **extra,
+    }
+    write_atomically(directory / WEIGHTS_FILE, weights)
+    write_atomically(directory / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load(
+    backbone: VisionTransformer,
+    directory: str | os.PathLike[str],
+    *,
+    check_weights: bool = True,
+) -> GistModel:
+    """Wrap a fresh backbone with what :func:`save` wrote; returned in evaluation mode.
+
+    The classifier is part of what was saved: the backbone's own is replaced where its number of
+    classes differs.
+
+    Args:
+        backbone: the timm model it was trained on, not wrapped.
+        directory: where :func:`save` wrote.
+        check_weights: refuse a backbone whose frozen weights differ from those trained with. Set
+            False for one that differs on purpose, such as a bfloat16 copy.
+
+    Raises:
+        FileNotFoundError: the directory lacks a file.
+        ValueError: another format, another or differently built backbone, or files that don't
+            belong together. The backbone is unchanged then.
+    """
+    directory = Path(directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}; is it what gist.save wrote?")
+    try:
+        saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG_FILE} is not valid JSON: {error}") from error
+    if saved.get("format") != FORMAT:
+        raise ValueError(
+            f"{directory / CONFIG_FILE} has format {saved.get('format')!r}; "
+            f"this version reads format {FORMAT}"
+        )
+    weights = (directory / WEIGHTS_FILE).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != saved["weights_sha256"]:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} is damaged or not the one that {CONFIG_FILE} describes"
+        )
+    _check_match(_describe(backbone), saved["backbone"], check_weights)
+    if backbone.num_classes != saved["num_classes"]:
+        backbone.reset_classifier(saved["num_classes"])
+    model = wrap(backbone, GistConfig.from_dict(saved["gist"]))
+    state = safetensors.torch.load(weights)
+    expected = model.trainable_state_dict().keys()
+    if state.keys() != expected:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} holds other parameters than {CONFIG_FILE} describes: "
+            f"{sorted(state.keys() ^ expected)[:4]}"
+        )
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is either whole or as it was before."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _describe(backbone: VisionTransformer) -> dict[str, Any]:
+    return {
+        "architecture": backbone.pretrained_cfg.get("architecture", type(backbone).__name__),
+        "embed_dim": backbone.embed_dim,
+        "depth": len(backbone.blocks),
+        "num_prefix_tokens": backbone.num_prefix_tokens,
+        "global_pool": backbone.global_pool,
+        "fingerprint": _fingerprint(backbone),
+    }
+
+
+def _fingerprint(backbone: VisionTransformer) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of everything but the classifier."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        if not name.startswith("head."):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_match(given: dict[str, Any], saved: dict[str, Any], check_weights: bool) -> None:
+    for key in ("embed_dim", "depth", "num_prefix_tokens", "global_pool"):
+        if given[key] != saved[key]:
+            raise ValueError(
+                f"backbone does not match: this {given['architecture']} has {key} {given[key]!r}, "
+                f"the saved adapter was trained on a {saved['architecture']} with {saved[key]!r}"
+            )
+    if check_weights and given["fingerprint"] != saved["fingerprint"]:
+        raise ValueError(
+            f"backbone does not match: its frozen weights differ from those of the "
+            f"{saved['architecture']} that the adapter was trained on (other weights, image size "
+            "or dtype); pass check_weights=False if that is meant"
+        )

@@ -1,0 +1,180 @@
+"""GistModel: a frozen timm VisionTransformer, a PEFT method, a Gist token and a shared head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from gist.config import GistConfig
+from gist.token import GistToken
+
+
+class GistOutput(NamedTuple):
+    """What a model with a Gist token returns in training mode: two (B, C) logits, one head."""
+
+    cls_logits: torch.Tensor
+    gist_logits: torch.Tensor
+
+
+class ParameterCount(NamedTuple):
+    """Parameters by what they belong to; the first three are trained."""
+
+    method: int
+    token: int
+    head: int
+    frozen: int
+
+    @property
+    def trainable(self) -> int:
+        return self.method + self.token + self.head
+
+    def __str__(self) -> str:
+        return (
+            f"{self.trainable:,} trainable (method {self.method:,}, token {self.token:,}, "
+            f"head {self.head:,}); {self.frozen:,} frozen"
+        )
+
+
+class GistModel(nn.Module):
+    """A backbone adapted by :func:`wrap`; use that to make one.
+
+    In training mode with a Gist token it returns :class:`GistOutput`; in evaluation mode, and
+    without a token, plain (B, C) logits of the class token (or of the backbone's own pooling).
+
+    Attributes:
+        backbone: the timm model. Its forward now runs through method and token; its state dict
+            is what it was.
+        method: the module with the PEFT method's parameters, or None.
+        token: the :class:`gist.token.GistToken`, or None.
+        config: the :class:`gist.GistConfig`.
+    """
+
+    def __init__(self, backbone: VisionTransformer, config: GistConfig) -> None:
+        super().__init__()
+        _check_backbone(backbone, config)
+        self.config = config
+        # The method first: it may refuse the backbone, which is then still untouched.
+        self.method = config.method.attach(backbone) if config.method is not None else None
+        self.token = GistToken(backbone, config.token_dropout) if config.gist else None
+        if self.token is not None:
+            self.token.attach(backbone)
+        self.backbone = backbone.requires_grad_(False)
+        self.backbone.head.requires_grad_(True)
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches in :meth:`forward_features`, the Gist token included."""
+        return self.backbone.num_prefix_tokens + (self.token is not None)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
+        """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
+        return self.backbone.forward_features(images)
+
+    def forward_head(self, features: torch.Tensor) -> torch.Tensor | GistOutput:
+        """(B, N, D) tokens of :meth:`forward_features` to logits."""
+        backbone, token = self.backbone, self.token
+        if token is None:
+            return backbone.forward_head(features)
+        by_class_token = backbone.global_pool == "token"
+        if not self.training:
+            return backbone.forward_head(features if by_class_token else token.remove(features))
+        if by_class_token:
+            pooled = features[:, :2]
+        else:
+            pooled = torch.stack((backbone.pool(token.remove(features)), features[:, token.index]), 1)
+        logits = backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
+        return GistOutput(logits[:, 0], logits[:, 1])
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new, trainable one for ``num_classes`` classes."""
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1; it is {num_classes}")
+        self.backbone.reset_classifier(num_classes)
+        self.backbone.head.requires_grad_(True)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimiser factory should not decay: the token, as timm's own."""
+        return {"token.weight"} if self.token is not None else set()
+
+    def trainable_state_dict(self) -> dict[str, torch.Tensor]:
+        """The trained parameters alone, by name, detached; what a checkpoint holds."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+
+def wrap(backbone: VisionTransformer, config: GistConfig | None = None) -> GistModel:
+    """Adapt a timm VisionTransformer, in place: freeze it, attach the method and the Gist token.
+
+    The backbone's modules and their ``forward`` stay; method and token join by hooks. All its
+    parameters are frozen but those of the classifier, ``backbone.head``.
+
+    Args:
+        backbone: a timm VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) with a
+            classifier; with a class token too when ``config.gist`` is set.
+        config: what to train; the default is ``GistConfig()``, the released adapter with GIST.
+
+    Raises:
+        TypeError: not a timm VisionTransformer.
+        ValueError: a backbone without classifier, class token or supported blocks or pooling, or
+            one that is wrapped already. The backbone is unchanged then.
+    """
+    return GistModel(backbone, config if config is not None else GistConfig())
+
+
+def count_parameters(model: GistModel) -> ParameterCount:
+    """Count a model's parameters by method, token, head and frozen backbone."""
+
+    def size(module: nn.Module | None) -> int:
+        return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+    return ParameterCount(
+        method=size(model.method),
+        token=size(model.token),
+        head=size(model.backbone.head),
+        frozen=size(model.backbone) - size(model.backbone.head),
+    )
+
+
+def _check_backbone(backbone: VisionTransformer, config: GistConfig) -> None:
+    if not isinstance(backbone, VisionTransformer):
+        raise TypeError(
+            "backbone must be a timm VisionTransformer, such as "
+            f"timm.create_model('vit_base_patch16_224'); it is a {type(backbone).__name__}"
+        )
+    if getattr(backbone, "head_dist", None) is not None:
+        raise ValueError("backbone has a second, distillation head, which is not supported yet")
+    if not isinstance(backbone.head, nn.Linear):
+        raise ValueError(
+            "backbone has no linear classifier; create it with num_classes=..., or call "
+            "backbone.reset_classifier(num_classes)"
+        )
+    if not backbone.global_pool:
+        raise ValueError("backbone has no pooling (global_pool=''); use global_pool='token'")
+    if any(block._forward_hooks or block._forward_pre_hooks for block in backbone.blocks) or any(
+        block.norm1._forward_hooks for block in backbone.blocks if hasattr(block, "norm1")
+    ):
+        raise ValueError(
+            "backbone carries hooks on its blocks already (is it wrapped?); wrap a fresh one"
+        )
+    if not config.gist:
+        return
+    if not backbone.has_class_token:
+        raise ValueError(
+            "backbone has no class token, whose logits the Gist token's interact with; "
+            "use GistConfig(gist=False) for the PEFT method alone"
+        )
+    if backbone.attn_pool is not None:
+        raise ValueError(
+            f"backbone pools by attention (global_pool={backbone.global_pool!r}), for which the "
+            "Gist token's logits are not defined; use global_pool='token' or 'avg'"
+        )

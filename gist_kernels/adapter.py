@@ -1,0 +1,84 @@
+"""The bottleneck adapter: public function, argument checks, dispatch."""
+
+from __future__ import annotations
+
+import torch
+
+from gist_kernels import backend, check
+from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.suggest import unknown_name
+
+
+def adapter(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    *,
+    scale: float = 1.0,
+    activation: str = "gelu",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Bottleneck adapter ``scale * (act(x Wd^T + bd) Wu^T + bu)``, plus ``residual`` if given.
+
+    The formula is that of Houlsby et al., "Parameter-Efficient Transfer Learning for NLP"
+    (arXiv:1902.00751), with the scale of He et al. (arXiv:2110.04366). Differentiable in every
+    tensor argument.
+
+    Args:
+        x: (..., D), floating point.
+        down_weight: (r, D), Wd.
+        down_bias: (r,) or None, bd.
+        up_weight: (D, r), Wu.
+        up_bias: (D,) or None, bu.
+        scale: factor on the update, not on the residual.
+        activation: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
+        residual: same shape, dtype and device as ``x``; added to the update.
+
+    Returns:
+        (..., D) in x's dtype, also under autocast.
+
+    Raises:
+        TypeError: a tensor is not floating point, or differs in dtype from ``x`` (outside
+            autocast).
+        ValueError: shapes or devices don't match, or the activation or scale is not valid.
+    """
+    check.floating("x", x)
+    if x.ndim < 1:
+        raise ValueError("x must have at least one dimension, (..., D); it is a scalar")
+    width = x.shape[-1]
+    check.shape("down_weight", down_weight, (None, width), "(rank, D) with x's D")
+    rank = down_weight.shape[0]
+    check.shape("up_weight", up_weight, (width, rank), "(D, rank) with down_weight's rank")
+    if rank < 1:
+        raise ValueError("down_weight must have a rank of at least 1; it has shape (0, D)")
+    if down_bias is not None:
+        check.shape("down_bias", down_bias, (rank,), "(rank,)")
+    if up_bias is not None:
+        check.shape("up_bias", up_bias, (width,), "(D,)")
+    if residual is not None:
+        check.shape("residual", residual, tuple(x.shape), "x's shape")
+    named = {
+        "down_weight": down_weight,
+        "down_bias": down_bias,
+        "up_weight": up_weight,
+        "up_bias": up_bias,
+        "residual": residual,
+    }
+    for name, tensor in named.items():
+        if tensor is not None:
+            check.alike(name, tensor, "x", x, any_float=torch.is_autocast_enabled(x.device.type))
+    check.finite("scale", scale)
+    if activation not in ACTIVATIONS:
+        raise ValueError(unknown_name("activation", activation, ACTIVATIONS))
+    return backend.select("adapter", x)(
+        x,
+        down_weight,
+        down_bias,
+        up_weight,
+        up_bias,
+        scale=scale,
+        activation=activation,
+        residual=residual,
+    )

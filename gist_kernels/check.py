@@ -1,0 +1,85 @@
+"""Argument checks. Each raises an error that names the argument, what it got and what it takes.
+
+TypeError is for a wrong kind of value or dtype, ValueError for a wrong shape, device or range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+
+
+def floating(name: str, value: torch.Tensor) -> None:
+    tensor(name, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64; it is {value.dtype}"
+        )
+
+
+def shape(name: str, value: torch.Tensor, expected: Sequence[int | None], meaning: str) -> None:
+    """``expected`` lists the sizes, None standing for any; ``meaning`` says them in words."""
+    tensor(name, value)
+    fits = value.ndim == len(expected) and all(
+        size is None or size == given for size, given in zip(expected, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(
+            f"{name} must have shape {meaning}, here ({wanted}); it has {tuple(value.shape)}"
+        )
+
+
+def alike(
+    name: str,
+    value: torch.Tensor,
+    other_name: str,
+    other: torch.Tensor,
+    *,
+    any_float: bool = False,
+) -> None:
+    """Same device, and same dtype unless ``any_float`` (autocast will convert)."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} is on {value.device} and {other_name} on {other.device}; "
+            "move them to one device"
+        )
+    if any_float:
+        floating(name, value)
+    elif value.dtype != other.dtype:
+        raise TypeError(
+            f"{name} is {value.dtype} and {other_name} {other.dtype}; convert one of them"
+        )
+
+
+def number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+
+
+def finite(name: str, value: float) -> None:
+    number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; it is {value}")
+
+
+def positive(name: str, value: float) -> None:
+    finite(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be greater than 0; it is {value}")
+
+
+def weight_pair(name: str, value: Sequence[float]) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair of numbers; it is {value!r}")
+    for index, weight in enumerate(value):
+        finite(f"{name}[{index}]", weight)

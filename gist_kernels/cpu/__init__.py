@@ -1,0 +1,36 @@
+"""The C++ backend for CPU tensors, built by CMake (CMakeLists.txt) into ``_native``.
+
+``_native`` may be missing: an installation without a compiler is complete, only slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch  # noqa: F401  (first: _native then shares torch's OpenMP run-time and thread pool)
+
+_native: Any = None
+_import_error: ImportError | None = None
+try:
+    _native = import_module("gist_kernels.cpu._native")
+except ImportError as error:
+    _import_error = error
+
+OPERATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def unavailable() -> str | None:
+    """Why the native module can't be used, with what to do; None when it is loaded."""
+    if _native is not None:
+        return None
+    return (
+        f"the native module is missing ({_import_error}); reinstall with a C++17 compiler on the "
+        "path and without GIST_KERNELS_NATIVE=0"
+    )
+
+
+def detail() -> str:
+    """What the native module runs on here."""
+    return f"C++, {_native.instruction_set()} instructions" if _native is not None else ""

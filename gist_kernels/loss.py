@@ -1,0 +1,268 @@
+"""The knowledge-interaction loss: public functions, argument checks, dispatch.
+
+The method and its weights are those of GIST, "Improving Parameter Efficient Fine Tuning via
+Knowledge Interaction" (arXiv:2312.07255). With ``p = softmax(cls / T)`` and
+``q = softmax(gist / T)``::
+
+    loss = cls_weight * CE(cls, y) + gist_weight * CE(gist, y)
+         + kl_weights[0] * KL(p || q) + kl_weights[1] * KL(q || p)
+
+There is no factor T^2, and nothing is detached: gradients flow into both logits. To stop them on
+one side, pass ``logits.detach()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+
+from gist_kernels import backend, check
+from gist_kernels.suggest import unknown_name
+
+REDUCTIONS = ("mean", "batchmean", "sum", "none")
+
+
+class GistLossTerms(NamedTuple):
+    """The loss's four terms, unweighted, reduced as the loss is, without gradient."""
+
+    cls_cross_entropy: torch.Tensor
+    gist_cross_entropy: torch.Tensor
+    kl_cls_gist: torch.Tensor
+    """KL(p || q), p of the class token, q of the Gist token."""
+    kl_gist_cls: torch.Tensor
+    """KL(q || p)."""
+
+
+def bidirectional_kl(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    weights: tuple[float, float] = (1.0, 1.0),
+    reduction: str = "batchmean",
+) -> torch.Tensor:
+    """``weights[0] * KL(p || q) + weights[1] * KL(q || p)`` of two logit tensors' softmaxes.
+
+    ``p = softmax(logits_a / temperature)``, ``q = softmax(logits_b / temperature)``, without a
+    factor of temperature^2. Computed from log-sum-exps: finite for any finite logits. A logit of
+    -inf is a masked class: masked on both sides it adds nothing; masked in q alone, KL(p || q) is
+    +inf, as it should be (give that direction the weight 0 to leave it out).
+
+    Args:
+        logits_a: (B, C) float32, bfloat16, float16 or float64.
+        logits_b: same shape, dtype and device.
+        temperature: T > 0.
+        weights: of the two directions.
+        reduction: "batchmean" or "mean" (both divide by B, never by C), "sum", or "none" for (B,).
+
+    Returns:
+        A scalar, or (B,) for "none"; float32, float64 for float64 logits. An empty batch gives
+        nan for a mean and 0 for a sum.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+    """
+    _check_logits("logits_a", logits_a, "logits_b", logits_b)
+    check.positive("temperature", temperature)
+    check.weight_pair("weights", weights)
+    _check_reduction(reduction)
+    return backend.select("bidirectional_kl", logits_a)(
+        logits_a, logits_b, temperature=temperature, weights=tuple(weights), reduction=reduction
+    )
+
+
+@overload
+def gist_loss(
+    cls_logits: torch.Tensor,
+    gist_logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float = ...,
+    cls_weight: float = ...,
+    gist_weight: float = ...,
+    kl_weights: tuple[float, float] = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    return_terms: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def gist_loss(
+    cls_logits: torch.Tensor,
+    gist_logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float = ...,
+    cls_weight: float = ...,
+    gist_weight: float = ...,
+    kl_weights: tuple[float, float] = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    return_terms: Literal[True],
+) -> tuple[torch.Tensor, GistLossTerms]: ...
+
+
+def gist_loss(
+    cls_logits: torch.Tensor,
+    gist_logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float = 3.0,
+    cls_weight: float = 1.0,
+    gist_weight: float = 0.5,
+    kl_weights: tuple[float, float] = (0.75, 0.75),
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_terms: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, GistLossTerms]:
+    """The GIST training loss (formula at the top of this module), defaults as published.
+
+    Args:
+        cls_logits: (B, C) logits of the class token; float32, bfloat16, float16 or float64.
+        gist_logits: (B, C) logits of the Gist token; same dtype and device.
+        target: (B,) int64 class indices, or (B, C) class probabilities (mixup) in any floating
+            dtype, which are not checked to sum to 1.
+        temperature: T > 0, of the KL terms only. No factor T^2 is applied.
+        cls_weight, gist_weight: of the two cross-entropies.
+        kl_weights: of KL(cls || gist) and KL(gist || cls). A weight of 0 leaves its term out.
+        label_smoothing: in [0, 1), as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: rows with this class index count in no term, no mean and no gradient.
+        reduction: "mean" or "batchmean" (both divide by the number of rows not ignored, never by
+            C), "sum", or "none" for (B,), ignored rows 0.
+        return_terms: return ``(loss, GistLossTerms)`` instead.
+
+    Returns:
+        The loss: a scalar, or (B,) for "none"; float32, float64 for float64 logits. No rows, or
+        none that count, give nan for a mean and 0 for a sum, as in PyTorch.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        IndexError: a class index outside [0, C), for CPU tensors in eager mode. Elsewhere the
+            check would cost a synchronisation; there that row's loss and gradient are nan.
+    """
+    loss, terms = _call(
+        "gist_loss",
+        cls_logits,
+        gist_logits,
+        target,
+        temperature=temperature,
+        cls_weight=cls_weight,
+        gist_weight=gist_weight,
+        kl_weights=kl_weights,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return (loss, GistLossTerms(*terms)) if return_terms else loss
+
+
+def gist_loss_and_grad(
+    cls_logits: torch.Tensor,
+    gist_logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float = 3.0,
+    cls_weight: float = 1.0,
+    gist_weight: float = 0.5,
+    kl_weights: tuple[float, float] = (0.75, 0.75),
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`gist_loss` and its gradients in one call, outside autograd.
+
+    Takes the same arguments and raises the same errors; the logits' ``requires_grad`` does not
+    matter. With ``reduction="none"`` the gradients are those of the sum of the rows' losses.
+
+    Returns:
+        ``(loss, d_cls, d_gist)``: the loss as :func:`gist_loss` returns it, detached, and two
+        (B, C) gradients in the logits' dtype.
+    """
+    loss, _, d_cls, d_gist = _call(
+        "gist_loss_and_grad",
+        cls_logits,
+        gist_logits,
+        target,
+        temperature=temperature,
+        cls_weight=cls_weight,
+        gist_weight=gist_weight,
+        kl_weights=kl_weights,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return loss, d_cls, d_gist
+
+
+def _call(
+    operation: str,
+    cls_logits: torch.Tensor,
+    gist_logits: torch.Tensor,
+    target: torch.Tensor,
+    **options: Any,
+) -> Any:
+    """Check the arguments that both gist_loss functions share, then dispatch."""
+    _check_logits("cls_logits", cls_logits, "gist_logits", gist_logits)
+    check.positive("temperature", options["temperature"])
+    check.finite("cls_weight", options["cls_weight"])
+    check.finite("gist_weight", options["gist_weight"])
+    check.weight_pair("kl_weights", options["kl_weights"])
+    options["kl_weights"] = tuple(options["kl_weights"])
+    smoothing = options["label_smoothing"]
+    check.finite("label_smoothing", smoothing)
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1); it is {smoothing}")
+    ignored = options["ignore_index"]
+    if isinstance(ignored, bool) or not isinstance(ignored, int):
+        raise TypeError(f"ignore_index must be an int, not {type(ignored).__name__}")
+    _check_reduction(options["reduction"])
+    _check_target(target, cls_logits, ignored)
+    return backend.select(operation, cls_logits)(cls_logits, gist_logits, target, **options)
+
+
+def _check_logits(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> None:
+    check.floating(name_a, a)
+    check.shape(name_a, a, (None, None), "(B, C)")
+    if a.shape[1] < 1:
+        raise ValueError(f"{name_a} must have at least one class; it has shape {tuple(a.shape)}")
+    check.shape(name_b, b, tuple(a.shape), f"(B, C) as {name_a}")
+    check.alike(name_b, b, name_a, a)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(unknown_name("reduction", str(reduction), REDUCTIONS))
+
+
+def _check_target(target: torch.Tensor, logits: torch.Tensor, ignore_index: int) -> None:
+    check.tensor("target", target)
+    rows, classes = logits.shape
+    if target.device != logits.device:
+        raise ValueError(
+            f"target is on {target.device} and the logits on {logits.device}; move one of them"
+        )
+    if target.dtype in check.FLOATING:
+        check.shape("target", target, (rows, classes), "(B, C) for class probabilities")
+        return
+    if target.dtype != torch.int64:
+        raise TypeError(
+            "target must be int64 class indices or floating-point class probabilities; "
+            f"it is {target.dtype} (convert with target.long())"
+        )
+    check.shape("target", target, (rows,), "(B,) for class indices")
+    # Reading values costs a synchronisation on a GPU and a graph break under torch.compile.
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = (target < 0) | (target >= classes)
+        outside &= target != ignore_index
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise IndexError(
+                f"target[{row}] is {int(target[row])}, outside the {classes} classes "
+                f"0 to {classes - 1} (ignore_index is {ignore_index})"
+            )

@@ -1,0 +1,15 @@
+"""Plain PyTorch forms of every operation: readable, differentiable by autograd, the tests' oracle.
+
+They take validated arguments: the public functions in ``gist_kernels.loss`` and
+``gist_kernels.adapter`` check first.
+"""
+
+from gist_kernels.reference.adapter import adapter
+from gist_kernels.reference.loss import bidirectional_kl, gist_loss, gist_loss_and_grad
+
+OPERATIONS = {
+    "adapter": adapter,
+    "bidirectional_kl": bidirectional_kl,
+    "gist_loss": gist_loss,
+    "gist_loss_and_grad": gist_loss_and_grad,
+}

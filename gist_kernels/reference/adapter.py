@@ -1,0 +1,35 @@
+"""Reference of the bottleneck adapter (Houlsby et al. 2019, arXiv:1902.00751)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def adapter(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    *,
+    scale: float,
+    activation: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """``residual + scale * (act(x Wd^T + bd) Wu^T + bu)``, see :func:`gist_kernels.adapter`."""
+    hidden = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
+    # Under autocast the linears return a half type; the result keeps x's, as a residual needs.
+    update = scale * F.linear(hidden, up_weight, up_bias).to(x.dtype)
+    return update if residual is None else residual + update
