@@ -119,8 +119,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _describe(backbone: VisionTransformer) -> dict[str, Any]:
+    # A backbone made without timm.create_model has no pretrained_cfg.
+    origin: Any = getattr(backbone, "pretrained_cfg", None) or {}
     return {
-        "architecture": backbone.pretrained_cfg.get("architecture", type(backbone).__name__),
+        "architecture": origin.get("architecture", type(backbone).__name__),
         "embed_dim": backbone.embed_dim,
         "depth": len(backbone.blocks),
         "num_prefix_tokens": backbone.num_prefix_tokens,

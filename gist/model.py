@@ -92,7 +92,8 @@ class GistModel(nn.Module):
         if by_class_token:
             pooled = features[:, :2]
         else:
-            pooled = torch.stack((backbone.pool(token.remove(features)), features[:, token.index]), 1)
+            by_backbone = backbone.pool(token.remove(features))
+            pooled = torch.stack((by_backbone, features[:, token.index]), dim=1)
         logits = backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
         return GistOutput(logits[:, 0], logits[:, 1])
 
@@ -160,9 +161,8 @@ def _check_backbone(backbone: VisionTransformer, config: GistConfig) -> None:
         )
     if not backbone.global_pool:
         raise ValueError("backbone has no pooling (global_pool=''); use global_pool='token'")
-    if any(block._forward_hooks or block._forward_pre_hooks for block in backbone.blocks) or any(
-        block.norm1._forward_hooks for block in backbone.blocks if hasattr(block, "norm1")
-    ):
+    # Whatever wrap attaches hangs on a block or within one.
+    if any(part._forward_hooks or part._forward_pre_hooks for part in backbone.blocks.modules()):
         raise ValueError(
             "backbone carries hooks on its blocks already (is it wrapped?); wrap a fresh one"
         )

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from gist.methods.base import parameter_dtype
+from gist.methods.base import new_parameters
 
 
 class GistToken(nn.Module):
@@ -20,8 +20,7 @@ class GistToken(nn.Module):
 
     def __init__(self, backbone: VisionTransformer, dropout: float) -> None:
         super().__init__()
-        device = next(backbone.parameters()).device
-        token = torch.empty(1, 1, backbone.embed_dim, device=device, dtype=parameter_dtype(backbone))
+        token = torch.empty(1, 1, backbone.embed_dim, **new_parameters(backbone))
         self.weight = nn.Parameter(token.uniform_(-0.5, 0.5))
         self.dropout = nn.Dropout(dropout)
 

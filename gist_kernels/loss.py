@@ -13,7 +13,6 @@ one side, pass ``logits.detach()``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch

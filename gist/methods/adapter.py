@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import gist_kernels
-from gist.methods.base import Method, parameter_dtype
+from gist.methods.base import Method, new_parameters
 from gist_kernels.reference.adapter import ACTIVATIONS
 from gist_kernels.suggest import unknown_name
 
@@ -50,16 +50,18 @@ class Adapter(Method):
             raise ValueError(unknown_name("activation", self.activation, ACTIVATIONS))
 
     def attach(self, backbone: VisionTransformer) -> nn.Module:
+        blocks = []
         for index, block in enumerate(backbone.blocks):
             if not isinstance(block, Block):
                 raise ValueError(
                     f"the adapter attaches to timm's pre-norm Block; blocks.{index} of this "
                     f"backbone is a {type(block).__name__}"
                 )
-        adapters = nn.ModuleList(ParallelAdapter(self, backbone) for _ in backbone.blocks)
-        for adapter, block in zip(adapters, backbone.blocks, strict=True):
+            blocks.append(block)
+        adapters = [ParallelAdapter(self, backbone) for _ in blocks]
+        for adapter, block in zip(adapters, blocks, strict=True):
             adapter.attach(block)
-        return adapters
+        return nn.ModuleList(adapters)
 
 
 class ParallelAdapter(nn.Module):
@@ -67,11 +69,10 @@ class ParallelAdapter(nn.Module):
 
     def __init__(self, config: Adapter, backbone: VisionTransformer) -> None:
         super().__init__()
-        width, dtype = backbone.embed_dim, parameter_dtype(backbone)
-        device = next(backbone.parameters()).device
+        width, options = backbone.embed_dim, new_parameters(backbone)
         self.scale, self.activation = config.scale, config.activation
-        self.down = nn.Linear(width, config.rank, device=device, dtype=dtype)
-        self.up = nn.Linear(config.rank, width, device=device, dtype=dtype)
+        self.down = nn.Linear(width, config.rank, **options)
+        self.up = nn.Linear(config.rank, width, **options)
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -29,7 +29,8 @@ class Method(ABC):
         """
 
 
-def parameter_dtype(backbone: nn.Module) -> torch.dtype:
-    """The dtype of new parameters: the backbone's, but never below float32, where small steps of
-    an optimiser would be rounded away."""
-    return torch.promote_types(next(backbone.parameters()).dtype, torch.float32)
+def new_parameters(backbone: nn.Module) -> dict[str, Any]:
+    """``device`` and ``dtype`` of parameters to add: the backbone's, but never below float32,
+    where small steps of an optimiser would be rounded away."""
+    like = next(backbone.parameters())
+    return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}

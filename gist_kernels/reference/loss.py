@@ -55,12 +55,12 @@ def gist_loss(
     dropped = ~kept[:, None]
     cls, gist = cls.masked_fill(dropped, 0), gist.masked_fill(dropped, 0)
 
-    rows = (
+    all_rows = (
         cross_entropy_rows(cls, expected),
         cross_entropy_rows(gist, expected),
         *kl_rows(cls, gist, temperature),
     )
-    rows = tuple(row.masked_fill(~kept, 0) for row in rows)
+    rows = tuple(row.masked_fill(~kept, 0) for row in all_rows)
     loss = _weighted_sum(rows, (cls_weight, gist_weight, *kl_weights))
     cls_ce, gist_ce, kl_cls_gist, kl_gist_cls = (
         _reduce(row.detach(), reduction, count) for row in rows

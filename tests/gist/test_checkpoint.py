@@ -1,0 +1,139 @@
+"""Saving and loading: bit-identical logits, and a clear refusal of what does not belong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import gist
+
+
+def backbone(seed: int = 0, **options) -> VisionTransformer:
+    torch.manual_seed(seed)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = VisionTransformer(**{**sizes, "num_classes": 5, **options})
+    model.pretrained_cfg = {"architecture": "vit_for_tests"}
+    return model
+
+
+def trained(config: gist.GistConfig | None = None) -> gist.GistModel:
+    """A model whose trainables are all away from what wrap would draw."""
+    model = gist.wrap(backbone(), config or gist.GistConfig(gist.Adapter(rank=3, scale=0.5)))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.trainable_state_dict().values():
+            parameter.add_(torch.randn_like(parameter))
+    return model.eval()
+
+
+PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        gist.GistConfig(gist.Adapter(rank=3, scale=0.5, activation="relu"), token_dropout=0.2),
+        gist.GistConfig(gist=False),
+        gist.GistConfig(method=None),
+        gist.GistConfig(method=None, gist=False),
+    ],
+)
+def test_a_fresh_backbone_gives_bit_identical_logits(tmp_path, config):
+    model = trained(config)
+    gist.save(model, tmp_path / "deep" / "folder")
+    loaded = gist.load(backbone(), tmp_path / "deep" / "folder")
+    assert loaded.config == config
+    assert not loaded.training
+    assert torch.equal(loaded(PIXELS), model(PIXELS))
+
+
+def test_only_what_was_trained_is_written(tmp_path):
+    model = trained()
+    gist.save(model, tmp_path, classes=["a", "b", "c", "d", "e"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
+    bytes_trained = 4 * gist.count_parameters(model).trainable
+    assert (tmp_path / "adapter.safetensors").stat().st_size < bytes_trained + 2048
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["classes"] == ["a", "b", "c", "d", "e"]
+    assert config["gist"]["method"] == {
+        "name": "adapter", "rank": 3, "scale": 0.5, "activation": "gelu",
+    }  # fmt: skip
+
+
+def test_number_of_classes_comes_with_the_adapter(tmp_path):
+    model = trained()
+    gist.save(model, tmp_path)
+    other = backbone()
+    other.reset_classifier(1000)
+    assert torch.equal(gist.load(other, tmp_path)(PIXELS), model(PIXELS))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"embed_dim": 32}, "embed_dim 32, .*vit_for_tests with 24"),
+        ({"depth": 3}, "depth 3"),
+        ({"reg_tokens": 2}, "num_prefix_tokens 3"),
+        ({"global_pool": "avg"}, "global_pool 'avg'"),
+        ({"seed": 9}, "frozen weights differ"),
+        ({"img_size": 32}, "frozen weights differ.*image size"),
+    ],
+)
+def test_another_backbone_is_refused_and_left_alone(tmp_path, other, message):
+    gist.save(trained(), tmp_path)
+    vit = backbone(**other)
+    before = {k: v.clone() for k, v in vit.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        gist.load(vit, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
+    assert all(p.requires_grad for p in vit.parameters())
+
+
+def test_differing_weights_may_be_meant(tmp_path):
+    gist.save(trained(), tmp_path)
+    model = gist.load(backbone().bfloat16(), tmp_path, check_weights=False)
+    assert model(PIXELS.bfloat16()).isfinite().all()
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config.json; is it what gist.save wrote"):
+        gist.load(backbone(), tmp_path)
+    gist.save(trained(), tmp_path)
+    weights, config = tmp_path / "adapter.safetensors", tmp_path / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"adapter.safetensors is damaged"):
+        gist.load(backbone(), tmp_path)
+    weights.write_bytes(whole)
+    text = config.read_text()
+    config.write_text(text.replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="format 99; this version reads format 1"):
+        gist.load(backbone(), tmp_path)
+    config.write_text(text[:40])
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        gist.load(backbone(), tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no adapter.safetensors"):
+        gist.load(backbone(), tmp_path)
+
+
+def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
+    model = trained()
+    gist.save(model, tmp_path)
+    expected = model(PIXELS)
+    with torch.no_grad():
+        model.token.weight.add_(1)
+
+    def full_disk(path, data):
+        path.open("wb").write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        gist.save(model, tmp_path)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
+    assert torch.equal(gist.load(backbone(), tmp_path)(PIXELS), expected)

@@ -1,0 +1,59 @@
+"""Independent transcriptions of the published equations, in float64, for the tests to hold to.
+
+They share no code with the packages: each follows the text of the method, not an implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def released_loss(
+    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor, temperature: float = 3.0
+) -> torch.Tensor:
+    """The loss as released: logarithms of softmaxes, NaN once a probability underflows."""
+    p, q = (cls / temperature).softmax(1), (gist / temperature).softmax(1)
+    kl = F.kl_div(q.log(), p, reduction="batchmean") + F.kl_div(p.log(), q, reduction="batchmean")
+    return F.cross_entropy(cls, target) + 0.5 * F.cross_entropy(gist, target) + 0.75 * kl
+
+
+def log_softmax_terms(
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    temperature: float,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, ...]:
+    """The four terms of each row in PyTorch's own log-softmax operators, for finite logits."""
+    log_p = F.log_softmax(cls / temperature, 1)
+    log_q = F.log_softmax(gist / temperature, 1)
+    kl_pq = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    kl_qp = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
+    if target is None:
+        return torch.zeros_like(kl_pq), torch.zeros_like(kl_pq), kl_pq, kl_qp
+    cross_entropies = (
+        F.cross_entropy(side, target, reduction="none", label_smoothing=label_smoothing)
+        for side in (cls, gist)
+    )
+    return *cross_entropies, kl_pq, kl_qp
+
+
+def kl_by_definition(a: Sequence[float], b: Sequence[float], temperature: float) -> float:
+    """KL(softmax(a / T) || softmax(b / T)) of one row in Python floats; 0 * log 0 is 0."""
+
+    def log_probabilities(logits: Sequence[float]) -> list[float]:
+        scaled = [x / temperature for x in logits]
+        top = max(scaled)
+        log_sum = math.log(sum(math.exp(x - top) for x in scaled))
+        return [x - top - log_sum for x in scaled]
+
+    terms = (
+        math.exp(lp) * (lp - lq)
+        for lp, lq in zip(log_probabilities(a), log_probabilities(b), strict=True)
+        if math.exp(lp) > 0
+    )
+    return math.fsum(terms)
