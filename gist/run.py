@@ -21,7 +21,7 @@ from timm.data import resolve_model_data_config
 from gist.backbones import create_backbone
 from gist.checkpoint import save, write_atomically
 from gist.config import GistConfig
-from gist.data import ImageData, preload
+from gist.data import ImageData, prepare
 from gist.model import GistModel, count_parameters, wrap
 from gist.train import Epoch, TrainConfig, evaluate, fit
 
@@ -115,9 +115,9 @@ def run(
     model = wrap(backbone, config.gist).to(device)
     normalisation = resolve_model_data_config(backbone)
     img_size = backbone.patch_embed.img_size[0]
-    prepare = partial(preload, img_size=img_size, data_config=normalisation)
-    train, val = prepare(data.train), prepare(data.val)
-    batches = -(-len(train) // config.train.batch_size)
+    as_input = partial(prepare, img_size=img_size, data_config=normalisation)
+    train, val = as_input(data.train), as_input(data.val)
+    batches = -(-len(train) // config.train.batch_size)  # rounded up
     listener.starts(model, config.train.epochs * batches)
 
     started = time.perf_counter()
@@ -146,7 +146,7 @@ def run(
         "versions": {name: version(name) for name in ("gist-kernels", "torch", "timm")},
     }
     if data.test is not None and not fitted.interrupted:
-        results["test"] = asdict(evaluate(model, prepare(data.test), workers=workers))
+        results["test"] = asdict(evaluate(model, as_input(data.test), workers=workers))
         results["seconds"] = time.perf_counter() - started
     write_json(directory / RESULTS_FILE, results)
     if fitted.interrupted:

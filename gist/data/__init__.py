@@ -1,0 +1,53 @@
+"""Images to train on: named data sets, and image folders of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gist.data.base import DataError, ImageData, Preloaded, Transformed, prepare
+from gist.data.folder import load_folder
+from gist.data.mnist import load_mnist_1k
+from gist_kernels.suggest import unknown_name
+
+DATA_SETS: dict[str, Callable[[], ImageData]] = {"mnist-1k": load_mnist_1k}
+
+
+def available_data() -> list[str]:
+    """The names that :func:`load_data` takes beside folders."""
+    return sorted(DATA_SETS)
+
+
+def load_data(source: str, *, check: bool = True) -> ImageData:
+    """Images by a data set's name or from a folder in ImageFolder layout.
+
+    Args:
+        source: a name of :func:`available_data`, or a folder as :func:`load_folder` takes; one with
+            a data set's name is reached as ``./name``.
+        check: open every image of a folder first.
+
+    Raises:
+        ValueError: neither a known name nor a folder.
+        DataError: a folder's images can't be used as they are; it lists every fault found.
+        ImportError: a data set's package is missing; it names the extra that brings it.
+    """
+    if source in DATA_SETS:
+        return DATA_SETS[source]()
+    if Path(source).is_dir():
+        return load_folder(Path(source), check=check)
+    raise ValueError(
+        unknown_name("data", source, DATA_SETS, hint=", or a folder with one sub-folder a class")
+    )
+
+
+__all__ = [
+    "DataError",
+    "ImageData",
+    "Preloaded",
+    "Transformed",
+    "available_data",
+    "load_data",
+    "load_folder",
+    "load_mnist_1k",
+    "prepare",
+]

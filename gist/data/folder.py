@@ -1,0 +1,143 @@
+"""Image folders: one sub-folder a class, in splits or to be split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from gist.data.base import DataError, ImageData, fingerprint
+
+SPLITS = ("train", "val", "test")
+VAL_SHARE = 0.2
+Sample = tuple[Path, int]
+
+
+class ImageFiles(Dataset[tuple[Image.Image, int]]):
+    """Image files with their labels, decoded when asked for."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return read_image(path), label
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as RGB, turned upright as its EXIF orientation says."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def load_folder(root: Path, *, check: bool = True) -> ImageData:
+    """Images under ``root`` in torchvision's ImageFolder layout.
+
+    ``root/train/CLASS/*`` with ``root/val/CLASS/*`` and ``root/test/CLASS/*`` if they are there;
+    or ``root/CLASS/*``. Without a val folder, a fifth of each class is set apart for validation,
+    the same in every run. Files without an image's suffix, and hidden ones, are passed over.
+
+    Args:
+        root: the folder.
+        check: decode every image first. False finds only what the names show.
+
+    Raises:
+        DataError: unreadable images, empty class folders, classes that differ between splits, fewer
+            than two classes, too few images to split: all that was found, a line each.
+    """
+    in_splits = (root / "train").is_dir()
+    if not in_splits and any((root / split).is_dir() for split in SPLITS):
+        raise DataError(f"{root} has a val or test folder but no train folder")
+    folders = {s: root / s for s in SPLITS if (root / s).is_dir()} if in_splits else {"train": root}
+
+    faults: list[str] = []
+    classes = _class_names(folders["train"])
+    if len(classes) < 2:
+        faults.append(f"{folders['train']} has {len(classes)} class folders; at least 2 are needed")
+    samples: dict[str, list[Sample]] = {}
+    for split, folder in folders.items():
+        names = _class_names(folder)
+        faults += [f"{folder / n}: no such class in {folders['train']}" for n in names - classes]
+        faults += [f"{folder} lacks the class folder {n!r}" for n in classes - names]
+        samples[split] = []
+        for label, name in enumerate(sorted(classes)):
+            files = _image_files(folder / name)
+            if not files and name in names:
+                faults.append(f"{folder / name} has no image")
+            samples[split] += [(file, label) for file in files]
+    if "val" not in samples:
+        faults += _split_off_val(samples, sorted(classes))
+    if check:
+        faults += _unreadable([path for split in samples.values() for path, _ in split])
+    if faults:
+        raise DataError(f"{root} can't be trained on:\n  " + "\n  ".join(sorted(faults)))
+    return ImageData(
+        name=root.resolve().name,
+        classes=tuple(sorted(classes)),
+        train=ImageFiles(samples["train"]),
+        val=ImageFiles(samples["val"]),
+        test=ImageFiles(samples["test"]) if "test" in samples else None,
+        fingerprint=fingerprint(_identities(samples, with_content=check)),
+    )
+
+
+def _class_names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in (folder.rglob("*") if folder.is_dir() else ())
+        if path.suffix.lower() in IMG_EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _split_off_val(samples: dict[str, list[Sample]], classes: Sequence[str]) -> list[str]:
+    """Move a fifth of each class from train to val; returns the classes too small for that."""
+    random, faults = np.random.default_rng(0), []
+    train: list[Sample] = []
+    samples["val"] = []
+    for label, name in enumerate(classes):
+        of_class = [sample for sample in samples["train"] if sample[1] == label]
+        if len(of_class) == 1:
+            faults.append(f"class {name!r} has one image; two are needed to set one apart for val")
+        count = max(1, round(VAL_SHARE * len(of_class)))
+        chosen = set(random.permutation(len(of_class))[:count].tolist())
+        for index, sample in enumerate(of_class):
+            (samples["val"] if index in chosen else train).append(sample)
+    samples["train"] = train
+    return faults
+
+
+def _identities(samples: Mapping[str, Sequence[Sample]], with_content: bool) -> Iterator[bytes]:
+    """What the fingerprint is made of; without content, sizes stand for it."""
+    for split, of_split in samples.items():
+        for path, label in of_split:
+            yield f"{split} {label} {path.name} {path.stat().st_size}".encode()
+            if with_content:
+                yield path.read_bytes()
+
+
+def _unreadable(paths: Sequence[Path]) -> list[str]:
+    """A line for every file that can't be decoded, with the reason."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            read_image(path)
+        except Exception as error:  # damaged files raise whatever their decoder stumbles over
+            return f"{path} can't be read: {error}"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return [found for found in pool.map(fault, paths) if found]

@@ -1,0 +1,139 @@
+"""The command line: a training on a person's own folder, and what it says when something is off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import gist
+from gist import cli
+
+MODEL = "vit_tiny_patch16_224"
+COLOURS = {"red ones": 0, "green": 1, "blue": 2}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small image folder, blanks in its path, with train, val and test."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3), ("test", 2)):
+        for name, channel in COLOURS.items():
+            place = tmp_path / "my images" / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 90, (20, 24, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(place / f"picture {index}.png")
+    return tmp_path / "my images"
+
+
+def train(folder: Path, out: Path, *more: str) -> int:
+    options = ["--model", MODEL, "--random-weights", "--img-size", "32", "--device", "cpu"]
+    schedule = ["--epochs", "2", "--batch-size", "4", "--warmup-epochs", "0"]
+    return cli.main(["train", "--data", str(folder), "--out", str(out), *options, *schedule, *more])
+
+
+@pytest.mark.parametrize("more", [[], ["--no-gist"], ["--method", "none", "--no-gist"]])
+def test_trains_on_a_folder_and_writes_everything(folder, tmp_path, more):
+    out = tmp_path / "out"
+    assert train(folder, out, *more) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "adapter.safetensors", "config.json", "curves.png", "results.json",
+    }  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert results["complete"]
+    assert len(results["fit"]["history"]) == 2
+    assert results["test"]["images"] == 6
+    assert results["parameters"]["token"] == (0 if more else 192)
+    assert results["parameters"]["method"] == (0 if "none" in more else 12 * (2 * 192 * 4 + 196))
+    assert results["config"]["train"]["batch_size"] == 4
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert json.loads((out / "config.json").read_text())["classes"] == sorted(COLOURS)
+    with Image.open(out / "curves.png") as picture:
+        assert picture.size[0] > 500
+
+    torch.manual_seed(0)  # the run's seed: the same random backbone again
+    backbone = timm.create_model(MODEL, num_classes=3, img_size=32)
+    model = gist.load(backbone, out)
+    assert gist.count_parameters(model)._asdict() == results["parameters"]
+
+
+def test_a_finished_run_is_reused_and_another_never_overwritten(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(folder, out, "--epochs", "1") == 0
+    written = (out / "adapter.safetensors").stat().st_mtime_ns
+    assert train(folder, out, "--epochs", "1") == 0
+    assert "finished earlier" in capsys.readouterr().out
+    assert (out / "adapter.safetensors").stat().st_mtime_ns == written
+    assert train(folder, out, "--epochs", "1", "--lr", "0.5") == 2
+    assert "holds another run (it differs in train)" in said(capsys)
+    assert (out / "adapter.safetensors").stat().st_mtime_ns == written
+    assert train(folder, out, "--epochs", "1", "--fresh") == 0
+    assert (out / "adapter.safetensors").stat().st_mtime_ns > written
+
+
+def test_interruption_ends_with_130_and_keeps_the_finished_epoch(folder, tmp_path, monkeypatch):
+    def interrupt(self, step, loss):
+        if step > 5:  # in the second epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.RunProgress, "step", interrupt)
+    out = tmp_path / "out"
+    assert train(folder, out) == 130
+    results = json.loads((out / "results.json").read_text())
+    assert (results["complete"], len(results["fit"]["history"])) == (False, 1)
+    assert (out / "adapter.safetensors").is_file()
+    monkeypatch.undo()
+    assert train(folder, out) == 0  # not complete, so it is trained again
+    assert json.loads((out / "results.json").read_text())["complete"]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, without the line breaks of a narrow terminal."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),
+        (["--method", "adaptor"], "did you mean 'adapter'"),
+        (["--data", "mnist-2k"], "did you mean 'mnist-1k'"),
+        (["--set", "rang=8"], "--set 'rang=8': not KEY=VALUE with KEY of rank, scale, activation"),
+        (["--set", "rank=0"], "rank must be an integer of at least 1"),
+        (["--lr", "nan"], "lr must be a finite number"),
+        (["--img-size", "33"], "33"),
+    ],
+)
+def test_bad_options_end_with_2_and_a_sentence(folder, tmp_path, capsys, options, message):
+    assert train(folder, tmp_path / "out", *options) == 2
+    assert message in said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_images_are_named_before_training_starts(folder, tmp_path, capsys):
+    broken = folder / "train" / "blue" / "picture 3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    (folder / "val" / "empty class").mkdir()
+    assert train(folder, tmp_path / "out") == 2
+    text = said(capsys)
+    assert "picture 3.png" in text.replace("picture3", "picture 3")
+    assert "empty class" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_must_be_chosen(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--data", "mnist-1k", "--model", MODEL])
+    assert "--pretrained --weights --random-weights is required" in capsys.readouterr().err
+
+
+def test_backends_are_listed(capsys):
+    assert cli.main(["backends"]) == 0
+    assert "reference: available" in capsys.readouterr().out
