@@ -22,6 +22,7 @@ lint: $(VENV)/.installed-dev
 
 # One stamp an extra; made again when the build's inputs change, so the native module stays current.
 $(VENV)/.installed-%: $(NATIVE) | $(BIN)/python
+	@echo "Installing into $(VENV); PyTorch takes about 6 GB and, the first time, some minutes."
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 

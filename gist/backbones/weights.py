@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,7 +56,10 @@ def create_backbone(
         if weights is not None:
             load_weights(backbone, _weights_file(name, weights))
         return backbone
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
     try:
+        hub_log.setLevel(logging.ERROR)  # its retries fill a page; the error below says it once
         return cast(VisionTransformer, timm.create_model(name, pretrained=True, **options))
     except Exception as error:  # whatever the hub's client raises, which varies by version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -63,6 +67,8 @@ def create_backbone(
             f"the weights of {name} could not be fetched ({reason}); fetch a checkpoint elsewhere "
             "and give its path as --weights FILE (weights=... in Python)"
         ) from error
+    finally:
+        hub_log.setLevel(level)
 
 
 def load_weights(backbone: VisionTransformer, file: Path) -> None:
