@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 
@@ -16,6 +17,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; its layout is {value.layout}")
 
 
 def floating(name: str, value: torch.Tensor) -> None:
@@ -62,7 +65,8 @@ def alike(
 
 
 def number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # Real has NumPy's scalars in it too. A tensor would cost a synchronisation to read.
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
 
 

@@ -13,6 +13,7 @@ one side, pass ``logits.detach()``.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -218,10 +219,10 @@ def _call(
     if not 0 <= smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1); it is {smoothing}")
     ignored = options["ignore_index"]
-    if isinstance(ignored, bool) or not isinstance(ignored, int):
+    if isinstance(ignored, bool) or not isinstance(ignored, Integral):
         raise TypeError(f"ignore_index must be an int, not {type(ignored).__name__}")
     _check_reduction(options["reduction"])
-    _check_target(target, cls_logits, ignored)
+    _check_target(target, cls_logits, int(ignored))
     return backend.select(operation, cls_logits)(cls_logits, gist_logits, target, **options)
 
 

@@ -7,7 +7,7 @@ without crop or augmentation, then normalised as the backbone expects.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +21,10 @@ PRELOAD_BYTES = 512 * 2**20
 
 
 class Images(Protocol):
-    """A map-style data set of RGB PIL images and int labels."""
+    """A map-style data set of RGB PIL images and int labels, which are known without decoding."""
 
+    @property
+    def labels(self) -> Sequence[int]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
 
@@ -40,6 +42,9 @@ class ImageData:
         classes: their names; a label is an index into them.
         train, val, test: items are an RGB PIL image and an int label; test may be missing.
         fingerprint: changes with any image, label or split.
+
+    Raises:
+        DataError: a label that no class has, or a class without a training image.
     """
 
     name: str
@@ -48,6 +53,23 @@ class ImageData:
     val: Images
     test: Images | None
     fingerprint: str
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            labels = set(split.labels) if split is not None else set()
+            strange = sorted(labels - set(range(len(self.classes))))
+            if strange:
+                faults.append(
+                    f"{name} has the label {strange[0]}; the {len(self.classes)} classes are 0 to "
+                    f"{len(self.classes) - 1}"
+                )
+            if split is not None and not labels:
+                faults.append(f"{name} has no image")
+        untrained = set(range(len(self.classes))) - set(self.train.labels)
+        faults += [f"train has no image of class {self.classes[i]!r}" for i in sorted(untrained)]
+        if faults:
+            raise DataError(f"{self.name} can't be trained on:\n  " + "\n  ".join(faults))
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

@@ -24,6 +24,10 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
 
+    @property
+    def labels(self) -> list[int]:
+        return [label for _, label in self.samples]
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -72,12 +72,16 @@ def gist_loss_and_grad(
     cls_logits: torch.Tensor, gist_logits: torch.Tensor, target: torch.Tensor, **options: object
 ) -> tuple[torch.Tensor, Terms, torch.Tensor, torch.Tensor]:
     """Loss, terms and both gradients. See :func:`gist_kernels.gist_loss_and_grad`."""
-    with torch.enable_grad():
-        cls = cls_logits.detach().requires_grad_()
-        gist = gist_logits.detach().requires_grad_()
+    # Autograd is needed whatever mode the caller is in, and takes no inference tensors.
+    with torch.inference_mode(False), torch.enable_grad():
+        cls, gist, target = (
+            t.clone() if t.is_inference() else t.detach() for t in (cls_logits, gist_logits, target)
+        )
+        cls.requires_grad_()
+        gist.requires_grad_()
         loss, terms = gist_loss(cls, gist, target, **options)  # type: ignore[arg-type]
         d_cls, d_gist = torch.autograd.grad(loss.sum(), (cls, gist))
-    return loss.detach(), terms, d_cls, d_gist
+        return loss.detach(), terms, d_cls, d_gist
 
 
 def kl_rows(

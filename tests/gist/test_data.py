@@ -10,7 +10,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
-from gist.data import DataError, Preloaded, Transformed, load_data, prepare
+from gist.data import DataError, ImageData, Preloaded, Transformed, load_data, prepare
+from gist.data.mnist import Digits
 
 NORMALISATION = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 
@@ -195,6 +196,19 @@ def test_mnist_1k_is_balanced_disjoint_and_fixed():
     image, label = data.train[0]
     assert (image.mode, image.size, label) == ("RGB", (28, 28), 0)
     assert load_data("mnist-1k").fingerprint == data.fingerprint == "128b5161f5cb0d04"
+
+
+def test_labels_that_do_not_fit_the_classes_are_reported():
+    def split(*labels):
+        return Digits(np.zeros((len(labels), 4, 4), dtype=np.uint8), labels)
+
+    with pytest.raises(DataError) as error:
+        ImageData("odd", ("a", "b", "c"), split(0, 1, 1), split(3), split(), "")
+    assert str(error.value).splitlines()[1:] == [
+        "  val has the label 3; the 3 classes are 0 to 2",
+        "  test has no image",
+        "  train has no image of class 'c'",
+    ]
 
 
 def test_missing_mlxtend_names_the_extra(monkeypatch):

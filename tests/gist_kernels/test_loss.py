@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -243,6 +244,27 @@ def test_inputs_are_never_written_and_either_side_alone_may_need_a_gradient():
         assert torch.equal(now, then)
 
 
+def test_gradients_come_in_any_grad_mode():
+    a, b, target = logits("random", 4, 6)
+    expected = gk.gist_loss_and_grad(a, b, target)
+    with torch.no_grad():
+        without = gk.gist_loss_and_grad(a, b, target)
+    with torch.inference_mode():
+        inference = gk.gist_loss_and_grad(a * 1, b * 1, target)  # inference tensors
+    for results in (without, inference):
+        for x, y in zip(results, expected, strict=True):
+            assert torch.equal(x, y)
+            assert not x.requires_grad
+
+
+def test_numpy_scalars_are_numbers():
+    options = {"temperature": np.float32(2), "ignore_index": np.int64(-100)}
+    a, b, target = logits("random", 4, 6)
+    assert torch.equal(
+        gk.gist_loss(a, b, target, **options), gk.gist_loss(a, b, target, temperature=2)
+    )
+
+
 def test_compiles_without_a_graph_break():
     a, b, target = logits("random", 4, 6)
     compiled = torch.compile(gk.gist_loss, fullgraph=True, backend="aot_eager")
@@ -256,6 +278,7 @@ A, B, T = torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 1, 2])
     ("arguments", "error", "message"),
     [
         (([1.0], B, T), TypeError, "cls_logits must be a torch.Tensor, not list"),
+        ((A.to_sparse(), B, T), TypeError, "cls_logits must be a dense tensor.*sparse_coo"),
         ((A.long(), B, T), TypeError, "cls_logits must be float32.*it is torch.int64"),
         ((A[0], B, T), ValueError, r"cls_logits must have shape \(B, C\).*it has \(4,\)"),
         ((A, B[:2], T), ValueError, r"gist_logits.*here \(3, 4\); it has \(2, 4\)"),
