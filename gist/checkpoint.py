@@ -18,6 +18,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from gist.config import GistConfig
+from gist.files import write_atomically
 from gist.model import GistModel, wrap
 
 FORMAT = 1
@@ -37,7 +38,6 @@ def save(model: GistModel, directory: str | os.PathLike[str], **extra: Any) -> N
         extra: further JSON values for config.json, such as ``classes=[...]``.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     state = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
     config = {
@@ -106,16 +106,6 @@ def load(
         )
     model.load_state_dict(state, strict=False)
     return model.eval()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _describe(backbone: VisionTransformer) -> dict[str, Any]:

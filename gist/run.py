@@ -19,9 +19,10 @@ import torch
 from timm.data import resolve_model_data_config
 
 from gist.backbones import create_backbone
-from gist.checkpoint import save, write_atomically
+from gist.checkpoint import save
 from gist.config import GistConfig
 from gist.data import ImageData, prepare
+from gist.files import write_atomically
 from gist.model import GistModel, count_parameters, wrap
 from gist.train import Epoch, TrainConfig, evaluate, fit
 
@@ -161,7 +162,6 @@ def read_results(directory: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

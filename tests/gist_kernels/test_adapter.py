@@ -75,6 +75,7 @@ def test_autocast_keeps_the_residuals_dtype():
     exact = gk.adapter(*tensors, residual=residual)
     with torch.autocast("cpu", torch.bfloat16):
         half = gk.adapter(*tensors, residual=residual)
+        assert gk.adapter(*tensors).dtype == torch.float32  # no residual to promote it
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)  # the linears did run in bfloat16
     torch.testing.assert_close(half, exact, rtol=0.05, atol=0.3)
