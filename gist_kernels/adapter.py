@@ -59,6 +59,10 @@ def adapter(
         check.shape("up_bias", up_bias, (width,), "(D,)")
     if residual is not None:
         check.shape("residual", residual, tuple(x.shape), "x's shape")
+    device_type = x.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
+        device_type
+    )
     named = {
         "down_weight": down_weight,
         "down_bias": down_bias,
@@ -68,7 +72,7 @@ def adapter(
     }
     for name, tensor in named.items():
         if tensor is not None:
-            check.alike(name, tensor, "x", x, any_float=torch.is_autocast_enabled(x.device.type))
+            check.alike(name, tensor, "x", x, any_float=autocast)
     check.finite("scale", scale)
     if activation not in ACTIVATIONS:
         raise ValueError(unknown_name("activation", activation, ACTIVATIONS))

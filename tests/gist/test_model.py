@@ -379,3 +379,29 @@ def test_loss_of_plain_logits_is_cross_entropy():
     loss = gist.GistLoss(label_smoothing=0.1)(logits, target)
     expected = nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
     assert torch.equal(loss, expected)
+
+
+def test_every_timm_vision_transformer_is_taken_or_refused_in_a_sentence():
+    taken, refused = 0, {}
+    for name in timm.list_models(["*vit*", "deit*", "beit3*", "aimv2*"]):
+        with torch.device("meta"):
+            vit = timm.create_model(name, num_classes=5)
+            if not isinstance(vit, VisionTransformer):
+                continue
+            pixels = torch.empty(2, 3, *vit.patch_embed.img_size)
+        try:
+            model = gist.wrap(vit)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        assert model.train()(pixels).gist_logits.shape == (2, 5), name
+        assert model.eval()(pixels).shape == (2, 5), name
+        counted = gist.count_parameters(model)
+        width = vit.embed_dim
+        assert counted.token == width
+        assert counted.method == len(vit.blocks) * (2 * width * 4 + 4 + width)
+        taken += 1
+    assert taken > 90
+    expected = ("no class token", "distillation head", "pre-norm Block", "pools by attention")
+    strange = {n: e for n, e in refused.items() if not any(reason in e for reason in expected)}
+    assert not strange
