@@ -391,7 +391,7 @@ def test_loss_of_plain_logits_is_cross_entropy():
         "vit_small_patch14_reg4_dinov2",
         "vit_base_patch32_clip_224",
         "beit3_base_patch16_224",
-        "test_vit2",
+        "test_vit",
     ],
 )
 def test_timms_own_models_are_taken(name):
