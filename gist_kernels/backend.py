@@ -55,6 +55,7 @@ _BACKENDS: tuple[Backend, ...] = (
         operations=cpu.OPERATIONS,
         unavailable=cpu.unavailable(),
         device_types=("cpu",),
+        dtypes=cpu.DTYPES,
         detail=cpu.detail(),
     ),
     Backend(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import torch  # noqa: F401  (first: _native then shares torch's OpenMP run-time and thread pool)
+import torch  # first: _native then shares torch's OpenMP run-time and thread pool
 
 _native: Any = None
 _import_error: ImportError | None = None
@@ -18,7 +18,13 @@ try:
 except ImportError as error:
     _import_error = error
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPERATIONS: dict[str, Callable[..., Any]] = {}
+if _native is not None:
+    from gist_kernels.cpu import loss
+    from gist_kernels.ops import loss_operations
+
+    OPERATIONS |= loss_operations("cpu", loss, lambda rows: (rows, loss.STATS_PER_ROW))
 
 
 def unavailable() -> str | None:

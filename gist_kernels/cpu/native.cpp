@@ -1,7 +1,9 @@
-// The native module of gist_kernels: what this processor can run, and with how many threads.
-// It links against neither torch nor Python's numeric packages.
+// The native module of gist_kernels. It links against neither torch nor Python's numeric packages:
+// tensors arrive as addresses and strides, checked by the Python modules beside this file.
 
 #include <nanobind/nanobind.h>
+
+#include "loss.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -11,17 +13,8 @@ namespace nb = nanobind;
 
 namespace {
 
-// The widest vector instruction set that both this build and this processor support.
-const char *instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "portable";
-}
+using std::int64_t;
+using Address = std::uintptr_t;
 
 int max_threads() {
 #ifdef _OPENMP
@@ -31,12 +24,65 @@ int max_threads() {
 #endif
 }
 
+void use_instruction_set(const char *name) {
+  if (!gist::use_instruction_set(name))
+    throw nb::value_error("this build or this processor has no such instruction set");
+}
+
+void *pointer(Address address) { return reinterpret_cast<void *>(address); }
+
+// Forward where there is a loss to write, else backward. One flat call is the cheapest to make from
+// Python; loss.py beside this file says what the arguments are.
+void run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t cls_stride,
+              Address gist, int64_t gist_stride, int target_dtype, Address target,
+              int64_t target_stride, double temperature, double cls_weight, double gist_weight,
+              double kl_cls_gist_weight, double kl_gist_cls_weight, double label_smoothing,
+              int64_t ignore_index, const char *reduction, Address stats, Address loss,
+              Address terms, Address grad, int64_t grad_stride, Address d_cls, Address d_gist,
+              int64_t d_stride, int threads) {
+  const nb::gil_scoped_release release;
+  gist::LossCall call = {};
+  call.rows = rows;
+  call.classes = classes;
+  call.dtype = static_cast<gist::Dtype>(dtype);
+  call.logits[gist::kCls] = pointer(cls);
+  call.logits[gist::kGist] = pointer(gist);
+  call.logit_stride[gist::kCls] = cls_stride;
+  call.logit_stride[gist::kGist] = gist_stride;
+  call.target_dtype = static_cast<gist::Dtype>(target_dtype);
+  call.target = pointer(target);
+  call.target_stride = target_stride;
+  call.temperature = temperature;
+  call.weights[0] = cls_weight;
+  call.weights[1] = gist_weight;
+  call.weights[2] = kl_cls_gist_weight;
+  call.weights[3] = kl_gist_cls_weight;
+  call.label_smoothing = label_smoothing;
+  call.ignore_index = ignore_index;
+  call.reduction = reduction[0] == 'n'   ? gist::Reduction::none
+                   : reduction[0] == 's' ? gist::Reduction::sum
+                                         : gist::Reduction::mean;
+  call.stats = pointer(stats);
+  call.loss = pointer(loss);
+  call.terms = pointer(terms);
+  call.grad = pointer(grad);
+  call.grad_stride = grad_stride;
+  call.d_logits[gist::kCls] = pointer(d_cls);
+  call.d_logits[gist::kGist] = pointer(d_gist);
+  call.d_logits_stride = d_stride;
+  loss != 0 ? gist::loss_forward(call, threads) : gist::loss_backward(call, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.doc() = "CPU side of gist_kernels, independent of torch.";
-  m.def("instruction_set", &instruction_set,
+  m.def("instruction_set", &gist::instruction_set,
         "The vector instruction set kernels use here: 'avx512', 'avx2' or 'portable'.");
+  m.def("use_instruction_set", &use_instruction_set,
+        "Choose another one, for tests; ValueError where it can't run.");
   m.def("max_threads", &max_threads,
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
+  m.def("run_loss", &run_loss, "The loss kernels, as called by gist_kernels.cpu.loss.");
+  m.attr("LOSS_STATS_PER_ROW") = gist::kRowStats;
 }

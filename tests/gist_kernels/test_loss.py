@@ -14,6 +14,15 @@ from hypothesis import strategies as st
 
 import gist_kernels as gk
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def served_by(request):
+    with gk.use_backend(request.param):
+        yield
+
+
 CLASSES = (1, 2, 5, 10, 45, 100, 397, 1000)
 KINDS = ("random", "equal", "peaked", "gap", "offset")
 

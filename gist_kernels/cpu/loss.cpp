@@ -1,0 +1,168 @@
+// The loss over a batch: which row kernel, on how many threads, and the reduction.
+
+#include "loss.h"
+
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if !defined(_OPENMP)
+#include <atomic>
+#include <thread>
+#include <vector>
+#endif
+
+namespace gist {
+namespace {
+
+using std::int64_t;
+
+struct InstructionSet {
+  const char *name;
+  RowKernel rows;
+  bool (*supported)();
+};
+
+// Widest first; the last one runs everywhere.
+const InstructionSet kInstructionSets[] = {
+#if defined(GIST_X86_KERNELS)
+    {"avx512", loss_rows_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    {"avx2", loss_rows_avx2,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"portable", loss_rows_portable, [] { return true; }},
+};
+
+const InstructionSet *widest() {
+#if defined(GIST_X86_KERNELS)
+  __builtin_cpu_init();
+#endif
+  const InstructionSet *set = kInstructionSets;
+  while (!set->supported()) ++set;
+  return set;
+}
+
+const InstructionSet *current = widest();
+
+// Logits of one head that a thread must have to be worth waking.
+constexpr int64_t kLogitsPerThread = 16 * 1024;
+// Parts a thread's share is cut into, so that a thread that is held up is helped by the others.
+constexpr int64_t kPartsPerThread = 8;
+
+void run_rows(const LossCall &call, Pass pass, int threads) {
+  const RowKernel rows = current->rows;
+  const int64_t useful = call.rows * call.classes / kLogitsPerThread;
+  const int64_t team = threads < useful ? threads : useful;
+  if (team < 2) return rows(call, pass, 0, call.rows);
+
+  const int64_t parts = team * kPartsPerThread < call.rows ? team * kPartsPerThread : call.rows;
+  const auto run_part = [&](int64_t part) {
+    rows(call, pass, part * call.rows / parts, (part + 1) * call.rows / parts);
+  };
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(int(team)) schedule(dynamic)
+  for (int64_t part = 0; part < parts; ++part) run_part(part);
+#else
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t part; (part = next.fetch_add(1)) < parts;) run_part(part);
+  };
+  std::vector<std::thread> helpers;
+  for (int64_t i = 1; i < team; ++i) helpers.emplace_back(work);
+  work();
+  for (std::thread &helper : helpers) helper.join();
+#endif
+}
+
+int64_t count_kept(const LossCall &call) {
+  if (call.target_dtype != Dtype::int64) return call.rows;
+  const int64_t *target = static_cast<const int64_t *>(call.target);
+  int64_t kept = 0;
+  for (int64_t row = 0; row < call.rows; ++row)
+    kept += target[row * call.target_stride] != call.ignore_index;
+  return kept;
+}
+
+// Sums in the order of the rows, whoever computed them.
+template <class A>
+void reduce(const LossCall &call, int64_t kept) {
+  const RowStats<A> *stats = static_cast<const RowStats<A> *>(call.stats);
+  A *const loss = static_cast<A *>(call.loss), *const terms = static_cast<A *>(call.terms);
+  double totals[5] = {};
+  for (int64_t row = 0; row < call.rows; ++row) {
+    double weighted = 0;
+    for (int t = 0; t < 4; ++t) {
+      const double term = double(stats[row].terms[t]);
+      // A term without weight may be infinite.
+      if (call.weights[t] != 0) weighted += call.weights[t] * term;
+      totals[t] += term;
+      if (call.reduction == Reduction::none) terms[t * call.rows + row] = A(term);
+    }
+    totals[4] += weighted;
+    if (call.reduction == Reduction::none) loss[row] = A(weighted);
+  }
+  if (call.reduction == Reduction::none) return;
+  const double divisor = call.reduction == Reduction::mean ? double(kept) : 1;
+  for (int t = 0; t < 4; ++t) terms[t] = A(totals[t] / divisor);
+  *loss = A(totals[4] / divisor);
+}
+
+constexpr int64_t kHugePage = 2 << 20;
+// Gradients larger than this leave the cache before anything reads them.
+constexpr int64_t kStreamedBytes = 32 << 20;
+
+// Large fresh memory costs more in page faults than in arithmetic: ask for large pages.
+void advise_huge_pages(void *memory, int64_t bytes) {
+#if defined(__linux__)
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t last = (begin + std::uintptr_t(bytes)) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+void prepare_gradients(LossCall &call) {
+  const int64_t size = bytes_of(call.dtype);
+  int64_t bytes = 0;
+  for (int s : kHeads) {
+    if (call.d_logits[s] == nullptr) continue;
+    const int64_t span = ((call.rows - 1) * call.d_logits_stride + call.classes) * size;
+    advise_huge_pages(call.d_logits[s], span);
+    bytes += call.rows * call.classes * size;
+  }
+  call.stream = bytes > kStreamedBytes;
+}
+
+}  // namespace
+
+const char *instruction_set() { return current->name; }
+
+bool use_instruction_set(const char *name) {
+  for (const InstructionSet &set : kInstructionSets) {
+    if (std::strcmp(set.name, name) != 0 || !set.supported()) continue;
+    current = &set;
+    return true;
+  }
+  return false;
+}
+
+void loss_forward(LossCall call, int threads) {
+  const int64_t kept = count_kept(call);
+  const bool gradients = call.d_logits[kCls] != nullptr || call.d_logits[kGist] != nullptr;
+  call.row_scale = call.reduction == Reduction::mean ? 1 / double(kept) : 1;
+  if (gradients) prepare_gradients(call);
+  run_rows(call, gradients ? Pass::forward_backward : Pass::forward, threads);
+  call.dtype == Dtype::float64 ? reduce<double>(call, kept) : reduce<float>(call, kept);
+}
+
+void loss_backward(LossCall call, int threads) {
+  prepare_gradients(call);
+  run_rows(call, Pass::backward, threads);
+}
+
+}  // namespace gist

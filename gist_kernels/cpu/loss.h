@@ -1,0 +1,78 @@
+// What the loss kernels are given. The row kernels (loss_rows.cpp) are compiled once for every
+// instruction set; loss.cpp chooses among them, shares rows out to threads and reduces.
+#pragma once
+
+#include <cstdint>
+
+namespace gist {
+
+// Of logits and of targets: int64 is class indices, `none` a loss without target.
+enum class Dtype : int { float32, bfloat16, float16, float64, int64, none };
+static constexpr std::int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::float32 ? 4 : dtype == Dtype::float64 || dtype == Dtype::int64 ? 8 : 2;
+}
+enum class Reduction : int { none, sum, mean };
+
+constexpr int kCls = 0, kGist = 1, kHeads[] = {kCls, kGist};
+
+// One row's statistics, all that the gradient needs; A is float, or double for float64 logits.
+template <class A>
+struct RowStats {
+  A max[2];         // of each head's logits
+  A tempered[2];    // 1 / sum exp((x - max) / T)
+  A plain[2];       // sum of the target / sum exp(x - max)
+  A mean[2];        // of x_cls - x_gist under p and under q, maxima subtracted
+  A mean_rest[2];   // what rounding took from the means
+  A scale;          // 1, or 1 / rows kept for a mean; 0 for an ignored row; NaN for a bad target
+  A terms[4];       // cross-entropy of cls, of gist, KL(cls || gist), KL(gist || cls)
+};
+constexpr int kRowStats = sizeof(RowStats<float>) / sizeof(float);
+
+// One call. Strides count elements; the last dimension is contiguous everywhere.
+struct LossCall {
+  std::int64_t rows, classes;
+  Dtype dtype;
+  const void *logits[2];
+  std::int64_t logit_stride[2];
+
+  Dtype target_dtype;
+  const void *target;
+  std::int64_t target_stride;
+
+  double temperature;
+  double weights[4];  // in the order of RowStats::terms
+  double label_smoothing;
+  std::int64_t ignore_index;
+  Reduction reduction;
+
+  void *stats;         // RowStats<A>[rows]
+  void *loss, *terms;  // of type A; 1 and 4 numbers, or `rows` and 4 * rows for Reduction::none
+  const void *grad;    // upstream, of type A; null stands for 1
+  std::int64_t grad_stride;
+  void *d_logits[2];  // null where no gradient is wanted
+  std::int64_t d_logits_stride;
+
+  double row_scale;  // RowStats::scale of a row that is kept
+  bool stream;       // write gradients past the cache
+};
+
+// What to do with rows [begin, end): statistics and terms, gradients, or one after the other.
+enum class Pass : int { forward, backward, forward_backward };
+using RowKernel = void (*)(const LossCall &, Pass, std::int64_t begin, std::int64_t end);
+
+extern const RowKernel loss_rows_portable;
+#if defined(GIST_X86_KERNELS)
+extern const RowKernel loss_rows_avx2, loss_rows_avx512;
+#endif
+
+// Writes statistics, loss and terms, and what gradients call.d_logits asks for.
+void loss_forward(LossCall call, int threads);
+// Writes the gradients that call.d_logits asks for, from what loss_forward left in call.stats.
+void loss_backward(LossCall call, int threads);
+
+// "avx512", "avx2" or "portable": the widest that this build and this processor have.
+const char *instruction_set();
+// For tests. False if there is none of that name here.
+bool use_instruction_set(const char *name);
+
+}  // namespace gist

@@ -1,0 +1,165 @@
+"""The loss on CPU tensors: allocates outputs and hands addresses to the native module.
+
+Arguments are those of the public functions after their checks; what is checked again here is what
+the native code's memory safety rests on. A class index outside the classes is not read: that row's
+loss, terms and gradients are nan.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+from gist_kernels.cpu import _native
+from gist_kernels.options import LossOptions
+
+Gradients: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
+# Both gradients' addresses, and the stride of their rows.
+Places: TypeAlias = tuple[int, int, int]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+STATS_PER_ROW: int = _native.LOSS_STATS_PER_ROW
+# The native module's numbers of dtypes (loss.h).
+_CODES = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int64))}
+_NO_TARGET = (5, 0, 0)
+_NOTHING = 0
+
+
+def forward(
+    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None, options: LossOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, its four unweighted terms, and each row's statistics for :func:`backward`."""
+    inputs = _inputs(cls, gist, target)
+    loss, terms, stats = _outputs(cls, options)
+    _native.run_loss(
+        *inputs,
+        *options,
+        stats.data_ptr(),
+        loss.data_ptr(),
+        terms.data_ptr(),
+        *(_NOTHING,) * 5,
+        torch.get_num_threads(),
+    )
+    return loss, terms, stats
+
+
+def backward(
+    grad: torch.Tensor,
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    stats: torch.Tensor,
+    options: LossOptions,
+    need_cls: bool,
+    need_gist: bool,
+) -> Gradients:
+    """The gradients asked for, ``grad`` being that of the loss and ``stats`` from forward."""
+    inputs = _inputs(cls, gist, target)
+    rows = cls.shape[0]
+    if stats.dtype is not _accumulate(cls) or stats.shape != (rows, STATS_PER_ROW):
+        raise ValueError("stats must be what forward returned for these logits")
+    if grad.dtype is not stats.dtype or (grad.ndim and grad.shape != (rows,)):
+        raise ValueError(f"grad must be {stats.dtype}, of the loss's shape")
+    d_cls, d_gist, places = _gradients(cls, gist, need_cls, need_gist)
+    _native.run_loss(
+        *inputs,
+        *options,
+        stats.data_ptr(),
+        _NOTHING,
+        _NOTHING,
+        grad.data_ptr(),
+        grad.stride(0) if grad.ndim else 0,
+        *places,
+        torch.get_num_threads(),
+    )
+    return d_cls, d_gist
+
+
+def forward_backward(
+    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None, options: LossOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The loss, its terms, and both gradients of its sum, each row read from memory once."""
+    inputs = _inputs(cls, gist, target)
+    loss, terms, stats = _outputs(cls, options)
+    d_cls, d_gist, places = _gradients(cls, gist, True, True)
+    _native.run_loss(
+        *inputs,
+        *options,
+        stats.data_ptr(),
+        loss.data_ptr(),
+        terms.data_ptr(),
+        _NOTHING,
+        0,
+        *places,
+        torch.get_num_threads(),
+    )
+    return loss, terms, d_cls, d_gist
+
+
+def _accumulate(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype is torch.float64 else torch.float32
+
+
+def _inputs(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None) -> tuple[int, ...]:
+    rows, classes = cls.shape
+    cls_stride, cls_step = cls.stride()
+    gist_stride, gist_step = gist.stride()
+    if gist.shape != cls.shape or gist.dtype is not cls.dtype:
+        raise ValueError("both logits must have the same shape and dtype")
+    if classes != 1 and (cls_step != 1 or gist_step != 1):
+        raise ValueError("the logits' last dimension must be contiguous")
+    if target is None:
+        of_target = _NO_TARGET
+    else:
+        of_target = (_CODES[target.dtype], target.data_ptr(), target.stride(0))
+        if target.dtype is torch.int64:
+            if target.shape != (rows,):
+                raise ValueError("class indices must have shape (B,)")
+        elif target.shape != cls.shape or (classes != 1 and target.stride(1) != 1):
+            raise ValueError("class probabilities must be (B, C), contiguous in C")
+    return (
+        _CODES[cls.dtype],
+        rows,
+        classes,
+        cls.data_ptr(),
+        cls_stride,
+        gist.data_ptr(),
+        gist_stride,
+        *of_target,
+    )
+
+
+def _outputs(
+    cls: torch.Tensor, options: LossOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, dtype = cls.shape[0], _accumulate(cls)
+    per_row = (rows,) if options.reduction == "none" else ()
+    loss = torch.empty(per_row, dtype=dtype)
+    terms = torch.empty((4, *per_row), dtype=dtype)
+    return loss, terms, torch.empty((rows, STATS_PER_ROW), dtype=dtype)
+
+
+def _gradients(
+    cls: torch.Tensor, gist: torch.Tensor, need_cls: bool, need_gist: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Places]:
+    """New tensors for the gradients. Halves of one (B, 2, C) tensor get the halves of another."""
+    rows, classes = cls.shape
+    if need_cls and need_gist and _stacked(cls, gist):
+        halves = torch.empty((rows, 2, classes), dtype=cls.dtype).unbind(1)
+        at_cls, at_gist = halves[0].data_ptr(), halves[1].data_ptr()
+        return halves[0], halves[1], (at_cls, at_gist, 2 * classes)
+    d_cls = torch.empty((rows, classes), dtype=cls.dtype) if need_cls else None
+    d_gist = torch.empty((rows, classes), dtype=cls.dtype) if need_gist else None
+    at_cls = _NOTHING if d_cls is None else d_cls.data_ptr()
+    at_gist = _NOTHING if d_gist is None else d_gist.data_ptr()
+    return d_cls, d_gist, (at_cls, at_gist, classes)
+
+
+def _stacked(cls: torch.Tensor, gist: torch.Tensor) -> bool:
+    classes = cls.shape[1]
+    return (
+        cls.stride(0) == gist.stride(0) == 2 * classes
+        and gist.data_ptr() - cls.data_ptr() == classes * cls.element_size()
+    )

@@ -1,0 +1,526 @@
+// The loss, row by row. Compiled once for each instruction set; CMakeLists.txt names the result by
+// GIST_ROW_KERNEL. All but that name has internal linkage (see simd.h).
+//
+// With x = logits - max(logits) of either head, p and q the softmaxes of x / T, c the logarithm of
+// the ratio of their sums and d = (x_cls - x_gist) / T - c = log p - log q,
+//
+//   KL(p || q) = sum p d        KL(q || p) = -sum q d        CE = sum y (log sum e^x - x)
+//   dL/d cls  = v (softmax(cls)  - y) + 1/T [ a p ( d - KL(p || q)) + b (p - q) ]
+//   dL/d gist = w (softmax(gist) - y) + 1/T [ b q (-d - KL(q || p)) + a (q - p) ]
+//
+// for the loss v CE(cls) + w CE(gist) + a KL(p || q) + b KL(q || p). In d - KL(p || q) the constant
+// c cancels: it is D - mean D under p, over T, with D = x_cls - x_gist; under q for the other head.
+// Everything is relative to the maxima, which are never added to a logarithm: that would lose its
+// digits to a large common offset.
+
+#include "loss.h"
+#include "storage.h"
+
+namespace gist {
+namespace {
+
+using std::int64_t;
+
+// A run of logits summed at the precision of float, and small enough for the first-level cache.
+constexpr int64_t kBlock = 64 * kLanes<float>, kRun = 8 * kLanes<float>;
+// Rows up to this size are fetched a row ahead: both heads' two rows stay in a second-level cache.
+constexpr int64_t kFetchedBytes = 128 << 10;
+constexpr double kInfinity = __builtin_inf();
+
+// How e^x, for the cross-entropies, comes from e^(x/T): as its power where T is 1, 2, 3 or 4, by
+// a second exponential for any other T, or not at all.
+constexpr int kAnyTemperature = -1, kNoPlain = 0;
+
+template <class A, int kPower>
+struct Exponentials {
+  Exp<A> tempered, plain;
+
+  explicit Exponentials(double temperature) : tempered(1 / temperature), plain(1) {}
+
+  GIST_INLINE void untemper(const Vec<A> (&x)[2], const Vec<A> (&e)[2], Vec<A> (&to)[2]) const {
+    if constexpr (kPower == kAnyTemperature) {
+      plain(x, to);
+    } else {
+      for (int s : kHeads) {
+        const Vec<A> square = e[s] * e[s];
+        to[s] = kPower == 1 ? e[s] : kPower == 2 ? square : kPower == 3 ? square * e[s] : square * square;
+      }
+    }
+  }
+};
+
+// Both heads' logits in one row, or in a run of it.
+template <class S>
+struct Pair {
+  const S *cls, *gist;
+
+  Pair at(int64_t j) const { return {cls + j, gist + j}; }
+};
+
+// Calls body(begin, count) for each run of at most `length` numbers.
+template <int64_t length, class Body>
+GIST_INLINE void for_each_run(int64_t n, Body body) {
+  for (int64_t begin = 0; begin < n; begin += length)
+    body(begin, n - begin < length ? n - begin : length);
+}
+
+// Each head's largest logit, and x_cls - x_gist where it is: sums of such differences are centred
+// there, so that a class with nearly all the probability leaves no large numbers to cancel.
+template <class A>
+struct Peaks {
+  A max[2];
+  A difference[2];
+};
+
+template <class S, class A = Arithmetic<S>>
+Peaks<A> row_peaks(Pair<S> logits, int64_t n) {
+  const A masked = A(-kInfinity);
+  Vec<A> top_cls = broadcast(masked), top_gist = top_cls, other_cls = {}, other_gist = {};
+  for_each_vector<A>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
+    const Vec<A> cls = load(logits.cls + j, lanes, masked);
+    const Vec<A> gist = load(logits.gist + j, lanes, masked);
+    other_cls = cls > top_cls ? gist : other_cls;
+    other_gist = gist > top_gist ? cls : other_gist;
+    top_cls = max(cls, top_cls);
+    top_gist = max(gist, top_gist);
+  });
+  const Vec<A> top[2] = {top_cls, top_gist}, other[2] = {other_cls, other_gist};
+  Peaks<A> peaks;
+  for (int s : kHeads) peaks.max[s] = largest<A>(top[s]);
+  for (int s : kHeads) {
+    const A at_peak =
+        largest<A>(top[s] == broadcast(peaks.max[s]) ? other[s] : broadcast(masked));
+    const A below = at_peak - peaks.max[1 - s];
+    peaks.difference[s] = below - below != 0 ? A(0) : s == kCls ? -below : below;
+  }
+  return peaks;
+}
+
+// Sums over a row, with x = logits - maximum.
+struct Sums {
+  double tempered[2] = {};    // sum of e = exp(x / T)
+  double difference[2] = {};  // sum of e (x_cls - x_gist - the peak's)
+  double plain[2] = {};       // sum of exp(x)
+};
+
+// `next` is the row to come: it is fetched while this one keeps the arithmetic busy.
+template <class S, int kPower, class A = Arithmetic<S>>
+Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
+              Exponentials<A, kPower> exponentials) {
+  const A masked = A(-kInfinity);
+  Sums sums;
+  for_each_run<kBlock>(n, [&](int64_t begin, int64_t count) {
+    Vec<A> tempered[2] = {}, difference[2] = {}, plain[2] = {};
+    // Short sums are added to longer ones, so that fewer small numbers meet a large one.
+    for_each_run<kRun>(count, [&](int64_t run, int64_t run_count) {
+      const Pair<S> logits = row.at(begin + run), ahead = next.at(begin + run);
+      Vec<A> run_tempered[2] = {}, run_difference[2] = {}, run_plain[2] = {};
+      for_each_vector<A>(run_count, [&](int64_t j, auto lanes) GIST_LAMBDA {
+        __builtin_prefetch(ahead.cls + j);
+        __builtin_prefetch(ahead.gist + j);
+        const Vec<A> x[2] = {load(logits.cls + j, lanes, masked) - peaks.max[kCls],
+                             load(logits.gist + j, lanes, masked) - peaks.max[kGist]};
+        Vec<A> e[2];
+        exponentials.tempered(x, e);
+        for (int s : kHeads) {
+          const Vec<A> centred = x[kCls] - x[kGist] - peaks.difference[s];
+          run_tempered[s] += e[s];
+          // 0 * inf is 0: what has no probability adds nothing.
+          run_difference[s] = fma(e[s], e[s] != 0 ? centred : Vec<A>{}, run_difference[s]);
+        }
+        if constexpr (kPower != kNoPlain) {
+          exponentials.untemper(x, e, e);
+          for (int s : kHeads) run_plain[s] += e[s];
+        }
+      });
+      for (int s : kHeads) {
+        tempered[s] += run_tempered[s];
+        difference[s] += run_difference[s];
+        plain[s] += run_plain[s];
+      }
+    });
+    for (int s : kHeads) {
+      sums.tempered[s] += sum<A>(tempered[s]);
+      sums.difference[s] += sum<A>(difference[s]);
+      sums.plain[s] += sum<A>(plain[s]);
+    }
+  });
+  return sums;
+}
+
+// Both KL terms where they are small and sum p d would be a difference of nearly equal numbers:
+//   KL(p || q) = sum p (e^-d - 1 + d)      KL(q || p) = sum q (e^d - 1 - d)
+// have no negative summand. Both factors come from the even and the odd part of one series.
+template <class S, class A = Arithmetic<S>>
+void refine_kl(Pair<S> logits, int64_t n, double temperature, A log_ratio, RowStats<A> &stats) {
+  constexpr int terms = sizeof(A) == 4 ? 5 : 9;
+  const A masked = A(-kInfinity);
+  const Exp<A> exponential(1 / temperature);
+  const A scale_p = stats.tempered[kCls], scale_q = stats.tempered[kGist];
+  const A inverse_temperature = A(1 / temperature);
+  const A max_cls = stats.max[kCls], max_gist = stats.max[kGist];
+  double kl_pq = 0, kl_qp = 0;
+  for_each_run<kBlock>(n, [&](int64_t begin, int64_t count) {
+    const Pair<S> block = logits.at(begin);
+    Vec<A> sum_pq = {}, sum_qp = {};
+    for_each_vector<A>(count, [&](int64_t j, auto lanes) GIST_LAMBDA {
+      const Vec<A> x[2] = {load(block.cls + j, lanes, masked) - max_cls,
+                           load(block.gist + j, lanes, masked) - max_gist};
+      Vec<A> e[2];
+      exponential(x, e);
+      const Vec<A> p = e[kCls] * scale_p, q = e[kGist] * scale_q;
+      const Vec<A> d = (x[kCls] - x[kGist]) * inverse_temperature - log_ratio;
+      const Vec<A> square = d * d;
+      Vec<A> even = broadcast(A(1)), odd = even;
+      for (int k = terms; k > 1; --k) {
+        even = fma(even, square * A(1.0 / ((2 * k - 1) * (2 * k))), broadcast(A(1)));
+        odd = fma(odd, square * A(1.0 / (2 * k * (2 * k + 1))), broadcast(A(1)));
+      }
+      even *= square * A(1.0 / 2);
+      odd *= square * d * A(1.0 / 6);
+      const Vec<A> none = {};
+      sum_pq += square < 1 ? p * (even - odd) : (p != 0 ? p * d : none) + (q - p);
+      sum_qp += square < 1 ? q * (even + odd) : (q != 0 ? -(q * d) : none) + (p - q);
+    });
+    kl_pq += sum<A>(sum_pq);
+    kl_qp += sum<A>(sum_qp);
+  });
+  stats.terms[2] = A(kl_pq);
+  stats.terms[3] = A(kl_qp);
+}
+
+// A row's target y. Class indices are y = 1 at `index`; probabilities are read block by block.
+struct RowTarget {
+  enum State { kept, ignored, invalid } state = kept;
+  int64_t index = -1;
+  const char *probabilities = nullptr;
+};
+
+RowTarget row_target(const LossCall &call, int64_t row) {
+  RowTarget target;
+  if (call.target_dtype == Dtype::int64) {
+    target.index = static_cast<const int64_t *>(call.target)[row * call.target_stride];
+    if (target.index == call.ignore_index)
+      target.state = RowTarget::ignored;
+    else if (target.index < 0 || target.index >= call.classes)
+      target.state = RowTarget::invalid;
+  } else if (call.target_dtype != Dtype::none) {
+    target.probabilities = static_cast<const char *>(call.target) +
+                           row * call.target_stride * bytes_of(call.target_dtype);
+  }
+  return target;
+}
+
+// The type of `from[begin]` and the n - 1 numbers after it becomes A, in `buffer` if need be.
+template <class S, class A>
+const A *as_arithmetic(const void *from, int64_t begin, int64_t n, A *buffer) {
+  const S *values = static_cast<const S *>(from) + begin;
+  if constexpr (std::is_same_v<S, A>) {
+    return values;
+  } else {
+    using B = Arithmetic<S>;
+    for_each_vector<B>(n, [&](int64_t j, auto lanes) {
+      B widened[kLanes<B>];
+      store(widened, Whole{}, load(values + j, lanes, B(0)));
+      for (int i = 0; i < kLanes<B> && j + i < n; ++i) buffer[j + i] = A(widened[i]);
+    });
+    return buffer;
+  }
+}
+
+template <class A>
+const A *probabilities(const LossCall &call, const void *row, int64_t begin, int64_t n, A *buffer) {
+  switch (call.target_dtype) {
+    case Dtype::float32: return as_arithmetic<float>(row, begin, n, buffer);
+    case Dtype::bfloat16: return as_arithmetic<BFloat16>(row, begin, n, buffer);
+    case Dtype::float16: return as_arithmetic<Float16>(row, begin, n, buffer);
+    default: return as_arithmetic<double>(row, begin, n, buffer);
+  }
+}
+
+// Sums over the target y, smoothing included.
+struct TargetSums {
+  double mass = 0;         // sum y
+  double weighted[2] = {};  // sum y x
+};
+
+template <class S, class A = Arithmetic<S>>
+TargetSums target_sums(const LossCall &call, const RowTarget &target, Pair<S> x, Peaks<A> peaks) {
+  const int64_t n = call.classes;
+  const A max_cls = peaks.max[kCls], max_gist = peaks.max[kGist];
+  TargetSums sums;
+  if (target.index >= 0) {
+    sums.mass = 1;
+    sums.weighted[kCls] = double(load(x.cls + target.index, Part{1}, A(0))[0]) - double(max_cls);
+    sums.weighted[kGist] = double(load(x.gist + target.index, Part{1}, A(0))[0]) - double(max_gist);
+  } else {
+    for_each_run<kBlock>(n, [&](int64_t begin, int64_t count) {
+      A buffer[kBlock];
+      const A *y = probabilities(call, target.probabilities, begin, count, buffer);
+      Vec<A> mass = {}, cls = {}, gist = {};
+      for_each_vector<A>(count, [&](int64_t j, auto lanes) GIST_LAMBDA {
+        const Vec<A> weight = load(y + j, lanes, A(0)), none = {};
+        const Vec<A> x_cls = load(x.cls + begin + j, lanes, max_cls) - max_cls;
+        const Vec<A> x_gist = load(x.gist + begin + j, lanes, max_gist) - max_gist;
+        mass += weight;
+        cls += weight != 0 ? weight * x_cls : none;
+        gist += weight != 0 ? weight * x_gist : none;
+      });
+      sums.mass += sum<A>(mass);
+      sums.weighted[kCls] += sum<A>(cls);
+      sums.weighted[kGist] += sum<A>(gist);
+    });
+  }
+  if (call.label_smoothing == 0) return sums;
+
+  double uniform[2] = {};  // sum x
+  for_each_run<kBlock>(n, [&](int64_t begin, int64_t count) {
+    Vec<A> cls = {}, gist = {};
+    for_each_vector<A>(count, [&](int64_t j, auto lanes) GIST_LAMBDA {
+      cls += load(x.cls + begin + j, lanes, max_cls) - max_cls;
+      gist += load(x.gist + begin + j, lanes, max_gist) - max_gist;
+    });
+    uniform[kCls] += sum<A>(cls);
+    uniform[kGist] += sum<A>(gist);
+  });
+  const double kept = 1 - call.label_smoothing;
+  sums.mass = kept * sums.mass + call.label_smoothing;
+  for (int s : kHeads)
+    sums.weighted[s] = kept * sums.weighted[s] + call.label_smoothing / double(n) * uniform[s];
+  return sums;
+}
+
+// Below this a KL is computed anew, for relative precision; above it the first value has that.
+constexpr double kSmallKl = 1.0 / 64;
+
+template <class S, int kPower, class A = Arithmetic<S>>
+RowStats<A> row_stats(const LossCall &call, const RowTarget &target, Pair<S> x, Pair<S> next,
+                      const Exponentials<A, kPower> &exponentials) {
+  const Peaks<A> peaks = row_peaks(x, call.classes);
+  const Sums sums = row_sums(x, next, call.classes, peaks, exponentials);
+  const double log_ratio = __builtin_log(sums.tempered[kCls] / sums.tempered[kGist]);
+  double mean[2];
+  for (int s : kHeads) 
+    mean[s] = double(peaks.difference[s]) + sums.difference[s] / sums.tempered[s];
+  const double kl[2] = {mean[kCls] / call.temperature - log_ratio,
+                        log_ratio - mean[kGist] / call.temperature};
+
+  RowStats<A> stats = {};
+  stats.scale = A(call.row_scale);
+  for (int s : kHeads) {
+    stats.max[s] = peaks.max[s];
+    stats.tempered[s] = A(1 / sums.tempered[s]);
+    stats.mean[s] = A(mean[s]);
+    stats.mean_rest[s] = A(mean[s] - double(stats.mean[s]));
+    stats.terms[2 + s] = A(kl[s]);
+  }
+  if (call.target_dtype != Dtype::none) {
+    const TargetSums y = target_sums(call, target, x, peaks);
+    for (int s : kHeads) {
+      stats.plain[s] = A(y.mass / sums.plain[s]);
+      stats.terms[s] = A(y.mass * __builtin_log(sums.plain[s]) - y.weighted[s]);
+    }
+  }
+  if (kl[kCls] < kSmallKl || kl[kGist] < kSmallKl)
+    refine_kl(x, call.classes, call.temperature, A(log_ratio), stats);
+  return stats;
+}
+
+template <class A>
+RowStats<A> uniform_stats(A value) {
+  RowStats<A> stats;
+  A *const values = &stats.max[0];
+  static_assert(sizeof stats == kRowStats * sizeof(A), "");
+  for (int i = 0; i < kRowStats; ++i) values[i] = value;
+  return stats;
+}
+
+// The gradient of one head s, in terms of p and q, D = x_cls - x_gist, and the numerator of the
+// head's softmax at T = 1, is
+//   p_s (slope (D - mean) + rest) + cross (p - q) + plain exp(x_s) - uniform - target y
+template <class A>
+struct Gradient {
+  A max[2], tempered[2];
+  A mean[2] = {}, slope[2] = {}, rest[2] = {}, cross[2] = {};
+  A plain[2] = {}, uniform[2] = {}, target[2] = {};
+  bool has_kl;
+
+  // Coefficients stay 0 where their weight is: what they multiply may be infinite.
+  Gradient(const LossCall &call, const RowStats<A> &stats, double upstream)
+      : has_kl(call.weights[2] != 0 || call.weights[3] != 0) {
+    for (int s : kHeads) {
+      max[s] = stats.max[s];
+      tempered[s] = stats.tempered[s];
+      const double sign = s == kCls ? 1 : -1, t = call.temperature;
+      const double own_kl = call.weights[2 + s], other_kl = call.weights[3 - s];
+      cross[s] = A(sign * upstream * other_kl / t);
+      if (own_kl != 0) {
+        const double steepness = sign * upstream * own_kl / (t * t);
+        mean[s] = stats.mean[s];
+        slope[s] = A(steepness);
+        rest[s] = A(-steepness * double(stats.mean_rest[s]));
+      }
+      const double weight = upstream * call.weights[s];
+      if (call.weights[s] != 0 && call.target_dtype != Dtype::none) {
+        plain[s] = A(weight * double(stats.plain[s]));
+        uniform[s] = A(weight * call.label_smoothing / double(call.classes));
+        target[s] = A(weight * (1 - call.label_smoothing));
+      }
+    }
+  }
+};
+
+// `y` are probabilities, or null, and then `index` is the target's place in this run, if it is.
+template <class S, int kPower, class A = Arithmetic<S>>
+void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponentials,
+                    Gradient<A> k, const A *y, int64_t index, S *to_cls, S *to_gist) {
+  const A masked = A(-kInfinity);
+  for_each_vector<A>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
+    const Vec<A> x[2] = {load(logits.cls + j, lanes, masked) - k.max[kCls],
+                         load(logits.gist + j, lanes, masked) - k.max[kGist]};
+    Vec<A> e[2], plain[2];
+    exponentials.tempered(x, e);
+    if constexpr (kPower != kNoPlain) exponentials.untemper(x, e, plain);
+    const Vec<A> p[2] = {e[kCls] * k.tempered[kCls], e[kGist] * k.tempered[kGist]};
+    const Vec<A> p_minus_q = p[kCls] - p[kGist];
+    const Vec<A> difference = finite_or_zero(x[kCls] - x[kGist]);
+    for (int s : kHeads) {
+      S *const to = s == kCls ? to_cls : to_gist;
+      if (to == nullptr) continue;
+      Vec<A> g = broadcast(-k.uniform[s]);
+      if constexpr (kPower != kNoPlain) g = fma(plain[s], broadcast(k.plain[s]), g);
+      if (k.has_kl) {
+        const Vec<A> centred = difference - k.mean[s];
+        g = fma(p_minus_q, broadcast(k.cross[s]), g);
+        g = fma(p[s], fma(centred, broadcast(k.slope[s]), broadcast(k.rest[s])), g);
+      }
+      if (y != nullptr)
+        g -= k.target[s] * load(y + j, lanes, A(0));
+      else if (std::uint64_t(index - j) < std::uint64_t(kLanes<A>))
+        g -= lane_numbers<A>() == A(index - j) ? broadcast(k.target[s]) : Vec<A>{};
+      store(to + j, lanes, g);
+    }
+  });
+}
+
+// Copies whole cache lines past the cache.
+void stream(void *to, const void *from, std::size_t bytes) {
+#if defined(__SSE2__)
+  constexpr std::size_t line = 64;
+  char *target = static_cast<char *>(to);
+  const char *source = static_cast<const char *>(from);
+  std::size_t head = -reinterpret_cast<std::uintptr_t>(target) % line;
+  head = head < bytes ? head : bytes;
+  std::memcpy(target, source, head);
+  std::size_t done = head;
+  for (; done + line <= bytes; done += line)
+    for (std::size_t i = done; i < done + line; i += sizeof(__m128i))
+      _mm_stream_si128(reinterpret_cast<__m128i *>(target + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i *>(source + i)));
+  std::memcpy(target + done, source + done, bytes - done);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+template <class S, int kPower, class A = Arithmetic<S>>
+void row_gradient(const LossCall &call, const RowTarget &target, Pair<S> x, double upstream,
+                  const RowStats<A> &stats, const Exponentials<A, kPower> &exponentials,
+                  S *to_cls, S *to_gist) {
+  const Gradient<A> gradient(call, stats, upstream * double(stats.scale));
+  for_each_run<kBlock>(call.classes, [&](int64_t begin, int64_t count) {
+    A buffer[kBlock];
+    const A *y = target.probabilities == nullptr
+                     ? nullptr
+                     : probabilities(call, target.probabilities, begin, count, buffer);
+    S *cls = to_cls ? to_cls + begin : nullptr, *gist = to_gist ? to_gist + begin : nullptr;
+    if (!call.stream) {
+      gradient_block(x.at(begin), count, exponentials, gradient, y, target.index - begin, cls, gist);
+      return;
+    }
+    alignas(kVectorBytes) S staged[2][kBlock];
+    gradient_block(x.at(begin), count, exponentials, gradient, y, target.index - begin,
+                   cls ? staged[kCls] : nullptr, gist ? staged[kGist] : nullptr);
+    if (cls) stream(cls, staged[kCls], std::size_t(count) * sizeof(S));
+    if (gist) stream(gist, staged[kGist], std::size_t(count) * sizeof(S));
+  });
+}
+
+template <class S>
+void fill(S *to, int64_t n, Arithmetic<S> value) {
+  if (to == nullptr) return;
+  for_each_vector<Arithmetic<S>>(
+      n, [&](int64_t j, auto lanes) { store(to + j, lanes, broadcast(value)); });
+}
+
+template <class S>
+Pair<S> row_of(const LossCall &call, int64_t row) {
+  return {static_cast<const S *>(call.logits[kCls]) + row * call.logit_stride[kCls],
+          static_cast<const S *>(call.logits[kGist]) + row * call.logit_stride[kGist]};
+}
+
+template <class S, int kPower>
+void rows_as(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
+  using A = Arithmetic<S>;
+  const Exponentials<A, kPower> exponentials(call.temperature);
+  const bool fetch_ahead = call.classes * int64_t(sizeof(S)) <= kFetchedBytes;
+  for (int64_t row = begin; row < end; ++row) {
+    const Pair<S> x = row_of<S>(call, row);
+    const Pair<S> next = fetch_ahead && row + 1 < end ? row_of<S>(call, row + 1) : x;
+    const RowTarget target = row_target(call, row);
+    RowStats<A> &stats = static_cast<RowStats<A> *>(call.stats)[row];
+    if (pass != Pass::backward)
+      stats = target.state == RowTarget::kept      ? row_stats(call, target, x, next, exponentials)
+              : target.state == RowTarget::ignored ? uniform_stats(A(0))
+                                                   : uniform_stats(A(__builtin_nan("")));
+    if (pass == Pass::forward) continue;
+
+    S *to[2];
+    for (int s : kHeads)
+      to[s] = call.d_logits[s] == nullptr
+                  ? nullptr
+                  : static_cast<S *>(call.d_logits[s]) + row * call.d_logits_stride;
+    const A *grad = static_cast<const A *>(call.grad);
+    if (target.state == RowTarget::kept) {
+      row_gradient(call, target, x, grad ? double(grad[row * call.grad_stride]) : 1, stats,
+                   exponentials, to[kCls], to[kGist]);
+    } else {
+      for (S *row_to : to) fill(row_to, call.classes, stats.scale);
+    }
+  }
+}
+
+template <class S>
+void rows_of(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
+  const bool no_weight = call.weights[kCls] == 0 && call.weights[kGist] == 0;
+  if (call.target_dtype == Dtype::none || (pass == Pass::backward && no_weight))
+    rows_as<S, kNoPlain>(call, pass, begin, end);
+  else if (call.temperature == 1)
+    rows_as<S, 1>(call, pass, begin, end);
+  else if (call.temperature == 2)
+    rows_as<S, 2>(call, pass, begin, end);
+  else if (call.temperature == 3)
+    rows_as<S, 3>(call, pass, begin, end);
+  else if (call.temperature == 4)
+    rows_as<S, 4>(call, pass, begin, end);
+  else
+    rows_as<S, kAnyTemperature>(call, pass, begin, end);
+}
+
+void rows(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
+  switch (call.dtype) {
+    case Dtype::float32: rows_of<float>(call, pass, begin, end); break;
+    case Dtype::bfloat16: rows_of<BFloat16>(call, pass, begin, end); break;
+    case Dtype::float16: rows_of<Float16>(call, pass, begin, end); break;
+    default: rows_of<double>(call, pass, begin, end);
+  }
+#if defined(__SSE2__)
+  if (call.stream) _mm_sfence();  // before another thread reads what was streamed
+#endif
+}
+
+}  // namespace
+
+extern const RowKernel GIST_ROW_KERNEL = rows;
+
+}  // namespace gist

@@ -1,0 +1,157 @@
+// Numbers as they lie in memory, and their way into vectors and back. Internal linkage: see simd.h.
+#pragma once
+
+#include <type_traits>
+
+#include "simd.h"
+
+namespace {
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+// The type that arithmetic on a storage type is done in.
+template <class S>
+struct ArithmeticType {
+  using type = float;
+};
+template <>
+struct ArithmeticType<double> {
+  using type = double;
+};
+template <class S>
+using Arithmetic = typename ArithmeticType<S>::type;
+
+using Floats = Vec<float>;
+using Words = Vec<std::uint32_t>;
+typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+GIST_INLINE Floats widen(BFloat16, Halves halves) {
+#if defined(__AVX512F__)
+  const Words bits = bit_cast<Words>(_mm512_maskz_cvtepu16_epi32(-1, bit_cast<__m256i>(halves)));
+#else
+  const Words bits = __builtin_convertvector(halves, Words);
+#endif
+  return bit_cast<Floats>(bits << 16);
+}
+
+GIST_INLINE Floats widen(Float16, Halves halves) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(halves));
+#else
+  const Words bits = __builtin_convertvector(halves, Words);
+  const Words magnitude = (bits & 0x7fff) << 13;
+  // The multiplication moves the exponent's bias from 15 to 127, for denormals too.
+  const Words finite = bit_cast<Words>(bit_cast<Floats>(magnitude) * 0x1p112f);
+  const Words special = magnitude | 0x7f800000;
+  return bit_cast<Floats>((magnitude < 0x0f800000 ? finite : special) | (bits & 0x8000) << 16);
+#endif
+}
+
+// Narrowing rounds to nearest, ties to even, and keeps NaN a NaN.
+GIST_INLINE Halves narrow(BFloat16, Floats floats) {
+  const Words bits = bit_cast<Words>(floats);
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Words nan = (bits >> 16) | 0x40;
+  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
+}
+
+GIST_INLINE Halves narrow(Float16, Floats floats) {
+#if defined(__AVX512F__)
+  return bit_cast<Halves>(_mm512_maskz_cvtps_ph(0xffff, floats, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Words bits = bit_cast<Words>(floats), magnitude = bits & 0x7fffffff;
+  // Adding 0.5 aligns the last bit of a half's denormal with the last bit of the sum.
+  const Words denormal = bit_cast<Words>(bit_cast<Floats>(magnitude) + 0.5f) - 0x3f000000;
+  const Words normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const Words infinite = Words{} + 0x7c00, nan = Words{} + 0x7e00;
+  const Words half = magnitude < 0x38800000   ? denormal
+                     : magnitude < 0x477ff000 ? normal
+                     : magnitude > 0x7f800000 ? nan
+                                              : infinite;
+  return __builtin_convertvector(half | (bits >> 16 & 0x8000), Halves);
+#endif
+}
+
+// How much of a vector lies in memory: all its lanes, or the first few, at the end of a row.
+struct Whole {};
+struct Part {
+  int lanes;  // at least one
+#if defined(__AVX512F__)
+  std::uint16_t mask() const { return std::uint16_t((1u << lanes) - 1); }
+#endif
+};
+
+template <class S>
+GIST_INLINE Vec<Arithmetic<S>> load(const S *from, Whole) {
+  if constexpr (sizeof(S) == 2) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return widen(S{}, halves);
+  } else {
+    Vec<S> v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+}
+
+template <class S>
+GIST_INLINE void store(S *to, Whole, Vec<Arithmetic<S>> v) {
+  if constexpr (sizeof(S) == 2) {
+    const Halves halves = narrow(S{}, v);
+    std::memcpy(to, &halves, sizeof halves);
+  } else {
+    std::memcpy(to, &v, sizeof v);
+  }
+}
+
+// Lanes that are not in memory read as `missing`.
+template <class S>
+GIST_INLINE Vec<Arithmetic<S>> load(const S *from, Part part, Arithmetic<S> missing) {
+#if defined(__AVX512F__)
+  const Vec<Arithmetic<S>> rest = broadcast(missing);
+  if constexpr (sizeof(S) == 8) return _mm512_mask_loadu_pd(rest, part.mask(), from);
+  if constexpr (sizeof(S) == 4) return _mm512_mask_loadu_ps(rest, part.mask(), from);
+  if constexpr (sizeof(S) == 2) {
+    const __m256i halves = bit_cast<__m256i>(narrow(S{}, rest));
+    return widen(S{}, bit_cast<Halves>(_mm256_mask_loadu_epi16(halves, part.mask(), from)));
+  }
+#else
+  S padded[kLanes<Arithmetic<S>>];
+  store(padded, Whole{}, broadcast(missing));
+  std::memcpy(padded, from, part.lanes * sizeof(S));
+  return load(padded, Whole{});
+#endif
+}
+template <class S>
+GIST_INLINE Vec<Arithmetic<S>> load(const S *from, Whole, Arithmetic<S>) {
+  return load(from, Whole{});
+}
+
+template <class S>
+GIST_INLINE void store(S *to, Part part, Vec<Arithmetic<S>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 8) _mm512_mask_storeu_pd(to, part.mask(), v);
+  if constexpr (sizeof(S) == 4) _mm512_mask_storeu_ps(to, part.mask(), v);
+  if constexpr (sizeof(S) == 2)
+    _mm256_mask_storeu_epi16(to, part.mask(), bit_cast<__m256i>(narrow(S{}, v)));
+#else
+  S padded[kLanes<Arithmetic<S>>];
+  store(padded, Whole{}, v);
+  std::memcpy(to, padded, part.lanes * sizeof(S));
+#endif
+}
+
+// Calls body(j, lanes) for each vector of a run of n numbers, `lanes` being Whole or Part.
+template <class A, class Body>
+GIST_INLINE void for_each_vector(std::int64_t n, Body body) {
+  std::int64_t j = 0;
+  for (; j + kLanes<A> <= n; j += kLanes<A>) body(j, Whole{});
+  if (j < n) body(j, Part{int(n - j)});
+}
+
+}  // namespace

@@ -1,0 +1,71 @@
+"""The kernels as PyTorch operators: tracing, aliasing, copies, gradients asked for in part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import gist_kernels as gk
+
+SETTINGS = ([3.0, 1.0, 0.5, 0.75, 0.75, 0.1], -100)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["index", "probability", "none"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_opcheck(reduction, kind, stacked):
+    if stacked:
+        both = torch.randn(4, 2, 7)
+        cls, gist = (both[:, side].detach().requires_grad_() for side in (0, 1))
+    else:
+        cls, gist = (torch.randn(4, 7, requires_grad=True) for _ in range(2))
+    targets = {
+        "index": torch.tensor([0, -100, 6, 2]),
+        "probability": torch.rand(4, 7).softmax(1),
+        "none": None,
+    }
+    arguments = (cls, gist, targets[kind], *SETTINGS, reduction)
+    torch.library.opcheck(torch.ops.gist_kernels.cpu_loss.default, arguments)
+
+
+@pytest.mark.parametrize("sides", ["both", "cls", "gist"])
+def test_compiled_gradients_are_eager_ones(sides):
+    target = torch.tensor([0, -100, 6, 2])
+
+    def loss_of(cls, gist):
+        return gk.gist_loss(2 * cls, 3 * gist, target, label_smoothing=0.1)
+
+    cls = torch.randn(4, 7, requires_grad=sides != "gist")
+    gist = torch.randn(4, 7, requires_grad=sides != "cls")
+    inputs = [t for t in (cls, gist) if t.requires_grad]
+    eager = torch.autograd.grad(loss_of(cls, gist), inputs)
+    with gk.use_backend("cpu"):
+        compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+        traced = torch.autograd.grad(compiled(cls, gist), inputs)
+    for x, y in zip(traced, eager, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_no_copy_is_made_of_stacked_or_strided_logits():
+    target = torch.arange(64) % 100
+    stacked = torch.randn(64, 2, 100)
+    wide = torch.randn(64, 300)
+    for cls, gist in ((stacked[:, 0], stacked[:, 1]), (wide[:, :100], wide[:, 150:250])):
+        cls, gist = cls.detach().requires_grad_(), gist.detach().requires_grad_()
+        with gk.use_backend("cpu"), profile(activities=[ProfilerActivity.CPU]) as trace:
+            torch.autograd.grad(gk.gist_loss(cls, gist, target), (cls, gist))
+        names = {event.key for event in trace.key_averages()}
+        assert not {"aten::copy_", "aten::clone", "aten::contiguous"} & names
+
+
+def test_second_backward_and_second_derivatives():
+    cls, gist = (torch.randn(4, 7, requires_grad=True) for _ in range(2))
+    with gk.use_backend("cpu"):
+        loss = gk.bidirectional_kl(cls, gist)
+    first = torch.autograd.grad(loss, (cls, gist), retain_graph=True)
+    second = torch.autograd.grad(loss, (cls, gist), create_graph=True)
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        second[0].sum().backward()
