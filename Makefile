@@ -14,6 +14,7 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from gist_kernels import cpu, reference
+from gist_kernels import cpu, gpu, reference
 from gist_kernels.suggest import unknown_name
 
 ENVIRONMENT_VARIABLE = "GIST_KERNELS_BACKEND"
@@ -35,20 +36,20 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = None
     detail: str = ""
 
-    def refusal(self, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def refusal(self, operation: str, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this backend can't serve such a call, or None when it can."""
         if self.unavailable is not None:
             return self.unavailable
         if operation not in self.operations:
             return f"it has no {operation}"
-        if self.device_types is not None and device.type not in self.device_types:
-            return f"it takes {' or '.join(self.device_types)} tensors, not {device.type}"
+        if self.device_types is not None and device_type not in self.device_types:
+            return f"it takes {' or '.join(self.device_types)} tensors, not {device_type}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it does not take {dtype}"
         return None
 
 
-# Fastest first; the last one takes every call.
+# In the order in which "auto" asks them: the fastest for a device first; the last one takes all.
 _BACKENDS: tuple[Backend, ...] = (
     Backend(
         "cpu",
@@ -57,6 +58,14 @@ _BACKENDS: tuple[Backend, ...] = (
         device_types=("cpu",),
         dtypes=cpu.DTYPES,
         detail=cpu.detail(),
+    ),
+    Backend(
+        "triton",
+        operations=gpu.operations(),
+        unavailable=gpu.unavailable(),
+        device_types=gpu.DEVICE_TYPES,
+        dtypes=gpu.DTYPES,
+        detail=gpu.detail(),
     ),
     Backend(
         "reference",
@@ -79,7 +88,7 @@ class BackendInfo(NamedTuple):
 
 
 def backends() -> dict[str, BackendInfo]:
-    """Every backend, fastest first, with what it serves here, or why it can't.
+    """Every backend, in the order they are asked, with what it serves here, or why it can't.
 
     >>> backends()["reference"].available
     True
@@ -100,7 +109,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: a key of :func:`backends`, or ``"auto"``, the default outside any block. It takes
-            precedence over the environment variable ``GIST_KERNELS_BACKEND``.
+            precedence over the environment variable ``GIST_KERNELS_BACKEND``, which is read when
+            gist_kernels is imported.
 
     Raises:
         ValueError: no backend has that name.
@@ -121,18 +131,26 @@ def _checked(name: str, argument: str) -> str:
 
 def select(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The implementation of ``operation`` for tensors with this one's device and dtype."""
-    requested = _override.get()
-    if requested is None:
-        from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
-        requested = _checked(from_environment, ENVIRONMENT_VARIABLE) if from_environment else "auto"
+    # A traced call needs no cache, and the tracer would warn of it.
+    choose = _choose if torch.compiler.is_compiling() else _cached_choice
+    return choose(_override.get() or _DEFAULT, operation, tensor.device.type, tensor.dtype)
+
+
+def _choose(
+    requested: str, operation: str, device_type: str, dtype: torch.dtype
+) -> Callable[..., Any]:
     if requested != "auto":
         backend = _BY_NAME[requested]
-        refusal = backend.refusal(operation, tensor.device, tensor.dtype)
+        refusal = backend.refusal(operation, device_type, dtype)
         if refusal is not None:
             raise RuntimeError(f"backend {requested!r} can't serve {operation}: {refusal}")
         return backend.operations[operation]
     return next(
         backend.operations[operation]
         for backend in _BACKENDS
-        if backend.refusal(operation, tensor.device, tensor.dtype) is None
+        if backend.refusal(operation, device_type, dtype) is None
     )
+
+
+_cached_choice = lru_cache(_choose)
+_DEFAULT = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)

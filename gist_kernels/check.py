@@ -87,3 +87,21 @@ def weight_pair(name: str, value: Sequence[float]) -> None:
         raise ValueError(f"{name} must be a pair of numbers; it is {value!r}")
     for index, weight in enumerate(value):
         finite(f"{name}[{index}]", weight)
+
+
+def class_indices(name: str, value: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """Waits for the device. Floating-point targets are probabilities: nothing to check."""
+    if value.is_floating_point():
+        return
+    outside = (value < 0) | (value >= classes)
+    outside &= value != ignore_index
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise out_of_range(name, row, int(value[row]), classes, ignore_index)
+
+
+def out_of_range(name: str, row: int, index: int, classes: int, ignore_index: int) -> IndexError:
+    return IndexError(
+        f"{name}[{row}] is {index}, outside the {classes} classes 0 to {classes - 1} "
+        f"(ignore_index is {ignore_index})"
+    )

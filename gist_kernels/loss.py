@@ -13,15 +13,20 @@ one side, pass ``logits.detach()``.
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
 from gist_kernels import backend, check
+from gist_kernels.options import LossOptions
 from gist_kernels.suggest import unknown_name
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
+
+_CHECK_TARGETS = os.environ.get("GIST_KERNELS_CHECK_TARGETS", "0") not in ("", "0")
 
 
 class GistLossTerms(NamedTuple):
@@ -64,13 +69,12 @@ def bidirectional_kl(
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
     """
-    _check_logits("logits_a", logits_a, "logits_b", logits_b)
-    check.positive("temperature", temperature)
-    check.weight_pair("weights", weights)
-    _check_reduction(reduction)
-    return backend.select("bidirectional_kl", logits_a)(
-        logits_a, logits_b, temperature=temperature, weights=tuple(weights), reduction=reduction
-    )
+    options = _checked_options(temperature, 0.0, 0.0, weights, 0.0, -100, reduction, "weights")
+    if not _plainly_valid(logits_a, logits_b):
+        _check_logits("logits_a", logits_a, "logits_b", logits_b)
+    kernel = backend.select("bidirectional_kl", logits_a)
+    loss: torch.Tensor = kernel(logits_a, logits_b, None, options, False)[0]
+    return loss
 
 
 @overload
@@ -143,23 +147,17 @@ def gist_loss(
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
-        IndexError: a class index outside [0, C), for CPU tensors in eager mode. Elsewhere the
-            check would cost a synchronisation; there that row's loss and gradient are nan.
+        IndexError: a class index outside [0, C), for CPU tensors. On other devices the check would
+            cost a synchronisation, and that row's loss and gradient are nan; the environment
+            variable ``GIST_KERNELS_CHECK_TARGETS=1`` has it made there too.
     """
-    loss, terms = _call(
-        "gist_loss",
-        cls_logits,
-        gist_logits,
-        target,
-        temperature=temperature,
-        cls_weight=cls_weight,
-        gist_weight=gist_weight,
-        kl_weights=kl_weights,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
+    options = _checked_options(
+        temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction
     )
-    return (loss, GistLossTerms(*terms)) if return_terms else loss
+    _check_tensors(cls_logits, gist_logits, target, options)
+    kernel = backend.select("gist_loss", cls_logits)
+    loss, terms = kernel(cls_logits, gist_logits, target, options, return_terms)
+    return (loss, GistLossTerms(*terms.unbind())) if return_terms else loss
 
 
 def gist_loss_and_grad(
@@ -184,46 +182,98 @@ def gist_loss_and_grad(
         ``(loss, d_cls, d_gist)``: the loss as :func:`gist_loss` returns it, detached, and two
         (B, C) gradients in the logits' dtype.
     """
-    loss, _, d_cls, d_gist = _call(
-        "gist_loss_and_grad",
-        cls_logits,
-        gist_logits,
-        target,
-        temperature=temperature,
-        cls_weight=cls_weight,
-        gist_weight=gist_weight,
-        kl_weights=kl_weights,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
+    options = _checked_options(
+        temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction
     )
-    return loss, d_cls, d_gist
+    _check_tensors(cls_logits, gist_logits, target, options)
+    kernel = backend.select("gist_loss_and_grad", cls_logits)
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = kernel(
+        cls_logits.detach(), gist_logits.detach(), target.detach(), options
+    )
+    return result
 
 
-def _call(
-    operation: str,
-    cls_logits: torch.Tensor,
-    gist_logits: torch.Tensor,
-    target: torch.Tensor,
-    **options: Any,
-) -> Any:
-    """Check the arguments that both gist_loss functions share, then dispatch."""
-    _check_logits("cls_logits", cls_logits, "gist_logits", gist_logits)
-    check.positive("temperature", options["temperature"])
-    check.finite("cls_weight", options["cls_weight"])
-    check.finite("gist_weight", options["gist_weight"])
-    check.weight_pair("kl_weights", options["kl_weights"])
-    options["kl_weights"] = tuple(options["kl_weights"])
-    smoothing = options["label_smoothing"]
-    check.finite("label_smoothing", smoothing)
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1); it is {smoothing}")
-    ignored = options["ignore_index"]
-    if isinstance(ignored, bool) or not isinstance(ignored, Integral):
-        raise TypeError(f"ignore_index must be an int, not {type(ignored).__name__}")
-    _check_reduction(options["reduction"])
-    _check_target(target, cls_logits, int(ignored))
-    return backend.select(operation, cls_logits)(cls_logits, gist_logits, target, **options)
+def _checked_options(*arguments: Any) -> LossOptions:
+    """The arguments of :func:`_options`, checked, once for all calls with the same."""
+    # A traced call needs no cache, and the tracer would warn of it.
+    if not torch.compiler.is_compiling():
+        try:
+            return _cached_options(*arguments)
+        except TypeError:  # one that can't be hashed, or one that is explained here:
+            pass
+    return _options(*arguments)
+
+
+def _options(
+    temperature: float,
+    cls_weight: float,
+    gist_weight: float,
+    kl_weights: tuple[float, float],
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    kl_weights_name: str = "kl_weights",
+) -> LossOptions:
+    check.positive("temperature", temperature)
+    check.finite("cls_weight", cls_weight)
+    check.finite("gist_weight", gist_weight)
+    check.weight_pair(kl_weights_name, kl_weights)
+    check.finite("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1); it is {label_smoothing}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(unknown_name("reduction", str(reduction), REDUCTIONS))
+    return LossOptions(
+        float(temperature),
+        float(cls_weight),
+        float(gist_weight),
+        float(kl_weights[0]),
+        float(kl_weights[1]),
+        float(label_smoothing),
+        int(ignore_index),
+        "mean" if reduction == "batchmean" else reduction,
+    )
+
+
+# Typed, for True is not 1.0; a pair is hashed without its types, but True in it is 1.0 there.
+_cached_options = lru_cache(maxsize=256, typed=True)(_options)
+
+
+def _check_tensors(
+    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor, options: LossOptions
+) -> None:
+    plain = (
+        _plainly_valid(cls, gist)
+        and type(target) is torch.Tensor
+        and target.dtype is torch.int64
+        and target.shape == cls.shape[:1]
+        and target.device == cls.device
+        and target.layout is torch.strided
+    )
+    if not plain:
+        _check_logits("cls_logits", cls, "gist_logits", gist)
+        _check_target(target, cls)
+    if _CHECK_TARGETS and not torch.compiler.is_compiling():
+        check.class_indices("target", target, cls.shape[1], options.ignore_index)
+
+
+def _plainly_valid(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether both logits are what :func:`_check_logits` asks for: the common case, told fast."""
+    if type(a) is not torch.Tensor or type(b) is not torch.Tensor:
+        return False
+    shape = a.shape
+    return (
+        len(shape) == 2
+        and shape[1] > 0
+        and b.shape == shape
+        and a.dtype in check.FLOATING
+        and b.dtype is a.dtype
+        and b.device == a.device
+        and a.layout is torch.strided
+        and b.layout is torch.strided
+    )
 
 
 def _check_logits(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> None:
@@ -235,12 +285,7 @@ def _check_logits(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) ->
     check.alike(name_b, b, name_a, a)
 
 
-def _check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(unknown_name("reduction", str(reduction), REDUCTIONS))
-
-
-def _check_target(target: torch.Tensor, logits: torch.Tensor, ignore_index: int) -> None:
+def _check_target(target: torch.Tensor, logits: torch.Tensor) -> None:
     check.tensor("target", target)
     rows, classes = logits.shape
     if target.device != logits.device:
@@ -256,13 +301,3 @@ def _check_target(target: torch.Tensor, logits: torch.Tensor, ignore_index: int)
             f"it is {target.dtype} (convert with target.long())"
         )
     check.shape("target", target, (rows,), "(B,) for class indices")
-    # Reading values costs a synchronisation on a GPU and a graph break under torch.compile.
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = (target < 0) | (target >= classes)
-        outside &= target != ignore_index
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise IndexError(
-                f"target[{row}] is {int(target[row])}, outside the {classes} classes "
-                f"0 to {classes - 1} (ignore_index is {ignore_index})"
-            )

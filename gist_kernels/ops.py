@@ -10,14 +10,12 @@ appear as ``torch.library`` operators with fake kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from gist_kernels.options import LossOptions
-
-Tensors2 = tuple[torch.Tensor, torch.Tensor]
 
 
 class LossKernels(Protocol):
@@ -29,7 +27,8 @@ class LossKernels(Protocol):
         gist: torch.Tensor,
         target: torch.Tensor | None,
         options: LossOptions,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        want_terms: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """``(loss, terms, stats)``: terms (4,) or (4, B), stats what ``backward`` needs."""
 
     def backward(
@@ -51,8 +50,8 @@ class LossKernels(Protocol):
         gist: torch.Tensor,
         target: torch.Tensor | None,
         options: LossOptions,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """``(loss, terms, d_cls, d_gist)`` for an upstream gradient of 1, neither None."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """``(loss, d_cls, d_gist)``, none of them None, for an upstream gradient of 1."""
 
 
 def loss_operations(
@@ -64,55 +63,36 @@ def loss_operations(
     """
     traced, traced_backward = _register(backend, kernels, stats_shape)
 
-    def differentiable(
-        cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None, options: LossOptions
-    ) -> Tensors2:
-        cls, gist = _dense_rows(cls), _dense_rows(gist)
-        if target is not None and target.ndim == 2:
-            target = _dense_rows(target)
+    def gist_loss(
+        cls: torch.Tensor,
+        gist: torch.Tensor,
+        target: torch.Tensor | None,
+        options: LossOptions,
+        want_terms: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cls, gist, target = _dense_rows(cls), _dense_rows(gist), _dense_rows(target)
         if _needs_dispatcher(cls, gist):
             loss, terms, _ = traced(cls, gist, target, *_flat(options))
             return loss, terms
         if torch.is_grad_enabled() and (cls.requires_grad or gist.requires_grad):
-            return _InteractionLoss.apply(cls, gist, target, options, kernels)
-        return kernels.forward(cls, gist, target, options)[:2]
-
-    def bidirectional_kl(
-        logits_a: torch.Tensor,
-        logits_b: torch.Tensor,
-        *,
-        temperature: float,
-        weights: tuple[float, float],
-        reduction: str,
-    ) -> torch.Tensor:
-        options = LossOptions(temperature, 0.0, 0.0, *weights, 0.0, -100, _REDUCTION[reduction])
-        return differentiable(logits_a, logits_b, None, options)[0]
-
-    def gist_loss(
-        cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor, **options: Any
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        loss, terms = differentiable(cls, gist, target, _options(**options))
-        return loss, terms.unbind()
+            return _InteractionLoss.apply(cls, gist, target, options, kernels, want_terms)
+        return kernels.forward(cls, gist, target, options, want_terms)[:2]
 
     def gist_loss_and_grad(
-        cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor, **options: Any
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-        cls, gist, target = cls.detach(), gist.detach(), target.detach()
-        settings = _options(**options)
+        cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor, options: LossOptions
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        cls, gist, target = _dense_rows(cls), _dense_rows(gist), _dense_rows(target)
         if _needs_dispatcher(cls, gist):
-            loss, terms, stats = traced(cls, gist, target, *_flat(settings))
-            gradients = traced_backward(
-                torch.ones_like(loss), cls, gist, target, stats, *_flat(settings), True, True
+            loss, _, stats = traced(cls, gist, target, *_flat(options))
+            one = torch.ones_like(loss)
+            d_cls, d_gist = traced_backward(
+                one, cls, gist, target, stats, *_flat(options), True, True
             )
-            return loss, terms.unbind(), *gradients
-        target = _dense_rows(target) if target.ndim == 2 else target
-        loss, terms, d_cls, d_gist = kernels.forward_backward(
-            _dense_rows(cls), _dense_rows(gist), target, settings
-        )
-        return loss, terms.unbind(), d_cls, d_gist
+            return loss, d_cls, d_gist
+        return kernels.forward_backward(cls, gist, target, options)
 
     return {
-        "bidirectional_kl": bidirectional_kl,
+        "bidirectional_kl": gist_loss,
         "gist_loss": gist_loss,
         "gist_loss_and_grad": gist_loss_and_grad,
     }
@@ -127,77 +107,59 @@ class _InteractionLoss(torch.autograd.Function):
         target: torch.Tensor | None,
         options: LossOptions,
         kernels: LossKernels,
-    ) -> Tensors2:
-        loss, terms, stats = kernels.forward(cls, gist, target, options)
+        want_terms: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss, terms, stats = kernels.forward(cls, gist, target, options, want_terms)
         ctx.save_for_backward(cls, gist, target, stats)
         ctx.settings = options, kernels
-        ctx.mark_non_differentiable(terms)
+        if terms is not None:
+            ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
         return loss, terms
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
-        options, kernels = ctx.settings
-        gradients = kernels.backward(grad, *ctx.saved_tensors, options, *ctx.needs_input_grad[:2])
-        return *gradients, None, None, None
+            return None, None, None, None, None, None
+        # What `once_differentiable` does costs more than the kernels at VTAB's sizes.
+        gradients = _once_differentiable_backward if torch.is_grad_enabled() else _backward
+        return *gradients(ctx, grad), None, None, None, None
 
 
-_REDUCTION = {"mean": "mean", "batchmean": "mean", "sum": "sum", "none": "none"}
-
-
-def _options(
-    *,
-    temperature: float,
-    cls_weight: float,
-    gist_weight: float,
-    kl_weights: tuple[float, float],
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-) -> LossOptions:
-    return LossOptions(
-        temperature,
-        cls_weight,
-        gist_weight,
-        *kl_weights,
-        label_smoothing,
-        ignore_index,
-        _REDUCTION[reduction],
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    options, kernels = ctx.settings
+    gradients: tuple[torch.Tensor | None, torch.Tensor | None] = kernels.backward(
+        grad, *ctx.saved_tensors, options, *ctx.needs_input_grad[:2]
     )
+    return gradients
+
+
+_once_differentiable_backward = once_differentiable(_backward)
 
 
 def _flat(options: LossOptions) -> tuple[list[float], int, str]:
     """The options in an operator schema's types; the inverse of :func:`_options_of`."""
-    return [float(value) for value in options[:6]], options.ignore_index, options.reduction
+    return list(options[:6]), options.ignore_index, options.reduction
 
 
 def _options_of(settings: Sequence[float], ignore_index: int, reduction: str) -> LossOptions:
-    temperature, cls_weight, gist_weight, kl_cls_gist, kl_gist_cls, smoothing = settings
-    return LossOptions(
-        temperature,
-        cls_weight,
-        gist_weight,
-        kl_cls_gist,
-        kl_gist_cls,
-        smoothing,
-        ignore_index,
-        reduction,
-    )
+    return LossOptions._make((*settings, ignore_index, reduction))
 
 
-def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+_T = TypeVar("_T", torch.Tensor, "torch.Tensor | None")
+
+
+def _dense_rows(tensor: _T) -> _T:
     """Kernels take any row stride, but classes side by side."""
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+    if tensor is None or tensor.ndim == 1 or tensor.stride(1) == 1 or tensor.shape[1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
-def _needs_dispatcher(*tensors: torch.Tensor) -> bool:
+def _needs_dispatcher(cls: torch.Tensor, gist: torch.Tensor) -> bool:
     """Whether a call is traced, or its tensors have no memory to give a kernel."""
-    return torch.compiler.is_compiling() or any(
-        type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter for t in tensors
-    )
+    plain = torch.Tensor, torch.nn.Parameter
+    return torch.compiler.is_compiling() or type(cls) not in plain or type(gist) not in plain
 
 
 def _register(
@@ -214,7 +176,10 @@ def _register(
         ignore_index: int,
         reduction: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return kernels.forward(cls, gist, target, _options_of(settings, ignore_index, reduction))
+        options = _options_of(settings, ignore_index, reduction)
+        loss, terms, stats = kernels.forward(cls, gist, target, options, True)
+        assert terms is not None
+        return loss, terms, stats
 
     @loss_forward.register_fake
     def _(cls, gist, target, settings, ignore_index, reduction):  # type: ignore[no-untyped-def]

@@ -8,8 +8,7 @@ from typing import NamedTuple
 class LossOptions(NamedTuple):
     """Checked arguments of :func:`gist_kernels.gist_loss`, under the names kernels use.
 
-    A cross-entropy without target is switched off by its weight: ``bidirectional_kl`` is a
-    ``gist_loss`` with both cross-entropy weights 0.
+    ``bidirectional_kl`` is a ``gist_loss`` without target.
     """
 
     temperature: float

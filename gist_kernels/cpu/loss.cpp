@@ -88,28 +88,32 @@ int64_t count_kept(const LossCall &call) {
   return kept;
 }
 
-// Sums in the order of the rows, whoever computed them.
+// Sums in the order of the rows, whoever computed them; returns the first row whose target is
+// outside the classes, or -1.
 template <class A>
-void reduce(const LossCall &call, int64_t kept) {
+int64_t reduce(const LossCall &call, int64_t kept) {
   const RowStats<A> *stats = static_cast<const RowStats<A> *>(call.stats);
   A *const loss = static_cast<A *>(call.loss), *const terms = static_cast<A *>(call.terms);
+  int64_t invalid = -1;
   double totals[5] = {};
   for (int64_t row = 0; row < call.rows; ++row) {
+    if (stats[row].scale != stats[row].scale && invalid < 0) invalid = row;
     double weighted = 0;
     for (int t = 0; t < 4; ++t) {
       const double term = double(stats[row].terms[t]);
       // A term without weight may be infinite.
       if (call.weights[t] != 0) weighted += call.weights[t] * term;
       totals[t] += term;
-      if (call.reduction == Reduction::none) terms[t * call.rows + row] = A(term);
+      if (terms != nullptr && call.reduction == Reduction::none) terms[t * call.rows + row] = A(term);
     }
     totals[4] += weighted;
     if (call.reduction == Reduction::none) loss[row] = A(weighted);
   }
-  if (call.reduction == Reduction::none) return;
+  if (call.reduction == Reduction::none) return invalid;
   const double divisor = call.reduction == Reduction::mean ? double(kept) : 1;
-  for (int t = 0; t < 4; ++t) terms[t] = A(totals[t] / divisor);
+  for (int t = 0; t < 4 && terms != nullptr; ++t) terms[t] = A(totals[t] / divisor);
   *loss = A(totals[4] / divisor);
+  return invalid;
 }
 
 constexpr int64_t kHugePage = 2 << 20;
@@ -151,13 +155,13 @@ bool use_instruction_set(const char *name) {
   return false;
 }
 
-void loss_forward(LossCall call, int threads) {
+int64_t loss_forward(LossCall call, int threads) {
   const int64_t kept = count_kept(call);
   const bool gradients = call.d_logits[kCls] != nullptr || call.d_logits[kGist] != nullptr;
   call.row_scale = call.reduction == Reduction::mean ? 1 / double(kept) : 1;
   if (gradients) prepare_gradients(call);
   run_rows(call, gradients ? Pass::forward_backward : Pass::forward, threads);
-  call.dtype == Dtype::float64 ? reduce<double>(call, kept) : reduce<float>(call, kept);
+  return call.dtype == Dtype::float64 ? reduce<double>(call, kept) : reduce<float>(call, kept);
 }
 
 void loss_backward(LossCall call, int threads) {

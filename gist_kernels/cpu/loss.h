@@ -46,7 +46,8 @@ struct LossCall {
   Reduction reduction;
 
   void *stats;         // RowStats<A>[rows]
-  void *loss, *terms;  // of type A; 1 and 4 numbers, or `rows` and 4 * rows for Reduction::none
+  // Of type A: 1 and 4 numbers, or `rows` and 4 * rows for Reduction::none. Terms may be null.
+  void *loss, *terms;
   const void *grad;    // upstream, of type A; null stands for 1
   std::int64_t grad_stride;
   void *d_logits[2];  // null where no gradient is wanted
@@ -65,8 +66,9 @@ extern const RowKernel loss_rows_portable;
 extern const RowKernel loss_rows_avx2, loss_rows_avx512;
 #endif
 
-// Writes statistics, loss and terms, and what gradients call.d_logits asks for.
-void loss_forward(LossCall call, int threads);
+// Writes statistics, loss and terms, and what gradients call.d_logits asks for. Returns the first
+// row whose class index is outside the classes, where loss and gradients are NaN; or -1.
+std::int64_t loss_forward(LossCall call, int threads);
 // Writes the gradients that call.d_logits asks for, from what loss_forward left in call.stats.
 void loss_backward(LossCall call, int threads);
 

@@ -1,8 +1,8 @@
 """The loss on CPU tensors: allocates outputs and hands addresses to the native module.
 
 Arguments are those of the public functions after their checks; what is checked again here is what
-the native code's memory safety rests on. A class index outside the classes is not read: that row's
-loss, terms and gradients are nan.
+the native code's memory safety rests on. It reads no class index outside the classes either, and
+names the first row that has one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import torch
 
+from gist_kernels import check
 from gist_kernels.cpu import _native
 from gist_kernels.options import LossOptions
 
@@ -28,20 +29,25 @@ _NOTHING = 0
 
 
 def forward(
-    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None, options: LossOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    options: LossOptions,
+    want_terms: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The loss, its four unweighted terms, and each row's statistics for :func:`backward`."""
-    inputs = _inputs(cls, gist, target)
-    loss, terms, stats = _outputs(cls, options)
-    _native.run_loss(
-        *inputs,
+    loss, terms, stats = _outputs(cls, options, want_terms)
+    invalid_row = _native.run_loss(
+        *_inputs(cls, gist, target),
         *options,
         stats.data_ptr(),
         loss.data_ptr(),
-        terms.data_ptr(),
+        _NOTHING if terms is None else terms.data_ptr(),
         *(_NOTHING,) * 5,
         torch.get_num_threads(),
     )
+    if invalid_row >= 0:
+        raise _out_of_range(target, invalid_row, cls, options)
     return loss, terms, stats
 
 
@@ -79,23 +85,31 @@ def backward(
 
 def forward_backward(
     cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None, options: LossOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The loss, its terms, and both gradients of its sum, each row read from memory once."""
-    inputs = _inputs(cls, gist, target)
-    loss, terms, stats = _outputs(cls, options)
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The loss and both gradients of its sum, each row read from memory once."""
+    loss, _, stats = _outputs(cls, options, False)
     d_cls, d_gist, places = _gradients(cls, gist, True, True)
-    _native.run_loss(
-        *inputs,
+    invalid_row = _native.run_loss(
+        *_inputs(cls, gist, target),
         *options,
         stats.data_ptr(),
         loss.data_ptr(),
-        terms.data_ptr(),
+        _NOTHING,
         _NOTHING,
         0,
         *places,
         torch.get_num_threads(),
     )
-    return loss, terms, d_cls, d_gist
+    if invalid_row >= 0:
+        raise _out_of_range(target, invalid_row, cls, options)
+    return loss, d_cls, d_gist
+
+
+def _out_of_range(
+    target: torch.Tensor | None, row: int, cls: torch.Tensor, options: LossOptions
+) -> IndexError:
+    assert target is not None
+    return check.out_of_range("target", row, int(target[row]), cls.shape[1], options.ignore_index)
 
 
 def _accumulate(logits: torch.Tensor) -> torch.dtype:
@@ -132,12 +146,12 @@ def _inputs(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None) 
 
 
 def _outputs(
-    cls: torch.Tensor, options: LossOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    cls: torch.Tensor, options: LossOptions, want_terms: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     rows, dtype = cls.shape[0], _accumulate(cls)
     per_row = (rows,) if options.reduction == "none" else ()
     loss = torch.empty(per_row, dtype=dtype)
-    terms = torch.empty((4, *per_row), dtype=dtype)
+    terms = torch.empty((4, *per_row), dtype=dtype) if want_terms else None
     return loss, terms, torch.empty((rows, STATS_PER_ROW), dtype=dtype)
 
 

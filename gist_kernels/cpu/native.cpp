@@ -31,9 +31,9 @@ void use_instruction_set(const char *name) {
 
 void *pointer(Address address) { return reinterpret_cast<void *>(address); }
 
-// Forward where there is a loss to write, else backward. One flat call is the cheapest to make from
+// Forward where there is a loss to write, else backward; returns what loss_forward does. One flat call is the cheapest to make from
 // Python; loss.py beside this file says what the arguments are.
-void run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t cls_stride,
+int64_t run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t cls_stride,
               Address gist, int64_t gist_stride, int target_dtype, Address target,
               int64_t target_stride, double temperature, double cls_weight, double gist_weight,
               double kl_cls_gist_weight, double kl_gist_cls_weight, double label_smoothing,
@@ -70,7 +70,9 @@ void run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t cls
   call.d_logits[gist::kCls] = pointer(d_cls);
   call.d_logits[gist::kGist] = pointer(d_gist);
   call.d_logits_stride = d_stride;
-  loss != 0 ? gist::loss_forward(call, threads) : gist::loss_backward(call, threads);
+  if (loss != 0) return gist::loss_forward(call, threads);
+  gist::loss_backward(call, threads);
+  return -1;
 }
 
 }  // namespace

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from gist_kernels.reference.adapter import adapter
-from gist_kernels.reference.loss import bidirectional_kl, gist_loss, gist_loss_and_grad
+from gist_kernels.reference.loss import gist_loss, gist_loss_and_grad
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "adapter": adapter,
-    "bidirectional_kl": bidirectional_kl,
+    "bidirectional_kl": gist_loss,
     "gist_loss": gist_loss,
     "gist_loss_and_grad": gist_loss_and_grad,
 }

@@ -7,71 +7,63 @@ neither they nor a NaN in them reach the gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-# The public functions define the type of what these return; they import this module's package.
-Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def bidirectional_kl(
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    *,
-    temperature: float,
-    weights: tuple[float, float],
-    reduction: str,
-) -> torch.Tensor:
-    """See :func:`gist_kernels.bidirectional_kl`."""
-    kl_ab, kl_ba = kl_rows(_accumulate(logits_a), _accumulate(logits_b), temperature)
-    rows = _weighted_sum((kl_ab, kl_ba), weights)
-    return _reduce(rows, reduction, rows.shape[0])
+from gist_kernels import check
+from gist_kernels.options import LossOptions
 
 
 def gist_loss(
     cls_logits: torch.Tensor,
     gist_logits: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    temperature: float,
-    cls_weight: float,
-    gist_weight: float,
-    kl_weights: tuple[float, float],
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-) -> tuple[torch.Tensor, Terms]:
-    """The loss and its four unweighted, detached terms. See :func:`gist_kernels.gist_loss`."""
+    target: torch.Tensor | None,
+    options: LossOptions,
+    want_terms: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss and its unweighted, detached terms, (4,) or (4, B).
+
+    See :func:`gist_kernels.gist_loss`, and :func:`gist_kernels.bidirectional_kl` without target.
+    """
     cls, gist = _accumulate(cls_logits), _accumulate(gist_logits)
-    if target.is_floating_point():
-        kept = torch.ones(cls.shape[0], dtype=torch.bool, device=cls.device)
+    rows, classes = cls.shape
+    kept = torch.ones(rows, dtype=torch.bool, device=cls.device)
+    count: torch.Tensor | int = rows
+    expected = torch.zeros_like(cls)
+    if target is not None and target.is_floating_point():
         expected = target.to(cls.dtype)
-        count: torch.Tensor | int = cls.shape[0]
-    else:
-        kept = target != ignore_index
-        expected = _one_hot(target.masked_fill(~kept, 0), cls)
+    elif target is not None:
+        if cls.device.type == "cpu" and not torch.compiler.is_compiling():
+            check.class_indices("target", target, classes, options.ignore_index)
+        kept = target != options.ignore_index
         count = kept.sum()
-    if label_smoothing:
-        expected = expected * (1 - label_smoothing) + label_smoothing / cls.shape[1]
+        expected = _one_hot(target.masked_fill(~kept, 0), cls)
+    if target is not None and options.label_smoothing:
+        smoothing = options.label_smoothing
+        expected = expected * (1 - smoothing) + smoothing / classes
     dropped = ~kept[:, None]
     cls, gist = cls.masked_fill(dropped, 0), gist.masked_fill(dropped, 0)
 
-    all_rows = (
+    by_row = (
         cross_entropy_rows(cls, expected),
         cross_entropy_rows(gist, expected),
-        *kl_rows(cls, gist, temperature),
+        *kl_rows(cls, gist, options.temperature),
     )
-    rows = tuple(row.masked_fill(~kept, 0) for row in all_rows)
-    loss = _weighted_sum(rows, (cls_weight, gist_weight, *kl_weights))
-    cls_ce, gist_ce, kl_cls_gist, kl_gist_cls = (
-        _reduce(row.detach(), reduction, count) for row in rows
-    )
-    return _reduce(loss, reduction, count), (cls_ce, gist_ce, kl_cls_gist, kl_gist_cls)
+    terms = [term.masked_fill(~kept, 0) for term in by_row]
+    loss = _reduce(_weighted_sum(terms, options[1:5]), options.reduction, count)
+    if not want_terms:
+        return loss, None
+    return loss, torch.stack([_reduce(term.detach(), options.reduction, count) for term in terms])
 
 
 def gist_loss_and_grad(
-    cls_logits: torch.Tensor, gist_logits: torch.Tensor, target: torch.Tensor, **options: object
-) -> tuple[torch.Tensor, Terms, torch.Tensor, torch.Tensor]:
-    """Loss, terms and both gradients. See :func:`gist_kernels.gist_loss_and_grad`."""
+    cls_logits: torch.Tensor,
+    gist_logits: torch.Tensor,
+    target: torch.Tensor,
+    options: LossOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss and both gradients. See :func:`gist_kernels.gist_loss_and_grad`."""
     # Autograd is needed whatever mode the caller is in, and takes no inference tensors.
     with torch.inference_mode(False), torch.enable_grad():
         cls, gist, target = (
@@ -79,9 +71,9 @@ def gist_loss_and_grad(
         )
         cls.requires_grad_()
         gist.requires_grad_()
-        loss, terms = gist_loss(cls, gist, target, **options)  # type: ignore[arg-type]
-        d_cls, d_gist = torch.autograd.grad(loss.sum(), (cls, gist))
-        return loss.detach(), terms, d_cls, d_gist
+        loss, _ = gist_loss(cls, gist, target, options, want_terms=False)
+        d_cls, d_gist = torch.autograd.grad(loss.sum(), (cls, gist), materialize_grads=True)
+        return loss.detach(), d_cls, d_gist
 
 
 def kl_rows(
@@ -119,7 +111,7 @@ def _accumulate(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _weighted_sum(terms: tuple[torch.Tensor, ...], weights: tuple[float, ...]) -> torch.Tensor:
+def _weighted_sum(terms: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """A weight of 0 leaves its term out: one direction may be infinite and unwanted."""
     total = torch.zeros_like(terms[0])
     for term, weight in zip(terms, weights, strict=True):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import subprocess
 import sys
 import threading
 
@@ -21,7 +24,7 @@ def fake(monkeypatch):
     """A first, fastest backend that serves bidirectional_kl of float32 CPU tensors alone."""
     fast = Backend(
         "fast",
-        operations={"bidirectional_kl": lambda *tensors, **options: "served by fast"},
+        operations={"bidirectional_kl": lambda *arguments: ("served by fast", None)},
         device_types=("cpu",),
         dtypes=(torch.float32,),
     )
@@ -29,6 +32,9 @@ def fake(monkeypatch):
     table = (fast, broken, *backend._BACKENDS)
     monkeypatch.setattr(backend, "_BACKENDS", table)
     monkeypatch.setattr(backend, "_BY_NAME", {b.name: b for b in table})
+    backend._cached_choice.cache_clear()
+    yield
+    backend._cached_choice.cache_clear()
 
 
 def test_every_backend_is_reported_with_what_it_serves_or_why_not(fake):
@@ -67,15 +73,32 @@ def test_context_is_one_threads_own():
     assert seen == ["served by fast"]
 
 
-@pytest.mark.usefixtures("fake")
-def test_environment_variable_chooses_and_the_context_wins(monkeypatch):
-    monkeypatch.setenv("GIST_KERNELS_BACKEND", "reference")
-    assert gk.bidirectional_kl(A, A).item() == 0
-    with gk.use_backend("fast"):
-        assert gk.bidirectional_kl(A, A) == "served by fast"
-    monkeypatch.setenv("GIST_KERNELS_BACKEND", "fats")
-    with pytest.raises(ValueError, match="GIST_KERNELS_BACKEND: 'fats' .* did you mean 'fast'"):
-        gk.bidirectional_kl(A, A)
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        ("reference", "bidirectional_kl of reference"),
+        ("", "bidirectional_kl of cpu"),
+        ("referense", "GIST_KERNELS_BACKEND: 'referense' .* did you mean 'reference'"),
+    ],
+)
+def test_environment_variable_chooses_at_import_and_the_context_wins(value, printed):
+    script = """
+import torch, gist_kernels
+from gist_kernels import backend
+chosen = backend.select("bidirectional_kl", torch.ones(1, 1))
+for name, table in backend._BY_NAME.items():
+    if table.operations.get("bidirectional_kl") is chosen:
+        print("bidirectional_kl of", name)
+with gist_kernels.use_backend("auto"):
+    assert backend.select("bidirectional_kl", torch.ones(1, 1)) is not (
+        backend._BY_NAME["reference"].operations["bidirectional_kl"]
+    )
+"""
+    environment = os.environ | {"GIST_KERNELS_BACKEND": value}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert re.search(printed, run.stdout + run.stderr)
 
 
 @pytest.mark.usefixtures("fake")

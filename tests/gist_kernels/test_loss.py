@@ -13,14 +13,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gist_kernels as gk
+from gist_kernels import loss as loss_module
+from gist_kernels.gpu import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("served_by")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(
+    params=[
+        "reference",
+        "cpu",
+        pytest.param(
+            "triton",
+            marks=[
+                pytest.mark.triton,
+                # On a device, test_gpu_loss.py asks the same.
+                pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+            ],
+        ),
+    ]
+)
 def served_by(request):
+    if request.param == "triton" and request.node.get_closest_marker("float64"):
+        pytest.skip("the Triton kernels take no float64")
     with gk.use_backend(request.param):
-        yield
+        yield request.param
 
 
 CLASSES = (1, 2, 5, 10, 45, 100, 397, 1000)
@@ -65,7 +82,7 @@ def differentiated(a, b, target, temperature, label_smoothing, weights):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("temperature", [0.5, 3.0, 4.7])
-def test_loss_terms_and_gradients_are_as_accurate_as_pytorch(kind, classes, temperature):
+def test_loss_terms_and_gradients_are_as_accurate_as_pytorch(served_by, kind, classes, temperature):
     a, b, target = logits(kind, 6, classes)
     expected = truth(a, b, target, temperature=temperature)
     by_pytorch = differentiated(a, b, target, temperature, 0.0, (1.0, 0.5, 0.75, 0.75))
@@ -80,9 +97,15 @@ def test_loss_terms_and_gradients_are_as_accurate_as_pytorch(kind, classes, temp
         ulp = torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
         error = (value.double() - exact).abs().max().item()
         allowed = (torchs - exact).abs().max().item() + 4 * ulp
+        if served_by == "triton":
+            # Half an ulp of the largest log-probability, which either form rounds on its way.
+            allowed += (
+                2**-24 * max((x.amax(1) - x.amin(1)).max().item() for x in (a, b)) / temperature
+            )
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("classes", [2, 10, 397])
 def test_equals_the_released_formula_where_that_is_finite(classes):
     a, b, target = (
@@ -112,6 +135,7 @@ rows_of_logits = st.lists(
 ).filter(lambda row: max(row) > -math.inf)
 
 
+@pytest.mark.float64
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), temperature=st.sampled_from([0.5, 1.0, 2.0, 3.0, 4.7]))
 def test_kl_follows_its_definition_with_masked_classes(data, temperature):
@@ -144,6 +168,7 @@ def test_class_masked_in_one_head_gives_an_infinite_kl_that_a_zero_weight_leaves
         assert gradient.isfinite().all()
 
 
+@pytest.mark.float64
 def test_gradcheck_of_every_option():
     a = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     b = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
@@ -234,13 +259,13 @@ def test_empty_batch_and_all_ignored_are_as_pytorchs():
 
 
 def test_views_and_stride_zero_gradients():
-    stacked = torch.randn(6, 2, 5, dtype=torch.float64, requires_grad=True)
+    stacked = torch.randn(6, 2, 5, requires_grad=True)
     target = torch.arange(6) % 5
     rows = gk.gist_loss(stacked[:, 0], stacked[:, 1], target, reduction="none")
-    rows.backward(torch.ones(()).double().expand(6))
+    rows.backward(torch.ones(()).expand(6))
     exact = truth(stacked[:, 0], stacked[:, 1], target)
-    torch.testing.assert_close(stacked.grad[:, 0], 6 * exact[5])
-    torch.testing.assert_close(stacked.grad[:, 1], 6 * exact[6])
+    torch.testing.assert_close(stacked.grad[:, 0].double(), 6 * exact[5], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(stacked.grad[:, 1].double(), 6 * exact[6], rtol=2e-6, atol=2e-6)
 
 
 def test_inputs_are_never_written_and_either_side_alone_may_need_a_gradient():
@@ -300,8 +325,6 @@ A, B, T = torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 1, 2])
         ((A, B, T.int()), TypeError, r"int64.*target.long\(\)"),
         ((A, B, T[:2]), ValueError, r"target must have shape \(B,\)"),
         ((A, B, torch.rand(3, 5)), ValueError, "target must have shape .* class probabilities"),
-        ((A, B, torch.tensor([0, 4, 1])), IndexError, r"target\[1\] is 4, outside the 4 classes"),
-        ((A, B, torch.tensor([0, -1, 1])), IndexError, r"target\[1\] is -1"),
         ((A, B, T.to("meta")), ValueError, "target is on meta"),
         ((A, B.to("meta"), T), ValueError, "gist_logits is on meta"),
     ],
@@ -309,6 +332,20 @@ A, B, T = torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 1, 2])
 def test_tensors_that_do_not_fit_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         gk.gist_loss(*arguments)
+
+
+@pytest.mark.parametrize("index", [4, -1])
+def test_class_index_out_of_range_is_named_or_its_row_is_nan(served_by, monkeypatch, index):
+    target = torch.tensor([0, index, 1])
+    if served_by == "triton":  # as on a device, where nothing waits for an answer
+        rows = gk.gist_loss(A, B, target, reduction="none")
+        assert rows.isnan().tolist() == [False, True, False]
+        monkeypatch.setattr(loss_module, "_CHECK_TARGETS", True)
+    with pytest.raises(IndexError, match=rf"target\[1\] is {index}, outside the 4 classes"):
+        gk.gist_loss(A, B, target)
+    with pytest.raises(IndexError, match=rf"target\[1\] is {index}"):
+        gk.gist_loss_and_grad(A, B, target)
+    assert gk.gist_loss(A, B, target, ignore_index=index).isfinite()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""Registers, shared memory and spills of every kernel the loss can launch: no device is needed.
+
+    python bench/binaries.py [sm_80 sm_90 sm_100 gfx942]
+
+The launchers run on CPU tensors with the launch itself replaced, so what is compiled here is what
+they choose: every tile of the heuristics, with each kind of target, reduction and temperature.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from gist_kernels.gpu import loss
+from gist_kernels.options import LossOptions
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# One width for each tile that the heuristics know: they are constant between powers of two.
+WIDTHS = (10, 30, 60, 100, 200, 500, 1000, 2000, 4000, 8000, 16_000, 65_537, 4_194_304)
+KINDS = ("none", "index", "smoothed", "probability")
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+class Launch(NamedTuple):
+    """A kernel with the arguments of one launch."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def name(self) -> str:
+        keeps = self.arguments.get("d_a") is not None and "loss" in self.arguments
+        return self.kernel.__name__.strip("_") + ("+gradients" if keeps else "")
+
+    def shape(self) -> str:
+        rows, block = (self.arguments.get(name, "") for name in ("ROWS", "BLOCK"))
+        return f"{rows} x {block}, {self.options.get('num_warps', 4)} warps"
+
+
+class Usage(NamedTuple):
+    """What one program of a binary takes; spills in bytes a thread (AMD: registers)."""
+
+    registers: int
+    shared: int
+    spills: int
+
+
+def launches(
+    classes: int,
+    target: GPUTarget,
+    dtype: torch.dtype = torch.bfloat16,
+    kind: str = "index",
+    temperature: float = 3.0,
+    reduction: str = "mean",
+) -> list[Launch]:
+    """What forward, backward and forward_backward launch for rows of so many classes."""
+    found: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = kernel.arg_names
+        bound = dict(zip(names, args, strict=False))
+        bound |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        found.append(Launch(kernel, bound, kwargs))
+
+    rows = 2
+    cls, gist = torch.zeros(2, rows, classes, dtype=dtype)
+    targets = {
+        "none": None,
+        "index": torch.zeros(rows, dtype=torch.int64),
+        "smoothed": torch.zeros(rows, dtype=torch.int64),
+        "probability": torch.zeros(rows, classes),
+    }
+    smoothing = 0.1 if kind == "smoothed" else 0.0
+    options = LossOptions(temperature, 1.0, 0.5, 0.75, 0.75, smoothing, -100, reduction)
+    hip = "6.4" if target.backend == "hip" else None
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(loss, "_warp_size", return_value=target.warp_size),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        _, _, stats = loss.forward(cls, gist, targets[kind], options)
+        grad = torch.zeros(rows if reduction == "none" else ())
+        loss.backward(grad, cls, gist, targets[kind], stats, options, True, True)
+        loss.forward_backward(cls, gist, targets[kind], options)
+    return found
+
+
+def compiled(launch: Launch, target: GPUTarget) -> CompiledKernel:
+    signature: dict[str, Any] = {}
+    constants = {}
+    attributes = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[parameter.name] = ("fp32",) * len(value)
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def usage(binary: CompiledKernel) -> Usage:
+    if "cubin" in binary.asm:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(binary.asm["cubin"])
+            tool = triton.knobs.nvidia.cuobjdump.path
+            text = subprocess.check_output([tool, "-res-usage", cubin], text=True)
+        found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
+        registers, stack, local = map(int, found.groups())
+        return Usage(registers, binary.metadata.shared, stack + local)
+
+    def count(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", binary.asm["amdgcn"]).group(1))
+
+    spills = count("vgpr_spill_count") + count("sgpr_spill_count")
+    return Usage(
+        count("vgpr_count"), binary.metadata.shared, spills + count("private_segment_fixed_size")
+    )
+
+
+def distinct(launches: Iterable[Launch]) -> Iterator[Launch]:
+    """One of those that share a binary."""
+    seen = set()
+    for launch in launches:
+        constants = [
+            str(v.dtype if isinstance(v, torch.Tensor) else v)
+            for k, v in launch.arguments.items()
+            if k.isupper() or v is None or isinstance(v, torch.Tensor)
+        ]
+        key = launch.kernel.__name__, *constants
+        if key not in seen:
+            seen.add(key)
+            yield launch
+
+
+def configurations(target: GPUTarget) -> Iterator[Launch]:
+    """Everything, in both sizes of dtype, at a temperature with and without integer powers."""
+    for classes in WIDTHS:
+        for dtype in (torch.bfloat16, torch.float32):
+            for kind in KINDS:
+                for temperature in (3.0, 4.7):
+                    yield from launches(classes, target, dtype, kind, temperature)
+            yield from launches(classes, target, dtype, reduction="none")
+
+
+def main() -> None:
+    spilling = 0
+    for name in sys.argv[1:] or TARGETS:
+        target = TARGETS[name]
+        print(
+            f"{name}\n{'kernel':<26}{'tile':<22}{'dtype':<10}{'target':<13}{'T':<5}"
+            f"{'registers':>9}{'shared':>8}{'spills':>8}"
+        )
+        for launch in distinct(configurations(target)):
+            found = usage(compiled(launch, target))
+            spilling += found.spills > 0
+            a = launch.arguments.get("a")
+            print(
+                f"{launch.name():<26}{launch.shape():<22}"
+                f"{'' if a is None else str(a.dtype)[6:]:<10}{launch.arguments['TARGET']!s:<13}"
+                f"{launch.arguments.get('POWER', ''):<5}"
+                f"{found.registers:>9}{found.shared:>8}{found.spills:>8}",
+                flush=True,
+            )
+    sys.exit(f"{spilling} binaries spill" if spilling else 0)
+
+
+if __name__ == "__main__":
+    main()

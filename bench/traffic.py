@@ -1,0 +1,116 @@
+"""Bytes that the loss kernels move, counted in Triton's interpreter: no device is needed.
+
+    python bench/traffic.py [classes ...]
+
+Every unmasked element of every load, store and atomic counts, also where a cache would serve it.
+Printed as multiples of one logit tensor: first accesses to logits and their gradients, where the
+least possible is 2, 4 and 4, then all accesses, with targets, statistics and sums.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton.runtime.interpreter import interpreter_builder
+
+from gist_kernels.gpu import loss
+from gist_kernels.options import LossOptions
+
+PUBLISHED = LossOptions(3.0, 1.0, 0.5, 0.75, 0.75, 0.0, -100, "mean")
+
+
+class Traffic:
+    """What kernels accessed while :func:`counted`."""
+
+    def __init__(self) -> None:
+        self._accesses: list[tuple[np.ndarray, int]] = []
+
+    def add(self, pointers: Any, mask: Any) -> None:
+        addresses = pointers.data[mask.data]
+        self._accesses.append((addresses, pointers.get_element_ty().primitive_bitwidth // 8))
+
+    def bytes(self) -> int:
+        return sum(addresses.size * size for addresses, size in self._accesses)
+
+    def bytes_of(self, *tensors: torch.Tensor) -> int:
+        """Of these tensors alone. They may be views of one another's memory."""
+        total = 0
+        for addresses, size in self._accesses:
+            within = np.zeros(addresses.shape, bool)
+            for tensor in tensors:
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                start = tensor.data_ptr()
+                within |= (addresses >= start) & (addresses <= start + last * tensor.itemsize)
+            total += int(within.sum()) * size
+        return total
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """Count what the kernels launched inside the block access."""
+    traffic = Traffic()
+    builder = type(interpreter_builder)
+
+    def counting(method: Callable[..., Any], at: tuple[int, int]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any) -> Any:
+            traffic.add(args[at[0]], args[at[1]])
+            return method(self, *args)
+
+        return call
+
+    methods = {"create_masked_load": (0, 1), "create_masked_store": (0, 2)}
+    methods["create_atomic_rmw"] = (1, 3)
+    with mock.patch.multiple(
+        builder, **{name: counting(getattr(builder, name), at) for name, at in methods.items()}
+    ):
+        yield traffic
+
+
+def measure(rows: int, classes: int, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Traffic of each operation in logit tensors: of logits and gradients, and of everything."""
+    cls, gist = torch.randn(2, rows, classes).to(dtype)
+    target = torch.randint(classes, (rows,))
+    unit = cls.numel() * cls.itemsize
+    found = {}
+    with counted() as traffic:
+        value, _, stats = loss.forward(cls, gist, target, PUBLISHED)
+    found["forward"] = traffic, (cls, gist)
+    with counted() as traffic:
+        one = torch.ones_like(value)
+        gradients = loss.backward(one, cls, gist, target, stats, PUBLISHED, True, True)
+    found["backward"] = traffic, (cls, gist, *gradients)
+    with counted() as traffic:
+        gradients = loss.forward_backward(cls, gist, target, PUBLISHED)[1:]
+    found["forward_backward"] = traffic, (cls, gist, *gradients)
+    return {
+        name: (traffic.bytes_of(*tensors) / unit, traffic.bytes() / unit)
+        for name, (traffic, tensors) in found.items()
+    }
+
+
+def main() -> None:
+    classes = [int(n) for n in sys.argv[1:]] or [2, 10, 100, 397, 1000, 4096, 8192, 21843, 65537]
+    print(
+        f"{'rows x classes':>16} {'dtype':>9} "
+        + "".join(f"{name:>22}" for name in ("forward", "backward", "forward_backward"))
+    )
+    for count in classes:
+        rows = 64 if count <= 1000 else 4
+        for dtype in (torch.float32, torch.bfloat16):
+            cells = measure(rows, count, dtype).values()
+            line = "".join(f"{logits:>13.3f} /{everything:7.3f}" for logits, everything in cells)
+            print(f"{f'{rows} x {count}':>16} {str(dtype)[6:]:>9} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

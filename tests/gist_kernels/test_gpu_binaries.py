@@ -1,0 +1,78 @@
+"""The binaries that the loss launches compile to, for processors that need not be here."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from gist_kernels import gpu
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 compiles nothing")
+
+
+@pytest.fixture(scope="module")
+def binaries():
+    path = Path(__file__).parents[2] / "bench" / "binaries.py"
+    spec = importlib.util.spec_from_file_location("binaries", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Each regime with something different; bench/binaries.py goes through every combination.
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    ("classes", "options"),
+    [
+        (10, {}),
+        (100, {"kind": "smoothed", "dtype": torch.float32, "reduction": "none"}),
+        (1000, {"temperature": 4.7}),
+        (4000, {"kind": "probability", "dtype": torch.float16, "temperature": 4.7}),
+        (65537, {"kind": "none", "temperature": 1.0}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_nothing_spills(binaries, target, classes, options):
+    target = binaries.TARGETS[target]
+    for launch in binaries.distinct(binaries.launches(classes, target, **options)):
+        usage = binaries.usage(binaries.compiled(launch, target))
+        assert usage.registers > 0
+        assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
+
+
+@pytest.mark.parametrize(("target", "limit"), [("sm_90", "maxnreg"), ("gfx942", "waves_per_eu")])
+def test_spills_would_be_seen(binaries, target, limit):
+    target = binaries.TARGETS[target]
+    launch = binaries.launches(8000, target)[0]
+    options = {"maxnreg": 32} if limit == "maxnreg" else {"waves_per_eu": 8, "num_warps": 8}
+    launch = launch._replace(options=launch.options | options)
+    assert binaries.usage(binaries.compiled(launch, target)).spills > 0
+
+
+def test_every_regime_launches_what_it_says(binaries):
+    def launched(classes: int) -> list[str]:
+        return [launch.name() for launch in binaries.launches(classes, binaries.TARGETS["sm_90"])]
+
+    # Forward, backward, both at once.
+    for classes in (2, 100, 4096):
+        assert launched(classes) == [
+            "forward_kernel",
+            "backward_kernel",
+            "forward_kernel+gradients",
+        ]
+    assert launched(8192) == 2 * ["forward_kernel", "backward_kernel"]
+    assert launched(8193) == 2 * ["forward_kernel", "combine_kernel", "backward_kernel"]
+
+
+def test_sizes_never_recompile(binaries):
+    """Triton would compile anew for an integer that becomes 1 or a multiple of 16."""
+    for classes in (100, 65537):
+        for launch in binaries.launches(classes, binaries.TARGETS["sm_90"]):
+            for parameter in launch.kernel.params:
+                value = launch.arguments[parameter.name]
+                if isinstance(value, int) and not parameter.is_constexpr:
+                    assert parameter.do_not_specialize, parameter.name
