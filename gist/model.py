@@ -8,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import gist_kernels
 from gist.config import GistConfig
 from gist.token import GistToken
 
@@ -95,7 +96,7 @@ class GistModel(nn.Module):
             by_backbone = backbone.pool(token.remove(features))
             pooled = torch.stack((by_backbone, features[:, token.index]), dim=1)
         logits = backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
-        return GistOutput(logits[:, 0], logits[:, 1])
+        return GistOutput(*gist_kernels.split_heads(logits))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new, trainable one for ``num_classes`` classes."""

@@ -12,6 +12,7 @@ from gist_kernels.loss import (
     bidirectional_kl,
     gist_loss,
     gist_loss_and_grad,
+    split_heads,
 )
 
 __version__ = "0.1.0"
@@ -24,5 +25,6 @@ __all__ = [
     "bidirectional_kl",
     "gist_loss",
     "gist_loss_and_grad",
+    "split_heads",
     "use_backend",
 ]

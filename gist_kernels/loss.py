@@ -193,6 +193,42 @@ def gist_loss_and_grad(
     return result
 
 
+def split_heads(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two (B, C) heads of one (B, 2, C) tensor, as a shared classifier gives them.
+
+    They are views, as ``logits.unbind(1)`` would return. But :func:`gist_loss` writes the gradients
+    of such a pair as the halves of one tensor, which the backward pass here hands on as it is,
+    where autograd would copy them into another.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: another shape.
+    """
+    check.floating("logits", logits)
+    check.shape("logits", logits, (None, 2, None), "(B, 2, C)")
+    cls_logits, gist_logits = _SplitHeads.apply(logits)
+    return cls_logits, gist_logits
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits[:, 0], logits[:, 1]
+
+    @staticmethod
+    def backward(ctx: Any, d_cls: torch.Tensor, d_gist: torch.Tensor) -> torch.Tensor:
+        traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if not traced and type(d_cls) is type(d_gist) is torch.Tensor:
+            rows, classes = d_cls.shape
+            halves = (
+                d_cls.stride() == d_gist.stride() == (2 * classes, 1)
+                and d_cls.untyped_storage().data_ptr() == d_gist.untyped_storage().data_ptr()
+                and d_gist.storage_offset() == d_cls.storage_offset() + classes
+            )
+            if halves:
+                return d_cls.as_strided((rows, 2, classes), (2 * classes, classes, 1))
+        return torch.stack((d_cls, d_gist), dim=1)
+
+
 def _checked_options(*arguments: Any) -> LossOptions:
     """The arguments of :func:`_options`, checked, once for all calls with the same."""
     # A traced call needs no cache, and the tracer would warn of it.

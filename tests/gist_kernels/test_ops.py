@@ -69,6 +69,50 @@ def test_no_copy_is_made_of_stacked_or_strided_logits(served_by):
         assert not {"aten::copy_", "aten::clone", "aten::contiguous"} & names
 
 
+def test_gradient_of_a_stacked_pair_is_one_tensor_that_nothing_copies(served_by):
+    if served_by == "triton" and INTERPRETED:
+        pytest.skip("the interpreter itself copies tensors")
+    target = torch.arange(64) % 100
+    stacked = torch.randn(64, 2, 100, requires_grad=True)
+
+    def gradient_of(split):
+        (gradient,) = torch.autograd.grad(gk.gist_loss(*split(stacked), target), stacked)
+        return gradient
+
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        gradient = gradient_of(gk.split_heads)
+    torch.testing.assert_close(gradient, gradient_of(lambda pair: pair.unbind(1)), rtol=0, atol=0)
+    names = {event.key for event in trace.key_averages()}
+    assert not {"aten::copy_", "aten::clone", "aten::stack", "aten::add", "aten::zero_"} & names
+
+
+def test_split_heads_has_gradients_whatever_is_asked_of_them():
+    stacked = torch.randn(4, 2, 7, requires_grad=True)
+    target = torch.tensor([0, 5, 6, 2])
+
+    def loss_of(pair):
+        cls, gist = gk.split_heads(pair)
+        return gk.gist_loss(cls, gist, target) + (cls * gist).sum() + cls.detach().sum()
+
+    def plain(pair):
+        cls, gist = pair.unbind(1)
+        return gk.gist_loss(cls, gist, target) + (cls * gist).sum()
+
+    (expected,) = torch.autograd.grad(plain(stacked), stacked)
+    (eager,) = torch.autograd.grad(loss_of(stacked), stacked)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    (traced,) = torch.autograd.grad(compiled(stacked), stacked)
+    torch.testing.assert_close(eager, expected)
+    torch.testing.assert_close(traced, expected)
+    cls, _ = gk.split_heads(stacked)
+    (one_side,) = torch.autograd.grad(cls.sum(), stacked)
+    assert one_side.sum(2).tolist() == [[7, 0]] * 4
+    product = gk.split_heads(stacked)[0] * gk.split_heads(stacked)[1]
+    (first,) = torch.autograd.grad(product.sum(), stacked, create_graph=True)
+    (second,) = torch.autograd.grad((first**2).sum(), stacked)
+    torch.testing.assert_close(second, 2 * stacked.detach())
+
+
 def test_second_backward_and_second_derivatives():
     cls, gist = (torch.randn(4, 7, requires_grad=True) for _ in range(2))
     loss = gk.bidirectional_kl(cls, gist)
