@@ -1,13 +1,14 @@
-# make demo   fine-tune real weights on real images, print and plot the result
-# make test   every test that needs no GPU
-# make lint   ruff and mypy
+# make demo       fine-tune real weights on real images, print and plot the result
+# make test       every test that needs no GPU
+# make lint       ruff and mypy
+# make sanitize   the C++ kernels' own test under the address, undefined and thread sanitizers
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard gist_kernels/cpu/*.cpp gist_kernels/cpu/*.h)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
@@ -20,6 +21,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize-thread
+
+build/sanitize-%: FORCE
+	$(BIN)/cmake -S . -B $@ -DGIST_KERNELS_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
+	$(BIN)/cmake --build $@
+	$@/loss_test
+
+FORCE:
 
 # One stamp an extra; made again when the build's inputs change, so the native module stays current.
 $(VENV)/.installed-%: $(NATIVE) | $(BIN)/python

@@ -669,7 +669,7 @@ def _empty_gradients(
     return d_cls, d_gist
 
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+_counters: dict[tuple[int | None, int], torch.Tensor] = {}
 
 
 def _counter(device: torch.device) -> torch.Tensor:
@@ -678,9 +678,12 @@ def _counter(device: torch.device) -> torch.Tensor:
     Launches on one stream follow each other and can share it. A captured graph may be replayed on
     any stream, beside any launch: it gets its own, set to zero by the graph itself.
     """
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros((), dtype=torch.int32, device=device)
-    key = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros((), dtype=torch.int32, device=device)
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
+    key = device.index, stream
     counter = _counters.get(key)
     if counter is None:
         counter = _counters[key] = torch.zeros((), dtype=torch.int32, device=device)

@@ -1,0 +1,77 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import measure, report
+from bench.machine import limits, machine
+
+BENCHMARKS = ("loss", "scaling")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="gist bench", description=__doc__)
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="BENCHMARK",
+        help=f"{', '.join(BENCHMARKS)} (default: all), or: report DIR ...",
+    )
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--threads", type=int, help="on a CPU; default: as PyTorch chooses")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="to spend on a case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder for JSON files and plots"
+    )
+    given = parser.parse_args(arguments)
+    if given.what[:1] == ["report"]:
+        try:
+            print(report.markdown(report.load([Path(folder) for folder in given.what[1:]])), end="")
+        except FileNotFoundError as error:
+            sys.exit(str(error))
+        return
+    unknown = set(given.what) - set(BENCHMARKS)
+    if unknown:
+        parser.error(
+            f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
+        )
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA or ROCm device")
+    dtype = getattr(torch, given.dtype, None) if given.dtype else None
+    if given.dtype and not isinstance(dtype, torch.dtype):
+        parser.error(f"--dtype {given.dtype}: take float32, bfloat16, float16 or float64")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    about, ceiling = machine(device), limits(device)
+    for name in given.what or BENCHMARKS:
+        benchmark = importlib.import_module(f"bench.{name}")
+        run: report.Run = {
+            "benchmark": name,
+            "machine": about,
+            "limits": ceiling,
+            "absent": benchmark.absent(device),
+            "cases": [],
+        }
+        report.print_head(run)
+        for case in benchmark.cases(device, dtype):
+            run["cases"].append(measure.run(case, device, seconds=given.seconds))
+            report.print_case(run["cases"][-1])
+            written = report.save(run, given.out)
+        for slope in report.slopes(run):
+            print(report.slope_text(slope))
+        plots = report.plot(run, given.out)
+        print("wrote", ", ".join(map(str, (written, *plots))))
+
+
+if __name__ == "__main__":
+    main()

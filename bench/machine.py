@@ -1,0 +1,73 @@
+"""The machine a figure depends on: what it is, and what it can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import measure
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Names and versions, and the revision of the code."""
+    found = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "revision": _revision(),
+    }
+    try:
+        import triton
+    except ImportError:
+        return found
+    return found | {"triton": triton.__version__}
+
+
+def limits(device: torch.device) -> dict[str, float]:
+    """What nothing on this machine can exceed, measured: bytes a second that a large copy reads and
+    writes, FLOP a second of a large matrix product, seconds of the smallest operation."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones((1 << 30 if on_gpu else 1 << 27) // 4, device=device)
+    to = torch.empty_like(source)
+    size = 8192 if on_gpu else 1024
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    one = torch.ones(1, device=device)
+    calls = {
+        "copy": lambda: to.copy_(source),
+        "product": lambda: a @ b,
+        "least": lambda: one.add_(1),
+    }
+    times = measure.in_turns(calls, device, seconds=2.0)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {
+        "copy_bytes_per_second": 2 * source.numel() * 4 / median["copy"],
+        f"{str(dtype).removeprefix('torch.')}_flop_per_second": 2 * size**3 / median["product"],
+        "smallest_operation_seconds": median["least"],
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _revision() -> str:
+    """The commit, marked where the tree differs from it; "unknown" outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

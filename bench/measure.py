@@ -1,0 +1,181 @@
+"""Timing contenders against each other: in turns, in one process, held against a floor."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+
+# Seconds that one measurement should take at least, so that reading the clock doesn't count.
+_BLOCK = 2e-3
+# More than any GPU's last-level cache.
+_FLUSHED_BYTES = 256 << 20
+
+
+@dataclass
+class Case:
+    """Contenders that compute the same thing at one size."""
+
+    sizes: dict[str, int]
+    """What was varied, by name: the axes of plots and slopes."""
+    dtype: torch.dtype
+    calls: dict[str, Call]
+    """The first one is ours: ratios are to it."""
+    parity: Callable[[], str | None]
+    """What is wrong with our results here, None if nothing. Then there is no ratio."""
+    floors: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """For a contender, the call that does the least it could do, and how often it would have to:
+    ``{"ours": ("copy", 1.5)}`` is held against 1.5 times the time of the call "copy"."""
+    least_bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes that a contender can't avoid to move, where that is its floor."""
+    graphs: bool = False
+    """On a GPU, time each call also as a CUDA graph."""
+
+
+def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
+    """A case's figures, as they go into a JSON file."""
+    failure = case.parity()
+    results = _table(case, in_turns(case.calls, device, seconds=seconds), failure)
+    for name, call in case.calls.items():
+        results[name]["peak_bytes"] = peak_bytes(call, device)
+    if case.graphs and device.type == "cuda":
+        graphs = {name: graphed(call) for name, call in case.calls.items()}
+        replayed = _table(case, in_turns(graphs, device, seconds=seconds), failure)
+        results |= {f"{name}, graph": result for name, result in replayed.items()}
+    return {
+        "sizes": case.sizes,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "parity": failure or "ok",
+        "results": results,
+    }
+
+
+def _table(
+    case: Case, times: dict[str, list[float]], failure: str | None
+) -> dict[str, dict[str, float]]:
+    ours = next(iter(case.calls))
+    results = {}
+    for name, seconds in times.items():
+        results[name] = quantiles(seconds)
+        if failure is None:
+            results[name]["times_ours"] = ratio(seconds, times[ours])
+        if name in case.floors:
+            floor, factor = case.floors[name]
+            results[name]["of_floor"] = factor * ratio(times[floor], seconds)
+        if name in case.least_bytes:
+            results[name]["least_bytes"] = case.least_bytes[name]
+    return results
+
+
+def in_turns(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    seconds: float = 10.0,
+    rounds: tuple[int, int] = (5, 300),
+) -> dict[str, list[float]]:
+    """Seconds a call of each contender takes, once a round: what disturbs one disturbs all.
+
+    Rounds go on for about ``seconds``, within the limits of ``rounds``. A measurement is the mean
+    of a block of calls of some milliseconds; on a GPU the device itself times the block, after a
+    write that leaves nothing of the inputs in its cache.
+    """
+    measure = _on_device if device.type == "cuda" else _on_host
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(3):  # compile, allocate, warm up
+            call()
+        repeats[name] = max(1, round(_BLOCK / max(measure(call, 1), 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() - start > seconds:
+            break
+        for name, call in calls.items():
+            times[name].append(measure(call, repeats[name]))
+    return times
+
+
+def _on_host(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _on_device(call: Call, repeats: int) -> float:
+    torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda").zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def graphed(call: Call) -> Call:
+    """The call as a replay of a CUDA graph: what it costs where nothing waits for Python."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """What a call takes beyond what was there before; None where the system doesn't tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")  # the high-water mark of resident memory starts anew
+    except OSError:
+        return None
+
+    def kibibytes(field: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1])
+
+    before = kibibytes("VmRSS")
+    call()
+    return max(0, kibibytes("VmHWM") - before) * 1024
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """Seconds: the median, and what a fifth of the rounds stayed below and above."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return {"median": statistics.median(times), "q20": fifths[0], "q80": fifths[3]}
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """Median of the rounds' ratios."""
+    return statistics.median(x / y for x, y in zip(of, to, strict=True))
+
+
+def mismatch(named: Mapping[str, tuple[torch.Tensor, torch.Tensor]], relative: float) -> str | None:
+    """The first of these (ours, exact) that differs by more than ``relative`` times the largest
+    exact number, or than two roundings to our dtype, in words."""
+    for name, (ours, exact) in named.items():
+        eps = torch.finfo(ours.dtype).eps
+        tolerance = max(relative, 2 * eps) * exact.abs().max().item()
+        error = (ours.double() - exact.double()).abs().max().item()
+        if not error <= tolerance:  # also where it is nan
+            return f"{name} is off by {error:.3g}, where {tolerance:.3g} is allowed"
+    return None
