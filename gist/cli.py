@@ -122,6 +122,19 @@ def _demo(arguments: argparse.Namespace) -> None:
     console.print("One seed: differences of a few images are noise, not a ranking.", style="dim")
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    repository = Path(__file__).parents[1]
+    if not (repository / "bench" / "__main__.py").exists():
+        raise FileNotFoundError(
+            "the benchmarks are in the repository, not in the installed package: clone it, run "
+            "pip install -e '.[bench]' there, and this command again"
+        )
+    sys.path.insert(0, str(repository))
+    from bench.__main__ import main as run_benchmarks
+
+    run_benchmarks(arguments.arguments)
+
+
 def _backends(arguments: argparse.Namespace) -> None:
     for name, info in gist_kernels.backends().items():
         state = "available" if info.available else "not available"
@@ -261,6 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     _common(demo)
 
     _command(commands, "backends", _backends, "what can run the kernels here, and why not")
+    # Its options are its own: no prefix makes anything an option here.
+    summary = "time the kernels against their peers"
+    bench = commands.add_parser("bench", help=summary, prefix_chars="\0", add_help=False)
+    bench.set_defaults(command=_bench)
+    bench.add_argument("arguments", nargs="*")
     return parser
 
 

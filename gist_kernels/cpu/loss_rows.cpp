@@ -37,13 +37,18 @@ struct Exponentials {
 
   explicit Exponentials(double temperature) : tempered(1 / temperature), plain(1) {}
 
-  GIST_INLINE void untemper(const Vec<A> (&x)[2], const Vec<A> (&e)[2], Vec<A> (&to)[2]) const {
+  template <int kCount>
+  GIST_INLINE void untemper(const Vec<A> (&x)[kCount], const Vec<A> (&e)[kCount],
+                            Vec<A> (&to)[kCount]) const {
     if constexpr (kPower == kAnyTemperature) {
       plain(x, to);
     } else {
-      for (int s : kHeads) {
-        const Vec<A> square = e[s] * e[s];
-        to[s] = kPower == 1 ? e[s] : kPower == 2 ? square : kPower == 3 ? square * e[s] : square * square;
+      for (int i = 0; i < kCount; ++i) {
+        const Vec<A> square = e[i] * e[i];
+        to[i] = kPower == 1   ? e[i]
+                : kPower == 2 ? square
+                : kPower == 3 ? square * e[i]
+                              : square * square;
       }
     }
   }
@@ -56,6 +61,16 @@ struct Pair {
 
   Pair at(int64_t j) const { return {cls + j, gist + j}; }
 };
+
+// Vectors of both heads side by side, cls and gist in turn, less their maxima.
+template <class S, class Lanes, class A, int kCount>
+GIST_INLINE void load_shifted(Pair<S> from, Lanes lanes, const A (&max)[2], Vec<A> (&x)[kCount]) {
+  for (int i = 0; i < kCount; i += 2) {
+    const Pair<S> at = from.at(i / 2 * kLanes<A>);
+    x[i + kCls] = load(at.cls, lanes, A(-kInfinity)) - max[kCls];
+    x[i + kGist] = load(at.gist, lanes, A(-kInfinity)) - max[kGist];
+  }
+}
 
 // Calls body(begin, count) for each run of at most `length` numbers.
 template <int64_t length, class Body>
@@ -107,7 +122,6 @@ struct Sums {
 template <class S, int kPower, class A = Arithmetic<S>>
 Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
               Exponentials<A, kPower> exponentials) {
-  const A masked = A(-kInfinity);
   Sums sums;
   for_each_run<kBlock>(n, [&](int64_t begin, int64_t count) {
     Vec<A> tempered[2] = {}, difference[2] = {}, plain[2] = {};
@@ -115,22 +129,24 @@ Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
     for_each_run<kRun>(count, [&](int64_t run, int64_t run_count) {
       const Pair<S> logits = row.at(begin + run), ahead = next.at(begin + run);
       Vec<A> run_tempered[2] = {}, run_difference[2] = {}, run_plain[2] = {};
-      for_each_vector<A>(run_count, [&](int64_t j, auto lanes) GIST_LAMBDA {
-        __builtin_prefetch(ahead.cls + j);
-        __builtin_prefetch(ahead.gist + j);
-        const Vec<A> x[2] = {load(logits.cls + j, lanes, masked) - peaks.max[kCls],
-                             load(logits.gist + j, lanes, masked) - peaks.max[kGist]};
-        Vec<A> e[2];
+      for_each_vectors<A>(run_count, [&](int64_t j, auto lanes, auto count) GIST_LAMBDA {
+        Vec<A> x[2 * count], e[2 * count];
+        load_shifted(logits.at(j), lanes, peaks.max, x);
         exponentials.tempered(x, e);
-        for (int s : kHeads) {
-          const Vec<A> centred = x[kCls] - x[kGist] - peaks.difference[s];
-          run_tempered[s] += e[s];
-          // 0 * inf is 0: what has no probability adds nothing.
-          run_difference[s] = fma(e[s], e[s] != 0 ? centred : Vec<A>{}, run_difference[s]);
+        for (int i = 0; i < 2 * count; i += 2) {
+          __builtin_prefetch(ahead.cls + j + i / 2 * kLanes<A>);
+          __builtin_prefetch(ahead.gist + j + i / 2 * kLanes<A>);
+          for (int s : kHeads) {
+            const Vec<A> centred = x[i + kCls] - x[i + kGist] - peaks.difference[s];
+            run_tempered[s] += e[i + s];
+            // 0 * inf is 0: what has no probability adds nothing.
+            run_difference[s] =
+                fma(e[i + s], e[i + s] != 0 ? centred : Vec<A>{}, run_difference[s]);
+          }
         }
         if constexpr (kPower != kNoPlain) {
           exponentials.untemper(x, e, e);
-          for (int s : kHeads) run_plain[s] += e[s];
+          for (int i = 0; i < 2 * count; ++i) run_plain[i % 2] += e[i];
         }
       });
       for (int s : kHeads) {
@@ -290,41 +306,85 @@ TargetSums target_sums(const LossCall &call, const RowTarget &target, Pair<S> x,
   return sums;
 }
 
+// Rows whose statistics are computed side by side, each in a lane of its own: what they have in
+// common is instructions, not a number.
+constexpr int kGroup = kLanes<double>;
+using Lanes = Vec<double>;
+
+// What passes over the rows of a group leave to be turned into statistics.
+template <class A>
+struct GroupSums {
+  using Numbers = double[2][kGroup];
+  alignas(kVectorBytes) Numbers max = {}, peak = {}, tempered = {}, difference = {}, plain = {};
+  alignas(kVectorBytes) Numbers weighted = {};
+  alignas(kVectorBytes) double mass[kGroup] = {};
+
+  void put(int lane, const Peaks<A> &peaks, const Sums &sums, const TargetSums &y) {
+    for (int s : kHeads) {
+      max[s][lane] = double(peaks.max[s]);
+      peak[s][lane] = double(peaks.difference[s]);
+      tempered[s][lane] = sums.tempered[s];
+      difference[s][lane] = sums.difference[s];
+      plain[s][lane] = sums.plain[s];
+      weighted[s][lane] = y.weighted[s];
+    }
+    mass[lane] = y.mass;
+  }
+};
+
 // Below this a KL is computed anew, for relative precision; above it the first value has that.
 constexpr double kSmallKl = 1.0 / 64;
 
-template <class S, int kPower, class A = Arithmetic<S>>
-RowStats<A> row_stats(const LossCall &call, const RowTarget &target, Pair<S> x, Pair<S> next,
-                      const Exponentials<A, kPower> &exponentials) {
-  const Peaks<A> peaks = row_peaks(x, call.classes);
-  const Sums sums = row_sums(x, next, call.classes, peaks, exponentials);
-  const double log_ratio = __builtin_log(sums.tempered[kCls] / sums.tempered[kGist]);
-  double mean[2];
-  for (int s : kHeads) 
-    mean[s] = double(peaks.difference[s]) + sums.difference[s] / sums.tempered[s];
-  const double kl[2] = {mean[kCls] / call.temperature - log_ratio,
-                        log_ratio - mean[kGist] / call.temperature};
+// Statistics of a group, row by row; `small_kl` and `log_ratio` are for those to be refined.
+template <class A>
+struct GroupStats {
+  RowStats<A> row[kGroup];
+  A log_ratio[kGroup];
+  bool small_kl[kGroup];
 
-  RowStats<A> stats = {};
-  stats.scale = A(call.row_scale);
-  for (int s : kHeads) {
-    stats.max[s] = peaks.max[s];
-    stats.tempered[s] = A(1 / sums.tempered[s]);
-    stats.mean[s] = A(mean[s]);
-    stats.mean_rest[s] = A(mean[s] - double(stats.mean[s]));
-    stats.terms[2 + s] = A(kl[s]);
-  }
-  if (call.target_dtype != Dtype::none) {
-    const TargetSums y = target_sums(call, target, x, peaks);
+  GroupStats(const LossCall &call, const GroupSums<A> &sums) {
+    const Lanes inverse[2] = {1 / load(sums.tempered[kCls], Whole{}),
+                              1 / load(sums.tempered[kGist], Whole{})};
+    // Divided, so that equal heads give exactly 0.
+    const Lanes ratio =
+        log(load(sums.tempered[kCls], Whole{}) / load(sums.tempered[kGist], Whole{}));
+    const double inverse_temperature = 1 / call.temperature;
+    for_each_lane(ratio, [&](int i, double x) { log_ratio[i] = A(x); });
+    for (RowStats<A> &to : row) to.scale = A(call.row_scale);
+    for (bool &small : small_kl) small = false;
     for (int s : kHeads) {
-      stats.plain[s] = A(y.mass / sums.plain[s]);
-      stats.terms[s] = A(y.mass * __builtin_log(sums.plain[s]) - y.weighted[s]);
+      const Lanes mean =
+          load(sums.peak[s], Whole{}) + load(sums.difference[s], Whole{}) * inverse[s];
+      const Lanes kl = s == kCls ? mean * inverse_temperature - ratio
+                                 : ratio - mean * inverse_temperature;
+      const Lanes mass = load(sums.mass, Whole{}), plain = load(sums.plain[s], Whole{});
+      const bool target = call.target_dtype != Dtype::none;
+      const Lanes cross_entropy =
+          target ? mass * log(plain) - load(sums.weighted[s], Whole{}) : Lanes{};
+      const Lanes share = target ? mass / plain : Lanes{};
+      for_each_lane(inverse[s], [&](int i, double x) { row[i].tempered[s] = A(x); });
+      for_each_lane(share, [&](int i, double x) { row[i].plain[s] = A(x); });
+      for_each_lane(cross_entropy, [&](int i, double x) { row[i].terms[s] = A(x); });
+      for_each_lane(mean, [&](int i, double x) {
+        row[i].max[s] = A(sums.max[s][i]);
+        row[i].mean[s] = A(x);
+        row[i].mean_rest[s] = A(x - double(A(x)));
+      });
+      for_each_lane(kl, [&](int i, double x) {
+        row[i].terms[2 + s] = A(x);
+        small_kl[i] |= x < kSmallKl;
+      });
     }
   }
-  if (kl[kCls] < kSmallKl || kl[kGist] < kSmallKl)
-    refine_kl(x, call.classes, call.temperature, A(log_ratio), stats);
-  return stats;
-}
+
+ private:
+  template <class Body>
+  static GIST_INLINE void for_each_lane(Lanes v, Body body) {
+    double numbers[kGroup];
+    store(numbers, Whole{}, v);
+    for (int i = 0; i < kGroup; ++i) body(i, numbers[i]);
+  }
+};
 
 template <class A>
 RowStats<A> uniform_stats(A value) {
@@ -371,56 +431,50 @@ struct Gradient {
 };
 
 // `y` are probabilities, or null, and then `index` is the target's place in this run, if it is.
-template <class S, int kPower, class A = Arithmetic<S>>
+template <bool kPastCache, class S, int kPower, class A = Arithmetic<S>>
 void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponentials,
                     Gradient<A> k, const A *y, int64_t index, S *to_cls, S *to_gist) {
-  const A masked = A(-kInfinity);
-  for_each_vector<A>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    const Vec<A> x[2] = {load(logits.cls + j, lanes, masked) - k.max[kCls],
-                         load(logits.gist + j, lanes, masked) - k.max[kGist]};
-    Vec<A> e[2], plain[2];
+  for_each_vectors<A>(n, [&](int64_t j, auto lanes, auto count) GIST_LAMBDA {
+    Vec<A> x[2 * count], e[2 * count], plain[2 * count];
+    load_shifted(logits.at(j), lanes, k.max, x);
     exponentials.tempered(x, e);
     if constexpr (kPower != kNoPlain) exponentials.untemper(x, e, plain);
-    const Vec<A> p[2] = {e[kCls] * k.tempered[kCls], e[kGist] * k.tempered[kGist]};
-    const Vec<A> p_minus_q = p[kCls] - p[kGist];
-    const Vec<A> difference = finite_or_zero(x[kCls] - x[kGist]);
-    for (int s : kHeads) {
-      S *const to = s == kCls ? to_cls : to_gist;
-      if (to == nullptr) continue;
-      Vec<A> g = broadcast(-k.uniform[s]);
-      if constexpr (kPower != kNoPlain) g = fma(plain[s], broadcast(k.plain[s]), g);
-      if (k.has_kl) {
-        const Vec<A> centred = difference - k.mean[s];
-        g = fma(p_minus_q, broadcast(k.cross[s]), g);
-        g = fma(p[s], fma(centred, broadcast(k.slope[s]), broadcast(k.rest[s])), g);
+    for (int i = 0; i < 2 * count; i += 2, j += kLanes<A>) {
+      const Vec<A> p[2] = {e[i + kCls] * k.tempered[kCls], e[i + kGist] * k.tempered[kGist]};
+      const Vec<A> p_minus_q = p[kCls] - p[kGist];
+      const Vec<A> difference = finite_or_zero(x[i + kCls] - x[i + kGist]);
+      for (int s : kHeads) {
+        S *const to = s == kCls ? to_cls : to_gist;
+        if (to == nullptr) continue;
+        Vec<A> g = broadcast(-k.uniform[s]);
+        if constexpr (kPower != kNoPlain) g = fma(plain[i + s], broadcast(k.plain[s]), g);
+        if (k.has_kl) {
+          const Vec<A> centred = difference - k.mean[s];
+          g = fma(p_minus_q, broadcast(k.cross[s]), g);
+          g = fma(p[s], fma(centred, broadcast(k.slope[s]), broadcast(k.rest[s])), g);
+        }
+        if (y != nullptr)
+          g -= k.target[s] * load(y + j, lanes, A(0));
+        else if (std::uint64_t(index - j) < std::uint64_t(kLanes<A>))
+          g -= lane_numbers<A>() == A(index - j) ? broadcast(k.target[s]) : Vec<A>{};
+        if constexpr (kPastCache && std::is_same_v<decltype(lanes), Whole>)
+          store_past_cache(to + j, g);
+        else
+          store(to + j, lanes, g);
       }
-      if (y != nullptr)
-        g -= k.target[s] * load(y + j, lanes, A(0));
-      else if (std::uint64_t(index - j) < std::uint64_t(kLanes<A>))
-        g -= lane_numbers<A>() == A(index - j) ? broadcast(k.target[s]) : Vec<A>{};
-      store(to + j, lanes, g);
     }
   });
 }
 
-// Copies whole cache lines past the cache.
-void stream(void *to, const void *from, std::size_t bytes) {
-#if defined(__SSE2__)
-  constexpr std::size_t line = 64;
-  char *target = static_cast<char *>(to);
-  const char *source = static_cast<const char *>(from);
-  std::size_t head = -reinterpret_cast<std::uintptr_t>(target) % line;
-  head = head < bytes ? head : bytes;
-  std::memcpy(target, source, head);
-  std::size_t done = head;
-  for (; done + line <= bytes; done += line)
-    for (std::size_t i = done; i < done + line; i += sizeof(__m128i))
-      _mm_stream_si128(reinterpret_cast<__m128i *>(target + i),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i *>(source + i)));
-  std::memcpy(target + done, source + done, bytes - done);
-#else
-  std::memcpy(to, from, bytes);
-#endif
+// How many of n numbers come before the first cache line to be written past the cache: all of them
+// where the two gradients' lines begin at different numbers.
+template <class S>
+int64_t before_lines(const S *cls, const S *gist, int64_t n) {
+  constexpr std::uintptr_t line = 64;
+  const std::uintptr_t to_cls = -reinterpret_cast<std::uintptr_t>(cls ? cls : gist) % line;
+  const std::uintptr_t to_gist = -reinterpret_cast<std::uintptr_t>(gist ? gist : cls) % line;
+  const int64_t before = int64_t(to_cls / sizeof(S));
+  return to_cls == to_gist && to_cls % sizeof(S) == 0 && before < n ? before : n;
 }
 
 template <class S, int kPower, class A = Arithmetic<S>>
@@ -428,22 +482,21 @@ void row_gradient(const LossCall &call, const RowTarget &target, Pair<S> x, doub
                   const RowStats<A> &stats, const Exponentials<A, kPower> &exponentials,
                   S *to_cls, S *to_gist) {
   const Gradient<A> gradient(call, stats, upstream * double(stats.scale));
-  for_each_run<kBlock>(call.classes, [&](int64_t begin, int64_t count) {
-    A buffer[kBlock];
-    const A *y = target.probabilities == nullptr
-                     ? nullptr
-                     : probabilities(call, target.probabilities, begin, count, buffer);
-    S *cls = to_cls ? to_cls + begin : nullptr, *gist = to_gist ? to_gist + begin : nullptr;
-    if (!call.stream) {
-      gradient_block(x.at(begin), count, exponentials, gradient, y, target.index - begin, cls, gist);
-      return;
-    }
-    alignas(kVectorBytes) S staged[2][kBlock];
-    gradient_block(x.at(begin), count, exponentials, gradient, y, target.index - begin,
-                   cls ? staged[kCls] : nullptr, gist ? staged[kGist] : nullptr);
-    if (cls) stream(cls, staged[kCls], std::size_t(count) * sizeof(S));
-    if (gist) stream(gist, staged[kGist], std::size_t(count) * sizeof(S));
-  });
+  const auto write = [&](auto past_cache, int64_t from, int64_t to) {
+    for_each_run<kBlock>(to - from, [&](int64_t run, int64_t count) {
+      A buffer[kBlock];
+      const int64_t begin = from + run;
+      const A *y = target.probabilities == nullptr
+                       ? nullptr
+                       : probabilities(call, target.probabilities, begin, count, buffer);
+      gradient_block<past_cache>(x.at(begin), count, exponentials, gradient, y,
+                                 target.index - begin, to_cls ? to_cls + begin : nullptr,
+                                 to_gist ? to_gist + begin : nullptr);
+    });
+  };
+  const int64_t n = call.classes, cached = call.stream ? before_lines(to_cls, to_gist, n) : n;
+  write(std::false_type(), 0, cached);
+  write(std::true_type(), cached, n);
 }
 
 template <class S>
@@ -459,34 +512,78 @@ Pair<S> row_of(const LossCall &call, int64_t row) {
           static_cast<const S *>(call.logits[kGist]) + row * call.logit_stride[kGist]};
 }
 
+// Statistics and terms of rows [begin, end), no more than a group.
+template <class S, int kPower, class A = Arithmetic<S>>
+void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_ahead,
+                   const Exponentials<A, kPower> &exponentials) {
+  RowStats<A> *const stats = static_cast<RowStats<A> *>(call.stats);
+  GroupSums<A> sums;
+  RowTarget targets[kGroup];
+  Peaks<A> peaks[kGroup];
+  const int rows = int(end - begin);
+  for (int i = 0; i < rows; ++i) {
+    targets[i] = row_target(call, begin + i);
+    if (targets[i].state == RowTarget::kept)
+      peaks[i] = row_peaks(row_of<S>(call, begin + i), call.classes);
+  }
+  for (int i = 0; i < rows; ++i) {
+    if (targets[i].state != RowTarget::kept) continue;
+    const Pair<S> x = row_of<S>(call, begin + i);
+    const bool fetch = fetch_ahead && begin + i + 1 < call.rows;
+    const Pair<S> next = fetch ? row_of<S>(call, begin + i + 1) : x;
+    sums.put(i, peaks[i], row_sums(x, next, call.classes, peaks[i], exponentials),
+             call.target_dtype == Dtype::none ? TargetSums()
+                                              : target_sums(call, targets[i], x, peaks[i]));
+  }
+  GroupStats<A> group(call, sums);
+  for (int i = 0; i < rows; ++i) {
+    RowStats<A> &to = stats[begin + i];
+    if (targets[i].state == RowTarget::kept) {
+      to = group.row[i];
+      if (group.small_kl[i])
+        refine_kl(row_of<S>(call, begin + i), call.classes, call.temperature, group.log_ratio[i],
+                  to);
+    } else {
+      to = uniform_stats(targets[i].state == RowTarget::ignored ? A(0) : A(__builtin_nan("")));
+    }
+  }
+}
+
+template <class S, int kPower, class A = Arithmetic<S>>
+void backward_row(const LossCall &call, int64_t row, const Exponentials<A, kPower> &exponentials) {
+  const RowStats<A> &stats = static_cast<const RowStats<A> *>(call.stats)[row];
+  const RowTarget target = row_target(call, row);
+  S *to[2];
+  for (int s : kHeads)
+    to[s] = call.d_logits[s] == nullptr
+                ? nullptr
+                : static_cast<S *>(call.d_logits[s]) + row * call.d_logits_stride;
+  if (target.state == RowTarget::kept) {
+    const A *grad = static_cast<const A *>(call.grad);
+    row_gradient(call, target, row_of<S>(call, row),
+                 grad ? double(grad[row * call.grad_stride]) : 1, stats, exponentials, to[kCls],
+                 to[kGist]);
+  } else {
+    const A value = target.state == RowTarget::ignored ? A(0) : A(__builtin_nan(""));
+    for (S *row_to : to) fill(row_to, call.classes, value);
+  }
+}
+
+// Groups whose rows stay in a second-level cache, between one pass over them and the next.
+constexpr int64_t kGroupBytes = 128 << 10;
+
 template <class S, int kPower>
 void rows_as(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
-  using A = Arithmetic<S>;
-  const Exponentials<A, kPower> exponentials(call.temperature);
-  const bool fetch_ahead = call.classes * int64_t(sizeof(S)) <= kFetchedBytes;
-  for (int64_t row = begin; row < end; ++row) {
-    const Pair<S> x = row_of<S>(call, row);
-    const Pair<S> next = fetch_ahead && row + 1 < end ? row_of<S>(call, row + 1) : x;
-    const RowTarget target = row_target(call, row);
-    RowStats<A> &stats = static_cast<RowStats<A> *>(call.stats)[row];
+  const Exponentials<Arithmetic<S>, kPower> exponentials(call.temperature);
+  const int64_t bytes = call.classes * int64_t(sizeof(S));
+  const bool fetch_ahead = bytes <= kFetchedBytes;
+  const int64_t group = 2 * bytes * kGroup <= kGroupBytes ? kGroup : 1;
+  for (int64_t row = begin; row < end; row += group) {
+    const int64_t last = row + group < end ? row + group : end;
     if (pass != Pass::backward)
-      stats = target.state == RowTarget::kept      ? row_stats(call, target, x, next, exponentials)
-              : target.state == RowTarget::ignored ? uniform_stats(A(0))
-                                                   : uniform_stats(A(__builtin_nan("")));
-    if (pass == Pass::forward) continue;
-
-    S *to[2];
-    for (int s : kHeads)
-      to[s] = call.d_logits[s] == nullptr
-                  ? nullptr
-                  : static_cast<S *>(call.d_logits[s]) + row * call.d_logits_stride;
-    const A *grad = static_cast<const A *>(call.grad);
-    if (target.state == RowTarget::kept) {
-      row_gradient(call, target, x, grad ? double(grad[row * call.grad_stride]) : 1, stats,
-                   exponentials, to[kCls], to[kGist]);
-    } else {
-      for (S *row_to : to) fill(row_to, call.classes, stats.scale);
-    }
+      forward_group<S>(call, row, last, fetch_ahead, exponentials);
+    for (int64_t i = row; i < last && pass != Pass::forward; ++i)
+      backward_row<S>(call, i, exponentials);
   }
 }
 

@@ -103,7 +103,7 @@ GIST_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 // x * y - n where that is small: exact but for one rounding, with or without a fused operation.
 template <class A>
 GIST_INLINE Vec<A> product_minus(Vec<A> x, A y, Vec<A> n) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
   return fma(x, broadcast(y), -n);
 #else
   // Products of halves of the digits are exact.
@@ -124,6 +124,8 @@ GIST_INLINE V max(V x, V y) {
 GIST_INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return _mm512_maskz_max_ps(-1, x, y); }
 #elif defined(__AVX2__)
 GIST_INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return _mm256_max_ps(x, y); }
+#elif defined(__SSE2__)
+GIST_INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return _mm_max_ps(x, y); }
 #endif
 
 // 0, 1, 2, ...
@@ -162,6 +164,24 @@ GIST_INLINE double sum(typename VectorOf<A, kCount>::type v) {
     return sum<double, kCount / 2>(__builtin_convertvector(half[0], Doubles) +
                                    __builtin_convertvector(half[1], Doubles));
   }
+}
+
+// The natural logarithm of normal numbers; infinity and NaN stay what they are. With x = 2^k m and
+// m near 1, log m = 2 artanh((m - 1) / (m + 1)). Good to two units in the last place.
+GIST_INLINE Vec<double> log(Vec<double> x) {
+  using Bits = Vec<std::uint64_t>;
+  constexpr std::uint64_t root_half = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000;
+  constexpr double ln2_high = 0x1.62e42fefa0000p-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
+  const Bits biased = (bit_cast<Bits>(x) - root_half + one) >> 52;
+  const Vec<double> m = bit_cast<Vec<double>>(bit_cast<Bits>(x) - (biased << 52) + one);
+  // Integers below 2^52, as the last bits of 2^52.
+  const Vec<double> k = bit_cast<Vec<double>>(biased | 0x4330000000000000) - (0x1p52 + 1023);
+  const Vec<double> ratio = (m - 1) / (m + 1), square = ratio * ratio;
+  Vec<double> series = broadcast(1.0 / 21);
+  for (int odd = 19; odd > 1; odd -= 2) series = fma(series, square, broadcast(1.0 / odd));
+  const Vec<double> rest = fma(ratio * square, 2 * series, k * ln2_low);
+  const Vec<double> result = fma(k, broadcast(ln2_high), 2 * ratio + rest);
+  return x - x == 0 ? result : x;
 }
 
 // x -> exp(scale * x) for x <= 0. The factor log2(e) * scale is kept in two parts, so that with a

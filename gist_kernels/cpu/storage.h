@@ -109,6 +109,31 @@ GIST_INLINE void store(S *to, Whole, Vec<Arithmetic<S>> v) {
   }
 }
 
+// Past the cache, to memory that starts a vector of its own: between cache lines, never across.
+template <class S>
+GIST_INLINE void store_past_cache(S *to, Vec<Arithmetic<S>> v) {
+  if constexpr (sizeof(S) == 2) {
+    const Halves halves = narrow(S{}, v);
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i *>(to), bit_cast<__m256i>(halves));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i *>(to), bit_cast<__m128i>(halves));
+#else
+    std::memcpy(to, &halves, sizeof halves);
+#endif
+  } else {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i *>(to), bit_cast<__m512i>(v));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i *>(to), bit_cast<__m256i>(v));
+#elif defined(__SSE2__)
+    _mm_stream_si128(reinterpret_cast<__m128i *>(to), bit_cast<__m128i>(v));
+#else
+    std::memcpy(to, &v, sizeof v);
+#endif
+  }
+}
+
 // Lanes that are not in memory read as `missing`.
 template <class S>
 GIST_INLINE Vec<Arithmetic<S>> load(const S *from, Part part, Arithmetic<S> missing) {
@@ -152,6 +177,22 @@ GIST_INLINE void for_each_vector(std::int64_t n, Body body) {
   std::int64_t j = 0;
   for (; j + kLanes<A> <= n; j += kLanes<A>) body(j, Whole{});
   if (j < n) body(j, Part{int(n - j)});
+}
+
+// As many vectors of each head as the registers hold while exponentials of all are computed: what
+// a processor looks ahead is too little to overlap such chains by itself.
+constexpr int kAbreast = kVectorBytes == 64 ? 2 : 1;
+
+// Calls body(j, lanes, count) for each `count` vectors: kAbreast, at the end of the run 1.
+template <class A, class Body>
+GIST_INLINE void for_each_vectors(std::int64_t n, Body body) {
+  constexpr std::int64_t step = kAbreast * kLanes<A>;
+  const std::int64_t whole = n / step * step;
+  for (std::int64_t j = 0; j < whole; j += step)
+    body(j, Whole{}, std::integral_constant<int, kAbreast>());
+  for_each_vector<A>(n - whole, [&](std::int64_t j, auto lanes) GIST_LAMBDA {
+    body(whole + j, lanes, std::integral_constant<int, 1>());
+  });
 }
 
 }  // namespace

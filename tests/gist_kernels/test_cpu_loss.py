@@ -324,6 +324,21 @@ def test_class_index_out_of_range_is_named(bad):
                 run(a, b, target, options(reduction=reduction))
 
 
+@pytest.mark.parametrize("bad", [-1, 100, 2**40, -(2**63), 2**63 - 1])
+def test_backward_reads_no_class_index_out_of_range(bad):
+    a, b, target = draw("random", 4, 100)
+    opts = options(reduction="none")
+    value, _, stats = loss.forward(a, b, target, opts)
+    arguments = torch.ones_like(value), a, b
+    good = loss.backward(*arguments, target, stats, opts, True, True)
+    target[1] = bad
+    for gradient, before in zip(
+        loss.backward(*arguments, target, stats, opts, True, True), good, strict=True
+    ):
+        assert gradient[1].isnan().all()
+        assert same(gradient[[0, 2, 3]], before[[0, 2, 3]])
+
+
 # Masked classes, infinities, NaN.
 
 

@@ -1,0 +1,173 @@
+"""A training step, forward and backward, of a ViT with adapters and a Gist token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import gist
+from bench.loss import released as released_loss
+from bench.measure import Call, Case, mismatch
+
+SIZES = {
+    "cpu": (("vit_small_patch16_224", 8), ("vit_base_patch16_224", 4)),
+    "cuda": (("vit_small_patch16_224", 128), ("vit_base_patch16_224", 64)),
+}
+CLASSES = 100
+
+
+class Released(nn.Module):
+    """The published structure in plain operators: adapters are modules beside each sublayer, the
+    Gist token joins by concatenation, and every token goes through every block."""
+
+    def __init__(self, backbone: VisionTransformer, model: gist.GistModel) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.token = nn.Parameter(model.token.weight.detach().clone())
+        self.adapters = nn.ModuleList()
+        for adapter in model.method or ():
+            copy = nn.Sequential(
+                nn.Linear(backbone.embed_dim, adapter.down.out_features),
+                nn.GELU(),
+                nn.Linear(adapter.down.out_features, backbone.embed_dim),
+            )
+            copy[0].load_state_dict(adapter.down.state_dict())
+            copy[2].load_state_dict(adapter.up.state_dict())
+            self.adapters.append(copy)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        backbone = self.backbone
+        patches = backbone.patch_embed(images)
+        first = backbone.cls_token.expand(len(images), -1, -1)
+        x = torch.cat((first, patches), dim=1) + backbone.pos_embed
+        x = torch.cat((x[:, :1], self.token.expand(len(images), -1, -1), x[:, 1:]), dim=1)
+        for block, adapter in zip(backbone.blocks, self.adapters, strict=True):
+            x = x + block.attn(block.norm1(x)) + 0.1 * adapter(x)
+            x = x + block.mlp(block.norm2(x)) + 0.1 * adapter(x)
+        x = backbone.norm(x)
+        return backbone.head(x[:, 0]), backbone.head(x[:, 1])
+
+
+def absent(device: torch.device) -> dict[str, str]:
+    return {}
+
+
+def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Case]:
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name, images in SIZES[device.type]:
+        torch.compiler.reset()
+        yield _case(name, images, dtype, device)
+
+
+def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
+    torch.manual_seed(0)
+
+    def backbone() -> VisionTransformer:
+        model = timm.create_model(name, num_classes=CLASSES).to(device, dtype)
+        model.load_state_dict(weights)
+        return model.requires_grad_(False)
+
+    weights = timm.create_model(name, num_classes=CLASSES).state_dict()
+    configuration = gist.GistConfig(method=gist.Adapter(rank=4, scale=0.1), token_dropout=0.0)
+    ours = gist.wrap(backbone(), configuration).train()
+    token_only = gist.wrap(backbone(), gist.GistConfig(method=None, token_dropout=0.0)).train()
+    plain = Released(backbone(), ours).to(device, dtype)
+    plain.backbone.head.requires_grad_(True)
+    images = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
+    target = torch.randint(CLASSES, (batch,), device=device)
+    loss = gist.GistLoss()
+
+    def step(model: nn.Module, loss: Call) -> Call:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return lambda: torch.autograd.grad(loss(model(images)), trained)
+
+    calls = {
+        "ours": step(ours, lambda out: loss(out, target)),
+        "released": step(plain, lambda out: released_loss(*out, target)),
+        "released, torch.compile": step(
+            torch.compile(plain, dynamic=False), lambda out: released_loss(*out, target)
+        ),
+        "token only": step(token_only, lambda out: loss(out, target)),
+        "products alone": _products(plain.backbone, batch, dtype, device),
+    }
+
+    def parity() -> str | None:
+        with torch.no_grad():
+            a, b = ours(images), plain(images)
+        return mismatch(
+            {"cls_logits": (a.cls_logits, b[0]), "gist_logits": (a.gist_logits, b[1])},
+            relative=1e-4,
+        )
+
+    return Case(
+        sizes={"B": batch, "D": plain.backbone.embed_dim, "N": 198},
+        dtype=dtype,
+        calls=calls,
+        parity=parity,
+        floors={"ours": ("products alone", 1.0)},
+    )
+
+
+def _products(
+    backbone: VisionTransformer, batch: int, dtype: torch.dtype, device: torch.device
+) -> Call:
+    """The matrix products and attentions that no exact step can do without, on preallocated
+    inputs: of the last block only what the two read tokens need, of the first no gradient of the
+    patches, of a frozen weight none at all."""
+    depth, width = len(backbone.blocks), backbone.embed_dim
+    heads = backbone.blocks[0].attn.num_heads
+    hidden = backbone.blocks[0].mlp.fc1.out_features
+    tokens = backbone.patch_embed.num_patches + 2
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    def attention(queries: int) -> Call:
+        q = tensor(batch, heads, queries, width // heads).requires_grad_()
+        k, v = (tensor(batch, heads, tokens, width // heads).requires_grad_() for _ in range(2))
+        grad = tensor(batch, heads, queries, width // heads)
+
+        def run() -> None:
+            with torch.enable_grad():
+                out = F.scaled_dot_product_attention(q, k, v)
+            torch.autograd.grad(out, (q, k, v), grad)
+
+        return run
+
+    def product(rows: int, inputs: int, outputs: int, *, backward: bool = True) -> Call:
+        """Forward, and the gradient of the input."""
+        x, weight, grad = tensor(rows, inputs), tensor(outputs, inputs), tensor(rows, outputs)
+
+        def run() -> None:
+            F.linear(x, weight)
+            if backward:
+                grad @ weight
+
+        return run
+
+    def mlp_and_projection(rows: int) -> list[Call]:
+        sizes = ((width, width), (width, hidden), (hidden, width))
+        return [product(rows, inputs, outputs) for inputs, outputs in sizes]
+
+    every, read = batch * tokens, batch * 2
+    patch = backbone.patch_embed.proj.weight[0].numel()
+    calls = [product(every, patch, width, backward=False)]
+    calls += [product(every, width, 3 * width, backward=False), attention(tokens)]
+    calls += mlp_and_projection(every)
+    between = [product(every, width, 3 * width), attention(tokens), *mlp_and_projection(every)]
+    calls += (depth - 2) * between
+    calls += [product(every, width, 2 * width), product(read, width, width), attention(2)]
+    calls += mlp_and_projection(read)
+
+    @torch.no_grad()
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
