@@ -14,7 +14,7 @@ import torch
 Call = Callable[[], object]
 
 # Seconds that one measurement should take at least, so that reading the clock doesn't count.
-_BLOCK = 2e-3
+_BLOCK = 4e-3
 # More than any GPU's last-level cache.
 _FLUSHED_BYTES = 256 << 20
 
@@ -84,7 +84,8 @@ def in_turns(
     """Seconds a call of each contender takes, once a round: what disturbs one disturbs all.
 
     Rounds go on for about ``seconds``, within the limits of ``rounds``. A measurement is the mean
-    of a block of calls of some milliseconds; on a GPU the device itself times the block, after a
+    of a block of calls of some milliseconds, after some that are not timed: they find memory and
+    caches as the contender before left them. On a GPU the device itself times the block, after a
     write that leaves nothing of the inputs in its cache.
     """
     measure = _on_device if device.type == "cuda" else _on_host
@@ -104,6 +105,8 @@ def in_turns(
 
 
 def _on_host(call: Call, repeats: int) -> float:
+    for _ in range(1 + repeats // 4):
+        call()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -111,6 +114,7 @@ def _on_host(call: Call, repeats: int) -> float:
 
 
 def _on_device(call: Call, repeats: int) -> float:
+    call()
     torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda").zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

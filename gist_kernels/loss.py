@@ -188,7 +188,7 @@ def gist_loss_and_grad(
     _check_tensors(cls_logits, gist_logits, target, options)
     kernel = backend.select("gist_loss_and_grad", cls_logits)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = kernel(
-        cls_logits.detach(), gist_logits.detach(), target.detach(), options
+        cls_logits, gist_logits, target, options
     )
     return result
 

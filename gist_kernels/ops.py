@@ -75,7 +75,7 @@ def loss_operations(
             loss, terms, _ = traced(cls, gist, target, *_flat(options))
             return loss, terms
         if torch.is_grad_enabled() and (cls.requires_grad or gist.requires_grad):
-            return _InteractionLoss.apply(cls, gist, target, options, kernels, want_terms)
+            return _InteractionLoss.apply(cls, gist, target, (kernels, options, want_terms))
         return kernels.forward(cls, gist, target, options, want_terms)[:2]
 
     def gist_loss_and_grad(
@@ -83,6 +83,7 @@ def loss_operations(
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         cls, gist, target = _dense_rows(cls), _dense_rows(gist), _dense_rows(target)
         if _needs_dispatcher(cls, gist):
+            cls, gist, target = cls.detach(), gist.detach(), target.detach()
             loss, _, stats = traced(cls, gist, target, *_flat(options))
             one = torch.ones_like(loss)
             d_cls, d_gist = traced_backward(
@@ -105,13 +106,11 @@ class _InteractionLoss(torch.autograd.Function):
         cls: torch.Tensor,
         gist: torch.Tensor,
         target: torch.Tensor | None,
-        options: LossOptions,
-        kernels: LossKernels,
-        want_terms: bool,
+        settings: tuple[LossKernels, LossOptions, bool],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        loss, terms, stats = kernels.forward(cls, gist, target, options, want_terms)
-        ctx.save_for_backward(cls, gist, target, stats)
-        ctx.settings = options, kernels
+        kernels, options, want_terms = ctx.settings = settings
+        loss, terms, ctx.stats = kernels.forward(cls, gist, target, options, want_terms)
+        ctx.save_for_backward(cls, gist, target)
         if terms is not None:
             ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
@@ -120,16 +119,17 @@ class _InteractionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None, None
+            return None, None, None, None
         # What `once_differentiable` does costs more than the kernels at VTAB's sizes.
         gradients = _once_differentiable_backward if torch.is_grad_enabled() else _backward
-        return *gradients(ctx, grad), None, None, None, None
+        return *gradients(ctx, grad), None, None
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    options, kernels = ctx.settings
+    kernels, options, _ = ctx.settings
+    needs = ctx.needs_input_grad
     gradients: tuple[torch.Tensor | None, torch.Tensor | None] = kernels.backward(
-        grad, *ctx.saved_tensors, options, *ctx.needs_input_grad[:2]
+        grad, *ctx.saved_tensors, ctx.stats, options, needs[0], needs[1]
     )
     return gradients
 

@@ -4,9 +4,6 @@
 
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if !defined(_OPENMP)
 #include <atomic>
 #include <thread>
@@ -51,8 +48,9 @@ const InstructionSet *current = widest();
 
 // Logits of one head that a thread must have to be worth waking.
 constexpr int64_t kLogitsPerThread = 16 * 1024;
-// Parts a thread's share is cut into, so that a thread that is held up is helped by the others.
-constexpr int64_t kPartsPerThread = 8;
+// Parts a thread's share is cut into, so that a thread that is held up is helped by the others; but
+// no part is less than this many logits, or the row kernels' groups of rows.
+constexpr int64_t kPartsPerThread = 8, kLogitsPerPart = 8 * 1024, kRowsPerPart = 8;
 
 void run_rows(const LossCall &call, Pass pass, int threads) {
   const RowKernel rows = current->rows;
@@ -60,9 +58,16 @@ void run_rows(const LossCall &call, Pass pass, int threads) {
   const int64_t team = threads < useful ? threads : useful;
   if (team < 2) return rows(call, pass, 0, call.rows);
 
-  const int64_t parts = team * kPartsPerThread < call.rows ? team * kPartsPerThread : call.rows;
+  const int64_t fair = (call.rows + team * kPartsPerThread - 1) / (team * kPartsPerThread);
+  const int64_t least = (kLogitsPerPart + call.classes - 1) / call.classes;
+  const int64_t wanted = fair > least ? fair : least;
+  // Whole groups, unless that left threads without work.
+  const int64_t whole = (wanted + kRowsPerPart - 1) / kRowsPerPart * kRowsPerPart;
+  const int64_t size = whole * team <= call.rows ? whole : wanted;
+  const int64_t parts = (call.rows + size - 1) / size;
   const auto run_part = [&](int64_t part) {
-    rows(call, pass, part * call.rows / parts, (part + 1) * call.rows / parts);
+    const int64_t end = (part + 1) * size;
+    rows(call, pass, part * size, end < call.rows ? end : call.rows);
   };
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(int(team)) schedule(dynamic)
@@ -116,30 +121,13 @@ int64_t reduce(const LossCall &call, int64_t kept) {
   return invalid;
 }
 
-constexpr int64_t kHugePage = 2 << 20;
 // Gradients larger than this leave the cache before anything reads them.
 constexpr int64_t kStreamedBytes = 32 << 20;
 
-// Large fresh memory costs more in page faults than in arithmetic: ask for large pages.
-void advise_huge_pages(void *memory, int64_t bytes) {
-#if defined(__linux__)
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(memory);
-  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const std::uintptr_t last = (begin + std::uintptr_t(bytes)) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-void prepare_gradients(LossCall &call) {
-  const int64_t size = bytes_of(call.dtype);
-  int64_t bytes = 0;
-  for (int s : kHeads) {
-    if (call.d_logits[s] == nullptr) continue;
-    const int64_t span = ((call.rows - 1) * call.d_logits_stride + call.classes) * size;
-    advise_huge_pages(call.d_logits[s], span);
-    bytes += call.rows * call.classes * size;
-  }
-  call.stream = bytes > kStreamedBytes;
+bool streams(const LossCall &call) {
+  int gradients = 0;
+  for (int s : kHeads) gradients += call.d_logits[s] != nullptr;
+  return gradients * call.rows * call.classes * bytes_of(call.dtype) > kStreamedBytes;
 }
 
 }  // namespace
@@ -159,13 +147,13 @@ int64_t loss_forward(LossCall call, int threads) {
   const int64_t kept = count_kept(call);
   const bool gradients = call.d_logits[kCls] != nullptr || call.d_logits[kGist] != nullptr;
   call.row_scale = call.reduction == Reduction::mean ? 1 / double(kept) : 1;
-  if (gradients) prepare_gradients(call);
+  call.stream = streams(call);
   run_rows(call, gradients ? Pass::forward_backward : Pass::forward, threads);
   return call.dtype == Dtype::float64 ? reduce<double>(call, kept) : reduce<float>(call, kept);
 }
 
 void loss_backward(LossCall call, int threads) {
-  prepare_gradients(call);
+  call.stream = streams(call);
   run_rows(call, Pass::backward, threads);
 }
 

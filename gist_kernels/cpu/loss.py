@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 
 from gist_kernels import check
-from gist_kernels.cpu import _native
+from gist_kernels.cpu import _native, memory
 from gist_kernels.options import LossOptions
 
 Gradients: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -161,11 +161,11 @@ def _gradients(
     """New tensors for the gradients. Halves of one (B, 2, C) tensor get the halves of another."""
     rows, classes = cls.shape
     if need_cls and need_gist and _stacked(cls, gist):
-        halves = torch.empty((rows, 2, classes), dtype=cls.dtype).unbind(1)
+        halves = memory.empty((rows, 2, classes), cls.dtype).unbind(1)
         at_cls, at_gist = halves[0].data_ptr(), halves[1].data_ptr()
         return halves[0], halves[1], (at_cls, at_gist, 2 * classes)
-    d_cls = torch.empty((rows, classes), dtype=cls.dtype) if need_cls else None
-    d_gist = torch.empty((rows, classes), dtype=cls.dtype) if need_gist else None
+    d_cls = memory.empty((rows, classes), cls.dtype) if need_cls else None
+    d_gist = memory.empty((rows, classes), cls.dtype) if need_gist else None
     at_cls = _NOTHING if d_cls is None else d_cls.data_ptr()
     at_gist = _NOTHING if d_gist is None else d_gist.data_ptr()
     return d_cls, d_gist, (at_cls, at_gist, classes)

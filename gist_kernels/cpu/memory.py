@@ -1,0 +1,49 @@
+"""Memory for large gradients, kept from one call to the next.
+
+The C library returns blocks above 32 MiB to the system as soon as they are freed, and a process
+pays for each of their pages again the next time. For a gradient of 1024 x 32000 numbers that takes
+longer than computing it. So such blocks stay, unused, until the next gradient of about that size;
+a request that none of them suits gives them back.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+
+import torch
+
+_LEAST_BYTES = 32 << 20
+
+_unused: list[mmap.mmap] = []
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """As :func:`torch.empty`, for what a caller drops before it asks again."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < _LEAST_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    block = _take(size)
+    lent = memoryview(block)
+    # The tensor's storage holds on to `lent` alone: when both are gone, the block is unused again.
+    weakref.finalize(lent, _unused.append, block).atexit = False
+    return torch.frombuffer(lent, dtype=dtype, count=count).view(shape)
+
+
+def release() -> None:
+    """Give unused blocks back to the system."""
+    _unused.clear()
+
+
+def _take(size: int) -> mmap.mmap:
+    for index, block in enumerate(_unused):
+        if size <= len(block) <= 2 * size:
+            try:
+                return _unused.pop(index)
+            except IndexError:  # another thread took it
+                break
+    release()
+    # Private, so that a forked process writes to pages of its own.
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,0 +1,85 @@
+"""Memory for large gradients: kept when unused, never shared by two tensors."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+
+import pytest
+import torch
+
+import gist_kernels as gk
+from gist_kernels.cpu import memory
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks_count(monkeypatch):
+    monkeypatch.setattr(memory, "_LEAST_BYTES", 4096)
+    memory.release()
+    yield
+    memory.release()
+
+
+def address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_a_block_is_used_again_once_nothing_refers_to_it():
+    tensor = memory.empty((32, 100), torch.float32)
+    assert tensor.shape == (32, 100)
+    assert tensor.is_contiguous()
+    first = address(tensor)
+    view = tensor[3:].t()
+    del tensor
+    assert address(memory.empty((32, 100), torch.float32)) != first  # the view is still there
+    array = view.numpy()
+    del view
+    assert address(memory.empty((32, 100), torch.float32)) != first  # and numpy's
+    del array
+    gc.collect()
+    again = [memory.empty((30, 50), torch.float64) for _ in range(2)]
+    assert first in map(address, again)
+    assert address(again[0]) != address(again[1])
+    assert memory._unused == []
+
+
+def test_what_suits_no_request_is_given_back():
+    del_me = memory.empty((1024, 100), torch.float32)
+    del del_me
+    assert len(memory._unused) == 1
+    memory.empty((32, 100), torch.float32)  # less than half of it
+    assert [len(block) for block in memory._unused] == [32 * 100 * 4]
+    small = memory.empty((10, 10), torch.float32)
+    assert len(memory._unused) == 1
+    assert address(small) % 64 == 0
+
+
+def test_tensors_are_like_any_other():
+    tensor = memory.empty((32, 100), torch.bfloat16).fill_(3)
+    tensor.mul_(2)
+    assert (pickle.loads(pickle.dumps(tensor)) == 6).all()
+    assert (tensor.clone() == 6).all()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_gradients_in_kept_blocks(stacked):
+    target = torch.arange(64) % 100
+    pair = torch.randn(64, 2, 100, requires_grad=True)
+
+    def gradient():
+        cls, gist = gk.split_heads(pair) if stacked else pair.unbind(1)
+        (found,) = torch.autograd.grad(gk.gist_loss(cls, gist, target), pair)
+        return found
+
+    with gk.use_backend("reference"):
+        expected = gradient()
+    with gk.use_backend("cpu"):
+        steps = [gradient() for _ in range(3)]  # all alive at once
+        for found in steps:
+            torch.testing.assert_close(found, expected)
+        accumulated = [torch.zeros_like(pair) for _ in range(2)]
+        for _ in range(5):
+            for total in accumulated:
+                total += gradient()
+        for total in accumulated:
+            torch.testing.assert_close(total, 5 * expected)
