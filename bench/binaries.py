@@ -174,7 +174,7 @@ def configurations(target: GPUTarget) -> Iterator[Launch]:
 
 
 def main() -> None:
-    spilling = 0
+    found: dict[tuple[str, str], list[Usage]] = {}
     for name in sys.argv[1:] or TARGETS:
         target = TARGETS[name]
         print(
@@ -182,16 +182,23 @@ def main() -> None:
             f"{'registers':>9}{'shared':>8}{'spills':>8}"
         )
         for launch in distinct(configurations(target)):
-            found = usage(compiled(launch, target))
-            spilling += found.spills > 0
+            used = usage(compiled(launch, target))
+            found.setdefault((name, launch.name()), []).append(used)
             a = launch.arguments.get("a")
             print(
                 f"{launch.name():<26}{launch.shape():<22}"
                 f"{'' if a is None else str(a.dtype)[6:]:<10}{launch.arguments['TARGET']!s:<13}"
                 f"{launch.arguments.get('POWER', ''):<5}"
-                f"{found.registers:>9}{found.shared:>8}{found.spills:>8}",
+                f"{used.registers:>9}{used.shared:>8}{used.spills:>8}",
                 flush=True,
             )
+    print("\n| target | kernel | binaries | most registers | most shared | that spill |")
+    print("|---|---|---:|---:|---:|---:|")
+    for (name, kernel), uses in found.items():
+        most = [max(use[i] for use in uses) for i in range(2)]
+        spill = sum(use.spills > 0 for use in uses)
+        print(f"| {name} | {kernel} | {len(uses)} | {most[0]} | {most[1]} | {spill} |")
+    spilling = sum(use.spills > 0 for uses in found.values() for use in uses)
     sys.exit(f"{spilling} binaries spill" if spilling else 0)
 
 

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from gist_kernels import gpu
 
-pytest.importorskip("triton")
+binaries = pytest.importorskip("bench.binaries", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 compiles nothing")
-
-
-@pytest.fixture(scope="module")
-def binaries():
-    path = Path(__file__).parents[2] / "bench" / "binaries.py"
-    spec = importlib.util.spec_from_file_location("binaries", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # Each regime with something different; bench/binaries.py goes through every combination.
@@ -36,7 +24,7 @@ def binaries():
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
-def test_nothing_spills(binaries, target, classes, options):
+def test_nothing_spills(target, classes, options):
     target = binaries.TARGETS[target]
     for launch in binaries.distinct(binaries.launches(classes, target, **options)):
         usage = binaries.usage(binaries.compiled(launch, target))
@@ -45,7 +33,7 @@ def test_nothing_spills(binaries, target, classes, options):
 
 
 @pytest.mark.parametrize(("target", "limit"), [("sm_90", "maxnreg"), ("gfx942", "waves_per_eu")])
-def test_spills_would_be_seen(binaries, target, limit):
+def test_spills_would_be_seen(target, limit):
     target = binaries.TARGETS[target]
     launch = binaries.launches(8000, target)[0]
     options = {"maxnreg": 32} if limit == "maxnreg" else {"waves_per_eu": 8, "num_warps": 8}
@@ -53,7 +41,7 @@ def test_spills_would_be_seen(binaries, target, limit):
     assert binaries.usage(binaries.compiled(launch, target)).spills > 0
 
 
-def test_every_regime_launches_what_it_says(binaries):
+def test_every_regime_launches_what_it_says():
     def launched(classes: int) -> list[str]:
         return [launch.name() for launch in binaries.launches(classes, binaries.TARGETS["sm_90"])]
 
@@ -68,7 +56,7 @@ def test_every_regime_launches_what_it_says(binaries):
     assert launched(8193) == 2 * ["forward_kernel", "combine_kernel", "backward_kernel"]
 
 
-def test_sizes_never_recompile(binaries):
+def test_sizes_never_recompile():
     """Triton would compile anew for an integer that becomes 1 or a multiple of 16."""
     for classes in (100, 65537):
         for launch in binaries.launches(classes, binaries.TARGETS["sm_90"]):

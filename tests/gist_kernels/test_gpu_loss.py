@@ -7,10 +7,8 @@ device: one process can't do both.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 import mmap
-from pathlib import Path
 from types import SimpleNamespace
 
 import oracles
@@ -453,10 +451,7 @@ def test_a_row_has_the_same_bits_in_any_batch(classes):
 def test_traffic(classes):
     """No logit is read twice, or only once more where forward_backward splits rows."""
     rows = 64 if classes <= 100 else 2
-    path = Path(__file__).parents[2] / "bench" / "traffic.py"
-    spec = importlib.util.spec_from_file_location("traffic", path)
-    traffic = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(traffic)
+    traffic = importlib.import_module("bench.traffic")
     least = {"forward": 2, "backward": 4, "forward_backward": 4}
     if heuristics.kept(classes) is None:
         least["forward_backward"] = 6

@@ -1,0 +1,141 @@
+"""What benchmarks say of their timings, and that they run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import measure, report
+from gist import cli
+
+CPU = torch.device("cpu")
+
+
+def case(**changes) -> measure.Case:
+    settings = {
+        "sizes": {"B": 2},
+        "dtype": torch.float32,
+        "calls": {"ours": lambda: time.sleep(1e-3), "theirs": lambda: time.sleep(3e-3)},
+        "parity": lambda: None,
+    }
+    return measure.Case(**(settings | changes))
+
+
+def test_ratios_and_shares_of_a_floor_are_what_the_clock_says():
+    calls = {name: lambda ms=ms: time.sleep(ms / 1e3) for name, ms in (("ours", 20), ("least", 5))}
+    found = measure.run(case(calls=calls, floors={"ours": ("least", 2.0)}), CPU, seconds=0.2)
+    ours, least = found["results"]["ours"], found["results"]["least"]
+    assert found["parity"] == "ok"
+    assert ours["q20"] <= ours["median"] <= ours["q80"]
+    assert ours["median"] == pytest.approx(20e-3, rel=0.3)
+    assert ours["times_ours"] == 1
+    assert least["times_ours"] == pytest.approx(1 / 4, rel=0.4)
+    assert ours["of_floor"] == pytest.approx(2 / 4, rel=0.4)
+
+
+def test_no_ratio_where_results_are_wrong(capsys):
+    found = measure.run(case(parity=lambda: "d_cls is off by 3"), CPU, seconds=0.05)
+    assert not any("times_ours" in result for result in found["results"].values())
+    report.print_case(found)
+    assert "d_cls is off by 3; hence no ratios" in capsys.readouterr().out
+    run = {"benchmark": "b", "machine": {"device": "d"}, "limits": {}, "absent": {}}
+    assert "no parity" in report.markdown([run | {"cases": [found]}])
+
+
+def test_mismatch_names_what_differs():
+    exact = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    close = exact.float() + 1e-6
+    assert measure.mismatch({"x": (close, exact)}, relative=1e-5) is None
+    assert "y is off by" in measure.mismatch({"x": (close, exact), "y": (close, -exact)}, 1e-5)
+    assert "x is off by nan" in measure.mismatch({"x": (close * torch.nan, exact)}, 1e-5)
+    assert measure.mismatch({"x": (exact.bfloat16() * 1.004, exact)}, 1e-5) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_peak_memory_is_that_of_the_call():
+    peak = measure.peak_bytes(lambda: torch.ones(64 << 20, dtype=torch.int8), CPU)
+    assert 60e6 < peak < 90e6
+
+
+def test_slopes_find_overhead_and_cost():
+    cases = [
+        {
+            "sizes": {"B": n, "C": 1000, "varied": n},
+            "results": {"ours": {"median": 2e-5 + 3e-9 * n}},
+        }
+        for n in (1, 10, 1000, 10**5, 10**7)
+    ]
+    (slope,) = report.slopes({"cases": cases})
+    assert slope["axis"] == "B (C 1000)"
+    assert slope["overhead_seconds"] == pytest.approx(2e-5)
+    assert slope["seconds_per_unit"] == pytest.approx(3e-9)
+    assert slope["takes_over_at"] == pytest.approx(2e-5 / 3e-9)
+    assert slope["exponent_at_the_end"] == pytest.approx(1, abs=0.02)
+
+
+def test_the_command_leaves_json_plots_and_a_report(tmp_path, monkeypatch, capsys):
+    from bench import __main__, loss
+
+    monkeypatch.setitem(loss.SHAPES, "cpu", ((4, 10), (8, 20)))
+    monkeypatch.setattr(loss, "peers", lambda device: ({"released": loss.released}, {"X": "no"}))
+    __main__.main(["loss", "--device", "cpu", "--seconds", "0.01", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "X takes no part: no" in printed
+    run = json.loads((tmp_path / "loss.json").read_text())
+    assert [case["sizes"] for case in run["cases"]] == [{"B": 4, "C": 10}, {"B": 8, "C": 20}]
+    assert set(run["cases"][0]["results"]) == {
+        "ours",
+        "ours, no autograd",
+        "released",
+        "copy of both",
+    }
+    assert {"device", "torch", "revision"} <= set(run["machine"])
+    assert all(value > 0 for value in run["limits"].values())
+    assert (tmp_path / "loss-time.png").stat().st_size > 1000
+    __main__.main(["report", str(tmp_path)])
+    assert "| B 4, C 10 | float32 | released |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "los"], "no benchmark los; there are loss"),
+        (["bench", "report", "nowhere"], "nowhere holds no results"),
+        (["bench", "loss", "--dtype", "float8"], "take float32"),
+    ],
+)
+def test_the_command_says_what_it_takes(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code not in (0, None)
+    assert message in capsys.readouterr().err + str(end.value.code)
+
+
+def test_released_structure_is_ours(monkeypatch):
+    from bench import step
+
+    monkeypatch.setitem(step.SIZES, "cpu", (("vit_tiny_patch16_224", 1),))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    (small,) = step.cases(CPU)
+    assert small.parity() is None
+    for call in small.calls.values():
+        call()
+
+
+def test_a_gist_loss_case_measures_what_it_says():
+    from bench import loss
+
+    small = loss.case(8, 20, torch.float32, CPU, {"log-softmax": loss.log_softmax_form})
+    assert small.parity() is None
+    ours, theirs = small.calls["ours"](), small.calls["log-softmax"]()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    copied = small.calls["copy of both"]()
+    assert sum(x.numel() for x in copied) == 2 * 8 * 20
+    assert small.least_bytes["ours"] == 6 * 8 * 20 * 4
+    assert Path(loss.__file__).parent.name == "bench"
