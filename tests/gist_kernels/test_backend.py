@@ -31,6 +31,7 @@ def fake(monkeypatch):
     table = (fast, broken, *backend._BACKENDS)
     monkeypatch.setattr(backend, "_BACKENDS", table)
     monkeypatch.setattr(backend, "_BY_NAME", {b.name: b for b in table})
+    monkeypatch.setattr(backend, "_DEFAULT", "auto")
     backend._cached_choice.cache_clear()
     yield
     backend._cached_choice.cache_clear()
