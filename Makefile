@@ -1,6 +1,8 @@
 # make demo       fine-tune real weights on real images, print and plot the result
 # make test       every test that needs no GPU
 # make lint       ruff and mypy
+# make bench      every benchmark, against peers in the same run; to runs/bench
+# make bench-quick   the small ones, to compare with a saved run
 # make sanitize   the C++ kernels' own test under the address, undefined and thread sanitizers
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard gist_kernels/cpu/*.cpp gist_kernels/cpu/*.h)
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint bench bench-quick sanitize clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
@@ -21,6 +23,13 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/gist bench $(ARGS)
+
+bench-quick: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest bench/test_quick.py --benchmark-columns=median,iqr,rounds \
+	  --benchmark-storage=runs/bench-quick --benchmark-autosave $(ARGS)
 
 sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize-thread
 

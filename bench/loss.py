@@ -56,6 +56,20 @@ def liger() -> Loss:
     return loss
 
 
+class _Nothing(torch.autograd.Function):
+    """What PyTorch itself costs for a loss in Python: no kernel, gradients that nobody writes."""
+
+    @staticmethod
+    def forward(ctx, cls, gist):
+        ctx.save_for_backward(cls, gist)
+        return cls.new_empty(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        cls, gist = ctx.saved_tensors
+        return torch.empty_like(cls), torch.empty_like(gist)
+
+
 def peers(device: torch.device) -> tuple[dict[str, Loss], dict[str, str]]:
     """What else computes the loss, and what can't take part, with the reason."""
     found: dict[str, Loss] = {
@@ -100,6 +114,7 @@ def case(
     calls: dict[str, Call] = {"ours": differentiated(gk.gist_loss)}
     calls["ours, no autograd"] = lambda: gk.gist_loss_and_grad(cls, gist, target)
     calls |= {name: differentiated(loss) for name, loss in others.items()}
+    calls["empty autograd.Function"] = differentiated(lambda a, b, _: _Nothing.apply(a, b))
     calls["copy of both"] = lambda: [to.copy_(x) for x, to in copies]
     # Forward and backward with nothing kept in between read both logits twice and write both
     # gradients: 6 transfers of a logit tensor's bytes. At once it is 4, as a copy of both takes.

@@ -92,6 +92,7 @@ def test_the_command_leaves_json_plots_and_a_report(tmp_path, monkeypatch, capsy
         "ours",
         "ours, no autograd",
         "released",
+        "empty autograd.Function",
         "copy of both",
     }
     assert {"device", "torch", "revision"} <= set(run["machine"])
