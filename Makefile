@@ -3,6 +3,7 @@
 # make lint       ruff and mypy
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-quick   the small ones, to compare with a saved run
+# make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
 # make sanitize   the C++ kernels' own test under the address, undefined and thread sanitizers
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard gist_kernels/cpu/*.cpp gist_kernels/cpu/*.h)
 
-.PHONY: demo test lint bench bench-quick sanitize clean
+.PHONY: demo test lint bench bench-quick gpu sanitize clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
@@ -30,6 +31,10 @@ bench: $(VENV)/.installed-bench
 bench-quick: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest bench/test_quick.py --benchmark-columns=median,iqr,rounds \
 	  --benchmark-storage=runs/bench-quick --benchmark-autosave $(ARGS)
+
+# Without a virtual environment of its own: such a machine may have no network to fill one.
+gpu:
+	$(PYTHON) -m bench.visit $(or $(OUT),runs/gpu) $(ARGS)
 
 sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize-thread
 

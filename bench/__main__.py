@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder for JSON files and plots"
     )
+    parser.add_argument("--no-plots", action="store_true", help="write JSON alone")
     given = parser.parse_args(arguments)
     if given.what[:1] == ["report"]:
         try:
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
             written = report.save(run, given.out)
         for slope in report.slopes(run):
             print(report.slope_text(slope))
-        plots = report.plot(run, given.out)
+        plots = [] if given.no_plots else report.plot(run, given.out)
         print("wrote", ", ".join(map(str, (written, *plots))))
 
 
