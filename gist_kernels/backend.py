@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from gist_kernels import cpu, gpu, reference
 from gist_kernels.suggest import unknown_name
@@ -131,9 +132,17 @@ def _checked(name: str, argument: str) -> str:
 
 def select(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The implementation of ``operation`` for tensors with this one's device and dtype."""
-    # A traced call needs no cache, and the tracer would warn of it.
-    choose = _choose if torch.compiler.is_compiling() else _cached_choice
-    return choose(_override.get() or _DEFAULT, operation, tensor.device.type, tensor.dtype)
+    requested = _override.get() or _DEFAULT
+    if torch.compiler.is_compiling():  # needs no cache, and the tracer would warn of it
+        return _choose(requested, operation, tensor.device.type, tensor.dtype)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if requested not in ("auto", "reference"):
+            raise RuntimeError(
+                f"backend {requested!r} can't serve {operation}: it takes no part in torch.func "
+                "transforms and forward-mode differentiation; the backend 'reference' does"
+            )
+        requested = "reference"
+    return _cached_choice(requested, operation, tensor.device.type, tensor.dtype)
 
 
 def _choose(

@@ -5,7 +5,7 @@ TypeError is for a wrong kind of value or dtype, ValueError for a wrong shape, d
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 
@@ -72,7 +72,8 @@ def number(name: str, value: float) -> None:
 
 def finite(name: str, value: float) -> None:
     number(name, value)
-    if not math.isfinite(value):
+    # Not math.isfinite, of which a tracer knows nothing; an integer may be too large for a float.
+    if not value - value == 0 or (isinstance(value, int) and abs(value) > sys.float_info.max):
         raise ValueError(f"{name} must be finite; it is {value}")
 
 

@@ -131,8 +131,8 @@ def gist_loss(
         cls_logits: (B, C) logits of the class token; float32, bfloat16, float16 or float64.
         gist_logits: (B, C) logits of the Gist token; same dtype and device.
         target: (B,) int64 class indices, or (B, C) class probabilities (mixup) in any floating
-            dtype, which are not checked to sum to 1.
-        temperature: T > 0, of the KL terms only. No factor T^2 is applied.
+            dtype, which are not checked to sum to 1 and get no gradient.
+        temperature: T > 0 (1e-15 to 1e15), of the KL terms only. No factor T^2 is applied.
         cls_weight, gist_weight: of the two cross-entropies.
         kl_weights: of KL(cls || gist) and KL(gist || cls). A weight of 0 leaves its term out.
         label_smoothing: in [0, 1), as in :func:`torch.nn.functional.cross_entropy`.
@@ -143,7 +143,8 @@ def gist_loss(
 
     Returns:
         The loss: a scalar, or (B,) for "none"; float32, float64 for float64 logits. No rows, or
-        none that count, give nan for a mean and 0 for a sum, as in PyTorch.
+        none that count, give nan for a mean and 0 for a sum, as in PyTorch. It can be
+        differentiated once; for second derivatives take ``use_backend("reference")``.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
@@ -180,7 +181,8 @@ def gist_loss_and_grad(
 
     Returns:
         ``(loss, d_cls, d_gist)``: the loss as :func:`gist_loss` returns it, detached, and two
-        (B, C) gradients in the logits' dtype.
+        (B, C) gradients in the logits' dtype. Those of stacked logits (:func:`split_heads`) are
+        the halves of one tensor.
     """
     options = _checked_options(
         temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction
@@ -251,6 +253,8 @@ def _options(
     kl_weights_name: str = "kl_weights",
 ) -> LossOptions:
     check.positive("temperature", temperature)
+    if not 1e-15 <= temperature <= 1e15:
+        raise ValueError(f"temperature must be in [1e-15, 1e15]; it is {temperature}")
     check.finite("cls_weight", cls_weight)
     check.finite("gist_weight", gist_weight)
     check.weight_pair(kl_weights_name, kl_weights)
@@ -259,6 +263,8 @@ def _options(
         raise ValueError(f"label_smoothing must be in [0, 1); it is {label_smoothing}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits; it is {ignore_index}")
     if reduction not in REDUCTIONS:
         raise ValueError(unknown_name("reduction", str(reduction), REDUCTIONS))
     return LossOptions(
@@ -330,6 +336,8 @@ def _check_target(target: torch.Tensor, logits: torch.Tensor) -> None:
         )
     if target.dtype in check.FLOATING:
         check.shape("target", target, (rows, classes), "(B, C) for class probabilities")
+        if target.requires_grad and torch.is_grad_enabled():
+            raise ValueError("target requires a gradient, and gets none; pass target.detach()")
         return
     if target.dtype != torch.int64:
         raise TypeError(

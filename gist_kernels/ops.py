@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from gist_kernels.options import LossOptions
 
@@ -71,7 +70,7 @@ def loss_operations(
         want_terms: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cls, gist, target = _dense_rows(cls), _dense_rows(gist), _dense_rows(target)
-        if _needs_dispatcher(cls, gist):
+        if _needs_dispatcher(cls, gist, target):
             loss, terms, _ = traced(cls, gist, target, *_flat(options))
             return loss, terms
         if torch.is_grad_enabled() and (cls.requires_grad or gist.requires_grad):
@@ -82,7 +81,7 @@ def loss_operations(
         cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor, options: LossOptions
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         cls, gist, target = _dense_rows(cls), _dense_rows(gist), _dense_rows(target)
-        if _needs_dispatcher(cls, gist):
+        if _needs_dispatcher(cls, gist, target):
             cls, gist, target = cls.detach(), gist.detach(), target.detach()
             loss, _, stats = traced(cls, gist, target, *_flat(options))
             one = torch.ones_like(loss)
@@ -120,21 +119,32 @@ class _InteractionLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
-        # What `once_differentiable` does costs more than the kernels at VTAB's sizes.
-        gradients = _once_differentiable_backward if torch.is_grad_enabled() else _backward
-        return *gradients(ctx, grad), None, None
+        kernels, options, _ = ctx.settings
+        cls, gist, target = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients = kernels.backward(
+            grad.resolve_neg(), cls, gist, target, ctx.stats, options, needs[0], needs[1]
+        )
+        if torch.is_grad_enabled():
+            gradients = tuple(
+                d if d is None else _Once.apply(d, grad, cls, gist) for d in gradients
+            )
+        return *gradients, None, None
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    kernels, options, _ = ctx.settings
-    needs = ctx.needs_input_grad
-    gradients: tuple[torch.Tensor | None, torch.Tensor | None] = kernels.backward(
-        grad, *ctx.saved_tensors, ctx.stats, options, needs[0], needs[1]
-    )
-    return gradients
+class _Once(torch.autograd.Function):
+    """A gradient that would have to be differentiated by what comes after it, and can't be."""
 
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
 
-_once_differentiable_backward = once_differentiable(_backward)
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        raise NotImplementedError(
+            "the loss kernels have no second derivative; compute the loss inside "
+            "gist_kernels.use_backend('reference')"
+        )
 
 
 def _flat(options: LossOptions) -> tuple[list[float], int, str]:
@@ -150,16 +160,27 @@ _T = TypeVar("_T", torch.Tensor, "torch.Tensor | None")
 
 
 def _dense_rows(tensor: _T) -> _T:
-    """Kernels take any row stride, but classes side by side."""
-    if tensor is None or tensor.ndim == 1 or tensor.stride(1) == 1 or tensor.shape[1] == 1:
+    """Kernels take any row stride, but classes side by side, and numbers as they lie in memory."""
+    if tensor is None:
+        return tensor
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if tensor.ndim == 1 or tensor.stride(1) == 1 or tensor.shape[1] == 1:
         return tensor
     return tensor.contiguous()
 
 
-def _needs_dispatcher(cls: torch.Tensor, gist: torch.Tensor) -> bool:
+def _needs_dispatcher(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None) -> bool:
     """Whether a call is traced, or its tensors have no memory to give a kernel."""
     plain = torch.Tensor, torch.nn.Parameter
-    return torch.compiler.is_compiling() or type(cls) not in plain or type(gist) not in plain
+    return (
+        torch.compiler.is_compiling()
+        or type(cls) not in plain
+        or type(gist) not in plain
+        or (target is not None and type(target) not in plain)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _register(
@@ -208,12 +229,12 @@ def _register(
         d_cls, d_gist = kernels.backward(
             grad, cls, gist, target, stats, options, need_cls, need_gist
         )
+        found = [d for d in (d_cls, d_gist) if d is not None]
         # An operator's results may not share memory, as two halves of one tensor do.
-        return [
-            d.contiguous() if d._base is None else d.clone(memory_format=torch.contiguous_format)
-            for d in (d_cls, d_gist)
-            if d is not None
-        ]
+        storages = {d.untyped_storage().data_ptr() for d in found}
+        if len(storages) < len(found):
+            return [d.clone(memory_format=torch.contiguous_format) for d in found]
+        return found
 
     @loss_backward.register_fake
     def _(  # type: ignore[no-untyped-def]

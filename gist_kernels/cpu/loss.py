@@ -122,7 +122,7 @@ def _inputs(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None) 
     gist_stride, gist_step = gist.stride()
     if gist.shape != cls.shape or gist.dtype is not cls.dtype:
         raise ValueError("both logits must have the same shape and dtype")
-    if classes != 1 and (cls_step != 1 or gist_step != 1):
+    if rows and classes != 1 and (cls_step != 1 or gist_step != 1):
         raise ValueError("the logits' last dimension must be contiguous")
     if target is None:
         of_target = _NO_TARGET
@@ -131,7 +131,7 @@ def _inputs(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None) 
         if target.dtype is torch.int64:
             if target.shape != (rows,):
                 raise ValueError("class indices must have shape (B,)")
-        elif target.shape != cls.shape or (classes != 1 and target.stride(1) != 1):
+        elif target.shape != cls.shape or (rows and classes != 1 and target.stride(1) != 1):
             raise ValueError("class probabilities must be (B, C), contiguous in C")
     return (
         _CODES[cls.dtype],
@@ -150,9 +150,10 @@ def _outputs(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     rows, dtype = cls.shape[0], _accumulate(cls)
     per_row = (rows,) if options.reduction == "none" else ()
-    loss = torch.empty(per_row, dtype=dtype)
-    terms = torch.empty((4, *per_row), dtype=dtype) if want_terms else None
-    return loss, terms, torch.empty((rows, STATS_PER_ROW), dtype=dtype)
+    device = cls.device  # not the default one
+    loss = torch.empty(per_row, dtype=dtype, device=device)
+    terms = torch.empty((4, *per_row), dtype=dtype, device=device) if want_terms else None
+    return loss, terms, torch.empty((rows, STATS_PER_ROW), dtype=dtype, device=device)
 
 
 def _gradients(

@@ -2,8 +2,8 @@
 
 The C library returns blocks above 32 MiB to the system as soon as they are freed, and a process
 pays for each of their pages again the next time. For a gradient of 1024 x 32000 numbers that takes
-longer than computing it. So such blocks stay, unused, until the next gradient of about that size;
-a request that none of them suits gives them back.
+longer than computing it. So the last two such blocks, a gradient of each head, stay, unused, until
+the next gradient of about that size; a request that none of them suits gives them back.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import weakref
 import torch
 
 _LEAST_BYTES = 32 << 20
+_MOST_UNUSED = 2
 
 _unused: list[mmap.mmap] = []
 
@@ -24,17 +25,22 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < _LEAST_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     block = _take(size)
     lent = memoryview(block)
     # The tensor's storage holds on to `lent` alone: when both are gone, the block is unused again.
-    weakref.finalize(lent, _unused.append, block).atexit = False
+    weakref.finalize(lent, _keep, block).atexit = False
     return torch.frombuffer(lent, dtype=dtype, count=count).view(shape)
 
 
 def release() -> None:
     """Give unused blocks back to the system."""
     _unused.clear()
+
+
+def _keep(block: mmap.mmap) -> None:
+    _unused.append(block)
+    del _unused[:-_MOST_UNUSED]
 
 
 def _take(size: int) -> mmap.mmap:

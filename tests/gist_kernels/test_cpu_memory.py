@@ -83,3 +83,19 @@ def test_gradients_in_kept_blocks(stacked):
                 total += gradient()
         for total in accumulated:
             torch.testing.assert_close(total, 5 * expected)
+
+
+def test_no_more_than_a_pair_is_kept():
+    alive = [memory.empty((32, 100), torch.float32) for _ in range(10)]
+    del alive
+    assert len(memory._unused) == 2
+
+
+def test_streamed_gradients_whose_cache_lines_do_not_line_up():
+    rows, classes = 4500, 1001  # more than what is written past the cache
+    both = torch.randn(rows, 2, classes)
+    target = torch.arange(rows) % classes
+    apart = [half.contiguous() for half in both.unbind(1)]
+    expected = gk.gist_loss_and_grad(*apart, target)
+    for x, y in zip(gk.gist_loss_and_grad(*both.unbind(1), target), expected, strict=True):
+        assert torch.equal(x, y)

@@ -326,6 +326,7 @@ A, B, T = torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 1, 2])
         ((A, B, T[:2]), ValueError, r"target must have shape \(B,\)"),
         ((A, B, torch.rand(3, 5)), ValueError, "target must have shape .* class probabilities"),
         ((A, B, T.to("meta")), ValueError, "target is on meta"),
+        ((A, B, torch.ones(3, 4, requires_grad=True)), ValueError, r"pass target.detach\(\)"),
         ((A, B.to("meta"), T), ValueError, "gist_logits is on meta"),
     ],
 )
@@ -353,6 +354,9 @@ def test_class_index_out_of_range_is_named_or_its_row_is_nan(served_by, monkeypa
     [
         ({"temperature": 0}, ValueError, "temperature must be greater than 0; it is 0"),
         ({"temperature": math.nan}, ValueError, "temperature must be finite"),
+        ({"temperature": 10**400}, ValueError, "temperature must be finite"),
+        ({"temperature": 1e16}, ValueError, r"temperature must be in \[1e-15, 1e15\]"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index must fit in 64 bits"),
         ({"temperature": "3"}, TypeError, "temperature must be a number, not str"),
         ({"cls_weight": math.inf}, ValueError, "cls_weight must be finite"),
         ({"kl_weights": (1.0,)}, ValueError, "kl_weights must be a pair"),
