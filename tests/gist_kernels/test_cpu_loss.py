@@ -418,6 +418,14 @@ def test_nan_and_inf_are_not_lost(value, column):
     assert result.d_cls[1].isnan().any()
 
 
+def test_each_term_of_a_row_with_nan_is_nan():
+    a, b, target = draw("random", 3, 40)
+    a[1, 7] = b[2, 7] = math.nan
+    target[:] = 3
+    terms = ours(a, b, target, options(reduction="none")).terms.isnan()
+    assert terms.T.tolist() == [[False] * 4, [True, False, True, True], [False, True, True, True]]
+
+
 def test_nan_of_every_bit_pattern():
     bits = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x00400000 + 0x1FF])
     for pattern in bits.to(torch.int32):

@@ -49,6 +49,8 @@ def test_what_suits_no_request_is_given_back():
     assert len(memory._unused) == 1
     memory.empty((32, 100), torch.float32)  # less than half of it
     assert [len(block) for block in memory._unused] == [32 * 100 * 4]
+    assert memory.empty((33, 100), torch.float32).shape == (33, 100)  # a little more than it
+    assert [len(block) for block in memory._unused] == [33 * 100 * 4]
     small = memory.empty((10, 10), torch.float32)
     assert len(memory._unused) == 1
     assert address(small) % 64 == 0
