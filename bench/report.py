@@ -15,13 +15,14 @@ def size_text(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if name != "varied")
 
 
+# "New" is memory beyond what the process held already: on a CPU, what was freed before is used again.
 def print_head(run: Run, to: TextIO | None = None) -> None:
     print(f"\n# {run['benchmark']}", file=to)
     print(", ".join(f"{key} {value}" for key, value in run["machine"].items()), file=to)
     print(", ".join(f"{key} {value:.3g}" for key, value in run["limits"].items()), file=to)
     for name, reason in run["absent"].items():
         print(f"{name} takes no part: {reason}", file=to)
-    columns = ("median ms", "20 %", "80 %", "x ours", "of floor", "peak MB")
+    columns = ("median ms", "20 %", "80 %", "x ours", "of floor", "new MB")
     print(f"{'':<24}{'':<28}" + "".join(f"{column:>11}" for column in columns), file=to)
 
 
@@ -102,7 +103,7 @@ def markdown(runs: list[Run]) -> str:
         for name, reason in run["absent"].items():
             parts[-1] += f" {name} takes no part: {reason}."
         lines = [
-            "| size | dtype | contender | ms (20 to 80 %) | times ours | of floor | peak MB |",
+            "| size | dtype | contender | ms (20 to 80 %) | times ours | of floor | new MB |",
             "|---|---|---|---:|---:|---:|---:|",
         ]
         for case in run["cases"]:
