@@ -15,7 +15,7 @@ def size_text(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if name != "varied")
 
 
-# "New" is memory beyond what the process held already: on a CPU, what was freed before is used again.
+# "New" is memory beyond what the process held already: on a CPU, what was freed is used again.
 def print_head(run: Run, to: TextIO | None = None) -> None:
     print(f"\n# {run['benchmark']}", file=to)
     print(", ".join(f"{key} {value}" for key, value in run["machine"].items()), file=to)
