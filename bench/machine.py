@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 from pathlib import Path
@@ -12,15 +11,13 @@ from typing import Any
 import torch
 
 from bench import measure
+from gist.run import describe_machine
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Names and versions, and the revision of the code."""
-    found = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+    found = describe_machine(str(device)) | {
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "revision": _revision(),
     }
@@ -53,15 +50,6 @@ def limits(device: torch.device) -> dict[str, float]:
         f"{str(dtype).removeprefix('torch.')}_flop_per_second": 2 * size**3 / median["product"],
         "smallest_operation_seconds": median["least"],
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _revision() -> str:

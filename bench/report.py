@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
+from gist.run import write_json
+
 Run = dict[str, Any]
 """{"benchmark", "machine", "limits", "absent": {peer: reason}, "cases": [measure.run(...)]}"""
 
@@ -41,11 +43,8 @@ def print_case(case: dict[str, Any], to: TextIO | None = None) -> None:
 
 def save(run: Run, folder: Path) -> Path:
     """Complete after every case: an interrupted benchmark leaves what it had."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run['benchmark']}.json"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(run, indent=1) + "\n")
-    unfinished.replace(path)
+    write_json(path, run)
     return path
 
 

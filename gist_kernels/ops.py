@@ -20,6 +20,9 @@ from gist_kernels.options import LossOptions
 class LossKernels(Protocol):
     """What a kernel module offers. ``target`` is None, (B,) indices or (B, C) probabilities."""
 
+    def stats_shape(self, rows: int) -> tuple[int, ...]:
+        """Of the statistics that forward leaves for backward."""
+
     def forward(
         self,
         cls: torch.Tensor,
@@ -53,14 +56,9 @@ class LossKernels(Protocol):
         """``(loss, d_cls, d_gist)``, none of them None, for an upstream gradient of 1."""
 
 
-def loss_operations(
-    backend: str, kernels: LossKernels, stats_shape: Callable[[int], tuple[int, ...]]
-) -> dict[str, Callable[..., Any]]:
-    """The loss family as a backend's table takes it, served by ``kernels``.
-
-    ``stats_shape`` gives the shape of the kernels' statistics for a number of rows.
-    """
-    traced, traced_backward = _register(backend, kernels, stats_shape)
+def loss_operations(backend: str, kernels: LossKernels) -> dict[str, Callable[..., Any]]:
+    """The loss family as a backend's table takes it, served by ``kernels``."""
+    traced, traced_backward = _register(backend, kernels)
 
     def gist_loss(
         cls: torch.Tensor,
@@ -183,9 +181,7 @@ def _needs_dispatcher(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tenso
     )
 
 
-def _register(
-    backend: str, kernels: LossKernels, stats_shape: Callable[[int], tuple[int, ...]]
-) -> tuple[Any, Any]:
+def _register(backend: str, kernels: LossKernels) -> tuple[Any, Any]:
     """The kernels as ``gist_kernels::{backend}_loss`` and ``..._backward``, for tracing."""
 
     @torch.library.custom_op(f"gist_kernels::{backend}_loss", mutates_args=())
@@ -209,7 +205,7 @@ def _register(
         dtype = torch.promote_types(cls.dtype, torch.float32)
         return tuple(
             torch.empty(shape, dtype=dtype, device=cls.device)
-            for shape in (each, (4, *each), stats_shape(rows))
+            for shape in (each, (4, *each), kernels.stats_shape(rows))
         )
 
     @torch.library.custom_op(f"gist_kernels::{backend}_loss_backward", mutates_args=())

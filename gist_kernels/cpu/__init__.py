@@ -24,7 +24,7 @@ if _native is not None:
     from gist_kernels.cpu import loss
     from gist_kernels.ops import loss_operations
 
-    OPERATIONS |= loss_operations("cpu", loss, lambda rows: (rows, loss.STATS_PER_ROW))
+    OPERATIONS |= loss_operations("cpu", loss)
 
 
 def unavailable() -> str | None:

@@ -21,11 +21,15 @@ Places: TypeAlias = tuple[int, int, int]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-STATS_PER_ROW: int = _native.LOSS_STATS_PER_ROW
+_STATS_PER_ROW: int = _native.LOSS_STATS_PER_ROW
 # The native module's numbers of dtypes (loss.h).
 _CODES = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int64))}
 _NO_TARGET = (5, 0, 0)
 _NOTHING = 0
+
+
+def stats_shape(rows: int) -> tuple[int, int]:
+    return rows, _STATS_PER_ROW
 
 
 def forward(
@@ -64,7 +68,7 @@ def backward(
     """The gradients asked for, ``grad`` being that of the loss and ``stats`` from forward."""
     inputs = _inputs(cls, gist, target)
     rows = cls.shape[0]
-    if stats.dtype is not _accumulate(cls) or stats.shape != (rows, STATS_PER_ROW):
+    if stats.dtype is not _accumulate(cls) or stats.shape != stats_shape(rows):
         raise ValueError("stats must be what forward returned for these logits")
     if grad.dtype is not stats.dtype or (grad.ndim and grad.shape != (rows,)):
         raise ValueError(f"grad must be {stats.dtype}, of the loss's shape")
@@ -153,7 +157,7 @@ def _outputs(
     device = cls.device  # not the default one
     loss = torch.empty(per_row, dtype=dtype, device=device)
     terms = torch.empty((4, *per_row), dtype=dtype, device=device) if want_terms else None
-    return loss, terms, torch.empty((rows, STATS_PER_ROW), dtype=dtype, device=device)
+    return loss, terms, torch.empty(stats_shape(rows), dtype=dtype, device=device)
 
 
 def _gradients(

@@ -3,7 +3,7 @@
 The C library returns blocks above 32 MiB to the system as soon as they are freed, and a process
 pays for each of their pages again the next time. For a gradient of 1024 x 32000 numbers that takes
 longer than computing it. So the last two such blocks, a gradient of each head, stay, unused, until
-the next gradient of about that size; a request that none of them suits gives them back.
+the next gradient of about that size; one that does not suit the next request is given back.
 """
 
 from __future__ import annotations
@@ -33,23 +33,18 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(lent, dtype=dtype, count=count).view(shape)
 
 
-def release() -> None:
-    """Give unused blocks back to the system."""
-    _unused.clear()
-
-
 def _keep(block: mmap.mmap) -> None:
     _unused.append(block)
     del _unused[:-_MOST_UNUSED]
 
 
 def _take(size: int) -> mmap.mmap:
-    for index, block in enumerate(_unused):
+    # Popped before it is looked at: another thread or a finalizer may change the list meanwhile.
+    while True:
+        try:
+            block = _unused.pop()
+        except IndexError:
+            # Private, so that a forked process writes to pages of its own.
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if size <= len(block) <= 2 * size:
-            try:
-                return _unused.pop(index)
-            except IndexError:  # another thread took it
-                break
-    release()
-    # Private, so that a forked process writes to pages of its own.
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return block

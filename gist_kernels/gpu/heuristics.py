@@ -22,10 +22,6 @@ _LONGEST_KEPT = 4096
 # is below 1 % of the traffic.
 _FORWARD_CHUNK = 4096
 _BACKWARD_CHUNK = 2048
-# The combine step holds a row's chunks at once.
-_MOST_CHUNKS = 1024
-
-MAX_CLASSES = _FORWARD_CHUNK * _MOST_CHUNKS
 
 # Rows whose targets each program counts for itself; above, one program counts for all.
 COUNT_INLINE = 256

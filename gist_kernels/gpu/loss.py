@@ -484,8 +484,8 @@ def _backward_kernel(
     _store(d_a, d_b, row, d_stride, column, mask, grad_a, grad_b, ALIGN)
 
 
-def stats_size(rows: int) -> int:
-    return STATS * rows + 1
+def stats_shape(rows: int) -> tuple[int]:
+    return (STATS * rows + 1,)
 
 
 def forward(
@@ -497,7 +497,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Loss, the four unweighted terms, and what :func:`backward` needs."""
     rows, classes = cls.shape
-    stats = torch.empty(stats_size(rows), dtype=torch.float32, device=cls.device)
+    stats = torch.empty(stats_shape(rows), dtype=torch.float32, device=cls.device)
     loss, terms = _outputs(cls, options, want_terms)
     if rows:
         tile = heuristics.forward(classes)

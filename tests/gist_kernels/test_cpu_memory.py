@@ -15,9 +15,9 @@ from gist_kernels.cpu import memory
 @pytest.fixture(autouse=True)
 def _small_blocks_count(monkeypatch):
     monkeypatch.setattr(memory, "_LEAST_BYTES", 4096)
-    memory.release()
+    memory._unused.clear()
     yield
-    memory.release()
+    memory._unused.clear()
 
 
 def address(tensor: torch.Tensor) -> int:

@@ -100,7 +100,7 @@ def both_ways(a, b, target, options, grad=None):
     """[loss, terms, gradients] by forward and backward, and by forward_backward, which leaves
     the terms to forward."""
     value, terms, stats = loss.forward(a, b, target, options)
-    assert stats.shape == (loss.stats_size(len(a)),)
+    assert stats.shape == loss.stats_shape(len(a))
     grad = torch.ones_like(value) if grad is None else grad
     gradients = loss.backward(grad, a, b, target, stats, options, True, True)
     at_once = loss.forward_backward(a, b, target, options)
