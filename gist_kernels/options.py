@@ -1,8 +1,10 @@
-"""The loss's settings, as every backend takes them."""
+"""Settings and weights of the operations, as every backend takes them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import torch
 
 
 class LossOptions(NamedTuple):
@@ -20,3 +22,29 @@ class LossOptions(NamedTuple):
     ignore_index: int
     reduction: str
     """"mean", "sum" or "none"; "batchmean" is "mean"."""
+
+
+class Norm(NamedTuple):
+    """A frozen LayerNorm over D features."""
+
+    weight: torch.Tensor | None
+    """(D,), or None for 1."""
+    bias: torch.Tensor | None
+    """(D,), or None for 0."""
+    eps: float
+
+
+class Adapter(NamedTuple):
+    """A bottleneck ``scale * (act(x Wd^T + bd) Wu^T + bu)`` of rank r on D features."""
+
+    down_weight: torch.Tensor
+    """(r, D), Wd."""
+    down_bias: torch.Tensor | None
+    """(r,), bd."""
+    up_weight: torch.Tensor
+    """(D, r), Wu."""
+    up_bias: torch.Tensor | None
+    """(D,), bu."""
+    scale: float
+    activation: str
+    """A key of ``reference.adapter.ACTIVATIONS``."""

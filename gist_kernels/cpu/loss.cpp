@@ -2,49 +2,14 @@
 
 #include "loss.h"
 
-#include <cstring>
-
-#if !defined(_OPENMP)
-#include <atomic>
-#include <thread>
-#include <vector>
-#endif
+#include "dispatch.h"
 
 namespace gist {
 namespace {
 
 using std::int64_t;
 
-struct InstructionSet {
-  const char *name;
-  RowKernel rows;
-  bool (*supported)();
-};
-
-// Widest first; the last one runs everywhere.
-const InstructionSet kInstructionSets[] = {
-#if defined(GIST_X86_KERNELS)
-    {"avx512", loss_rows_avx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     }},
-    {"avx2", loss_rows_avx2,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-#endif
-    {"portable", loss_rows_portable, [] { return true; }},
-};
-
-const InstructionSet *widest() {
-#if defined(GIST_X86_KERNELS)
-  __builtin_cpu_init();
-#endif
-  const InstructionSet *set = kInstructionSets;
-  while (!set->supported()) ++set;
-  return set;
-}
-
-const InstructionSet *current = widest();
+constexpr const RowKernel *kRowKernels[] = GIST_TABLE(RowKernel, loss_rows);
 
 // Logits of one head that a thread must have to be worth waking.
 constexpr int64_t kLogitsPerThread = 16 * 1024;
@@ -53,7 +18,7 @@ constexpr int64_t kLogitsPerThread = 16 * 1024;
 constexpr int64_t kPartsPerThread = 8, kLogitsPerPart = 8 * 1024, kRowsPerPart = 8;
 
 void run_rows(const LossCall &call, Pass pass, int threads) {
-  const RowKernel rows = current->rows;
+  const RowKernel rows = *kRowKernels[current_set()];
   const int64_t useful = call.rows * call.classes / kLogitsPerThread;
   const int64_t team = threads < useful ? threads : useful;
   if (team < 2) return rows(call, pass, 0, call.rows);
@@ -65,23 +30,10 @@ void run_rows(const LossCall &call, Pass pass, int threads) {
   const int64_t whole = (wanted + kRowsPerPart - 1) / kRowsPerPart * kRowsPerPart;
   const int64_t size = whole * team <= call.rows ? whole : wanted;
   const int64_t parts = (call.rows + size - 1) / size;
-  const auto run_part = [&](int64_t part) {
+  parallel_for(parts, team, [&](int64_t part) {
     const int64_t end = (part + 1) * size;
     rows(call, pass, part * size, end < call.rows ? end : call.rows);
-  };
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(int(team)) schedule(dynamic)
-  for (int64_t part = 0; part < parts; ++part) run_part(part);
-#else
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t part; (part = next.fetch_add(1)) < parts;) run_part(part);
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < team; ++i) helpers.emplace_back(work);
-  work();
-  for (std::thread &helper : helpers) helper.join();
-#endif
+  });
 }
 
 int64_t count_kept(const LossCall &call) {
@@ -131,17 +83,6 @@ bool streams(const LossCall &call) {
 }
 
 }  // namespace
-
-const char *instruction_set() { return current->name; }
-
-bool use_instruction_set(const char *name) {
-  for (const InstructionSet &set : kInstructionSets) {
-    if (std::strcmp(set.name, name) != 0 || !set.supported()) continue;
-    current = &set;
-    return true;
-  }
-  return false;
-}
 
 int64_t loss_forward(LossCall call, int threads) {
   const int64_t kept = count_kept(call);

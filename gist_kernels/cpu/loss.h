@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace gist {
 
 // Of logits and of targets: int64 is class indices, `none` a loss without target.
@@ -61,20 +63,12 @@ struct LossCall {
 enum class Pass : int { forward, backward, forward_backward };
 using RowKernel = void (*)(const LossCall &, Pass, std::int64_t begin, std::int64_t end);
 
-extern const RowKernel loss_rows_portable;
-#if defined(GIST_X86_KERNELS)
-extern const RowKernel loss_rows_avx2, loss_rows_avx512;
-#endif
+extern const RowKernel GIST_EVERY_SET(loss_rows);
 
 // Writes statistics, loss and terms, and what gradients call.d_logits asks for. Returns the first
 // row whose class index is outside the classes, where loss and gradients are NaN; or -1.
 std::int64_t loss_forward(LossCall call, int threads);
 // Writes the gradients that call.d_logits asks for, from what loss_forward left in call.stats.
 void loss_backward(LossCall call, int threads);
-
-// "avx512", "avx2" or "portable": the widest that this build and this processor have.
-const char *instruction_set();
-// For tests. False if there is none of that name here.
-bool use_instruction_set(const char *name);
 
 }  // namespace gist

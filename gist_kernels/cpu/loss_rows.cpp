@@ -1,5 +1,5 @@
 // The loss, row by row. Compiled once for each instruction set; CMakeLists.txt names the result by
-// GIST_ROW_KERNEL. All but that name has internal linkage (see simd.h).
+// GIST_IN_SET(loss_rows). All but that name has internal linkage (see simd.h).
 //
 // With x = logits - max(logits) of either head, p and q the softmaxes of x / T, c the logarithm of
 // the ratio of their sums and d = (x_cls - x_gist) / T - c = log p - log q,
@@ -618,6 +618,6 @@ void rows(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const RowKernel GIST_ROW_KERNEL = rows;
+extern const RowKernel GIST_IN_SET(loss_rows) = rows;
 
 }  // namespace gist

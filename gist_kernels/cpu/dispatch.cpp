@@ -1,0 +1,55 @@
+#include "dispatch.h"
+
+#include <cstring>
+
+namespace gist {
+namespace {
+
+struct InstructionSet {
+  const char *name;
+  bool (*supported)();
+};
+
+// In the order of GIST_TABLE; the last one runs everywhere.
+const InstructionSet kInstructionSets[] = {
+#if defined(GIST_X86_KERNELS)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"portable", [] { return true; }},
+};
+
+int widest() {
+#if defined(GIST_X86_KERNELS)
+  __builtin_cpu_init();
+#endif
+  int set = 0;
+  while (!kInstructionSets[set].supported()) ++set;
+  return set;
+}
+
+int current = widest();
+
+}  // namespace
+
+int current_set() { return current; }
+
+const char *instruction_set() { return kInstructionSets[current].name; }
+
+bool use_instruction_set(const char *name) {
+  int set = 0;
+  for (const InstructionSet &candidate : kInstructionSets) {
+    if (std::strcmp(candidate.name, name) == 0 && candidate.supported()) {
+      current = set;
+      return true;
+    }
+    ++set;
+  }
+  return false;
+}
+
+}  // namespace gist
