@@ -68,7 +68,7 @@ def loss_operations(backend: str, kernels: LossKernels) -> dict[str, Callable[..
         want_terms: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cls, gist, target = _dense_rows(cls), _dense_rows(gist), _dense_rows(target)
-        if _needs_dispatcher(cls, gist, target):
+        if needs_dispatcher(cls, gist, target):
             loss, terms, _ = traced(cls, gist, target, *_flat(options))
             return loss, terms
         if torch.is_grad_enabled() and (cls.requires_grad or gist.requires_grad):
@@ -79,7 +79,7 @@ def loss_operations(backend: str, kernels: LossKernels) -> dict[str, Callable[..
         cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor, options: LossOptions
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         cls, gist, target = _dense_rows(cls), _dense_rows(gist), _dense_rows(target)
-        if _needs_dispatcher(cls, gist, target):
+        if needs_dispatcher(cls, gist, target):
             cls, gist, target = cls.detach(), gist.detach(), target.detach()
             loss, _, stats = traced(cls, gist, target, *_flat(options))
             one = torch.ones_like(loss)
@@ -168,17 +168,17 @@ def _dense_rows(tensor: _T) -> _T:
     return tensor.contiguous()
 
 
-def _needs_dispatcher(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None) -> bool:
+def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
     """Whether a call is traced, or its tensors have no memory to give a kernel."""
-    plain = torch.Tensor, torch.nn.Parameter
     return (
         torch.compiler.is_compiling()
-        or type(cls) not in plain
-        or type(gist) not in plain
-        or (target is not None and type(target) not in plain)
+        or any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _register(backend: str, kernels: LossKernels) -> tuple[Any, Any]:

@@ -48,3 +48,38 @@ class Adapter(NamedTuple):
     scale: float
     activation: str
     """A key of ``reference.adapter.ACTIVATIONS``."""
+
+
+class Attention(NamedTuple):
+    """A frozen multi-head self-attention on D features, H heads of Dh features each."""
+
+    qkv_weight: torch.Tensor
+    """(3 H Dh, D): queries', keys' and values' rows one after the other."""
+    qkv_bias: torch.Tensor | None
+    """(3 H Dh,)."""
+    proj_weight: torch.Tensor
+    """(D, H Dh)."""
+    proj_bias: torch.Tensor | None
+    """(D,)."""
+    num_heads: int
+    scale: float | None = None
+    """Factor on the scores; None for ``Dh ** -0.5``."""
+    layer_scale: torch.Tensor | None = None
+    """(D,), factor on the projection's output."""
+
+
+class Mlp(NamedTuple):
+    """A frozen two-layer perceptron on D features with F hidden ones."""
+
+    fc1_weight: torch.Tensor
+    """(F, D)."""
+    fc1_bias: torch.Tensor | None
+    """(F,)."""
+    fc2_weight: torch.Tensor
+    """(D, F)."""
+    fc2_bias: torch.Tensor | None
+    """(D,)."""
+    activation: str = "gelu"
+    """A key of ``reference.adapter.ACTIVATIONS``."""
+    layer_scale: torch.Tensor | None = None
+    """(D,), factor on the second layer's output."""

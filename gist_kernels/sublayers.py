@@ -1,0 +1,198 @@
+"""A transformer block's sublayers with an adapter: public functions, argument checks, dispatch."""
+
+from __future__ import annotations
+
+import torch
+
+from gist_kernels import backend, check
+from gist_kernels.options import Adapter, Attention, Mlp, Norm
+from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.suggest import unknown_name
+
+
+def adapter_attention(
+    x: torch.Tensor,
+    norm: Norm,
+    attention: Attention,
+    adapter: Adapter | None = None,
+    *,
+    num_queries: int | None = None,
+    drop_path: torch.Tensor | None = None,
+    grad_tokens: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """A pre-norm attention sublayer with an adapter beside it, one autograd node::
+
+        x + drop_path * (layer_scale * attention(norm(x))) + adapter(x)
+
+    as GIST places it (arXiv:2312.07255). Differentiable in x and in the adapter's tensors; norm
+    and attention are frozen.
+
+    Args:
+        x: (B, N, D), floating point.
+        norm: the LayerNorm, tensors of x's dtype.
+        attention: the attention, tensors of x's dtype.
+        adapter: the bottleneck, tensors of any floating dtype, or None.
+        num_queries: compute the result of the first tokens alone, all being keys and values.
+            Default: of all.
+        drop_path: (B, 1, 1) factors on the sublayer's update, as stochastic depth draws them.
+        grad_tokens: ``(start, count)``: the gradient of x is asked for these tokens alone, and
+            is zero at the others. For a first block, before which one token is trained.
+
+    Returns:
+        (B, N, D), or (B, num_queries, D), in x's dtype.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: shapes or devices don't match, a value is
+            out of its range, or a frozen tensor requires a gradient.
+    """
+    _check_block_input(x, norm, adapter, drop_path)
+    width, heads = x.shape[2], attention.num_heads
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"attention.num_heads must be an integer of at least 1; it is {heads!r}")
+    inner = attention.qkv_weight.shape[0] // 3
+    if inner < 1 or inner % heads:
+        raise ValueError(
+            "attention.qkv_weight must have 3 * num_heads * head_dim rows; it has shape "
+            f"{tuple(attention.qkv_weight.shape)} and num_heads is {heads}"
+        )
+    if attention.scale is not None:
+        check.finite("attention.scale", attention.scale)
+    _check_frozen("attention", attention, x, {
+        "qkv_weight": (3 * inner, width), "qkv_bias": (3 * inner,),
+        "proj_weight": (width, inner), "proj_bias": (width,), "layer_scale": (width,),
+    })  # fmt: skip
+    _check_count("num_queries", num_queries, x.shape[1])
+    if grad_tokens is not None:
+        start, count = grad_tokens
+        if not (0 <= start and 1 <= count and start + count <= x.shape[1]):
+            raise ValueError(
+                f"grad_tokens must be (start, count) within x's {x.shape[1]} tokens; "
+                f"it is {grad_tokens}"
+            )
+    result: torch.Tensor = backend.select("adapter_attention", x)(
+        x, norm, attention, adapter,
+        num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens,
+    )  # fmt: skip
+    return result
+
+
+def adapter_mlp(
+    x: torch.Tensor,
+    norm: Norm,
+    mlp: Mlp,
+    adapter: Adapter | None = None,
+    *,
+    drop_path: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A pre-norm MLP sublayer with an adapter beside it, one autograd node::
+
+        x + drop_path * (layer_scale * fc2(act(fc1(norm(x))))) + adapter(x)
+
+    Arguments, result and errors are those of :func:`adapter_attention`.
+    """
+    _check_block_input(x, norm, adapter, drop_path)
+    if mlp.activation not in ACTIVATIONS:
+        raise ValueError(unknown_name("mlp.activation", mlp.activation, ACTIVATIONS))
+    width, hidden = x.shape[2], mlp.fc1_weight.shape[0]
+    _check_frozen("mlp", mlp, x, {
+        "fc1_weight": (hidden, width), "fc1_bias": (hidden,),
+        "fc2_weight": (width, hidden), "fc2_bias": (width,), "layer_scale": (width,),
+    })  # fmt: skip
+    result: torch.Tensor = backend.select("adapter_mlp", x)(
+        x, norm, mlp, adapter, drop_path=drop_path
+    )
+    return result
+
+
+def prefix_attention(
+    qkv: torch.Tensor,
+    num_heads: int,
+    *,
+    num_queries: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Multi-head self-attention straight from a packed projection, of the first tokens or all.
+
+    Args:
+        qkv: (B, N, 3 H Dh): queries', keys' and values' features one after the other, each of
+            them H heads of Dh.
+        num_heads: H.
+        num_queries: tokens, the first ones, whose result is computed. Default: all.
+        scale: factor on the scores. Default: ``Dh ** -0.5``.
+
+    Returns:
+        (B, num_queries, H Dh), dense, in qkv's dtype.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: a wrong shape or value.
+    """
+    check.floating("qkv", qkv)
+    check.shape("qkv", qkv, (None, None, None), "(B, N, 3 * num_heads * head_dim)")
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads must be an integer of at least 1; it is {num_heads!r}")
+    if qkv.shape[2] == 0 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            "qkv must have 3 * num_heads * head_dim features; it has "
+            f"{qkv.shape[2]} and num_heads is {num_heads}"
+        )
+    _check_count("num_queries", num_queries, qkv.shape[1])
+    if scale is not None:
+        check.finite("scale", scale)
+    result: torch.Tensor = backend.select("prefix_attention", qkv)(
+        qkv, num_heads, num_queries=num_queries, scale=scale
+    )
+    return result
+
+
+def _check_count(name: str, count: int | None, tokens: int) -> None:
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= tokens:
+        raise ValueError(f"{name} must be an integer in [1, {tokens}], or None; it is {count!r}")
+
+
+def _check_block_input(
+    x: torch.Tensor, norm: Norm, adapter: Adapter | None, drop_path: torch.Tensor | None
+) -> None:
+    check.floating("x", x)
+    check.shape("x", x, (None, None, None), "(B, N, D)")
+    width = x.shape[2]
+    if width < 1:
+        raise ValueError(f"x must have at least one feature; it has shape {tuple(x.shape)}")
+    check.positive("norm.eps", norm.eps)
+    _check_frozen("norm", norm, x, {"weight": (width,), "bias": (width,)})
+    if drop_path is not None:
+        check.shape("drop_path", drop_path, (x.shape[0], 1, 1), "(B, 1, 1)")
+        check.alike("drop_path", drop_path, "x", x)
+    if adapter is None:
+        return
+    check.shape("adapter.down_weight", adapter.down_weight, (None, width), "(rank, D)")
+    rank = adapter.down_weight.shape[0]
+    if rank < 1:
+        raise ValueError("adapter.down_weight must have a rank of at least 1")
+    shapes = {"down_bias": (rank,), "up_weight": (width, rank), "up_bias": (width,)}
+    for name, shape in shapes.items():
+        tensor = getattr(adapter, name)
+        if tensor is not None:
+            check.shape(f"adapter.{name}", tensor, shape, "that fits down_weight and x")
+            check.alike(f"adapter.{name}", tensor, "x", x, any_float=True)
+    check.alike("adapter.down_weight", adapter.down_weight, "x", x, any_float=True)
+    check.finite("adapter.scale", adapter.scale)
+    if adapter.activation not in ACTIVATIONS:
+        raise ValueError(unknown_name("adapter.activation", adapter.activation, ACTIVATIONS))
+
+
+def _check_frozen(
+    group: str, weights: Norm | Attention | Mlp, x: torch.Tensor, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    for name, shape in shapes.items():
+        tensor = getattr(weights, name)
+        if tensor is None:
+            continue
+        check.shape(f"{group}.{name}", tensor, shape, "that fits x and the other weights")
+        check.alike(f"{group}.{name}", tensor, "x", x)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{group}.{name} requires a gradient, and is taken as frozen; pass it detached, "
+                "or compose the sublayer of PyTorch's operators"
+            )
