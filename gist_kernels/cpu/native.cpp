@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "attention.h"
 #include "loss.h"
 
 #ifdef _OPENMP
@@ -75,6 +76,38 @@ int64_t run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t 
   return -1;
 }
 
+// Address, stride of the batch, stride of rows; the address 0 stands for no tensor.
+gist::AttentionTensor attention_tensor(const nb::tuple &place) {
+  return {pointer(nb::cast<Address>(place[0])), nb::cast<int64_t>(place[1]),
+          nb::cast<int64_t>(place[2])};
+}
+
+// Forward without d_out, else backward.
+void run_attention(int dtype, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
+                   int64_t head_dim, double scale, const nb::tuple &q, const nb::tuple &k,
+                   const nb::tuple &v, const nb::tuple &out, Address lse, const nb::tuple &d_out,
+                   const nb::tuple &d_q, const nb::tuple &d_k, const nb::tuple &d_v, int threads) {
+  gist::AttentionCall call = {};
+  call.dtype = static_cast<gist::AttentionDtype>(dtype);
+  call.batch = batch;
+  call.heads = heads;
+  call.queries = queries;
+  call.keys = keys;
+  call.head_dim = head_dim;
+  call.scale = scale;
+  call.q = attention_tensor(q);
+  call.k = attention_tensor(k);
+  call.v = attention_tensor(v);
+  call.out = attention_tensor(out);
+  call.lse = static_cast<float *>(pointer(lse));
+  call.d_out = attention_tensor(d_out);
+  call.d_q = attention_tensor(d_q);
+  call.d_k = attention_tensor(d_k);
+  call.d_v = attention_tensor(d_v);
+  const nb::gil_scoped_release release;
+  gist::attention(call, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -86,5 +119,7 @@ NB_MODULE(_native, m) {
   m.def("max_threads", &max_threads,
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
   m.def("run_loss", &run_loss, "The loss kernels, as called by gist_kernels.cpu.loss.");
+  m.def("run_attention", &run_attention,
+        "The attention kernels, as called by gist_kernels.cpu.attention.");
   m.attr("LOSS_STATS_PER_ROW") = gist::kRowStats;
 }

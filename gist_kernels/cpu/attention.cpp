@@ -1,0 +1,53 @@
+// Attention over a batch: which kernels, on how many threads, and the memory they work in.
+
+#include "attention.h"
+
+#include <atomic>
+#include <cstddef>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace gist {
+namespace {
+
+using std::int64_t;
+
+constexpr const AttentionKernels *kKernels[] = GIST_TABLE(AttentionKernels, attention_rows);
+
+// Products of two numbers that a thread must have to be worth waking.
+constexpr int64_t kProductsPerThread = 256 * 1024;
+constexpr int64_t kLineFloats = 64 / sizeof(float);
+
+}  // namespace
+
+void attention(const AttentionCall &call, int threads) {
+  const AttentionKernels &kernels = *kKernels[current_set()];
+  const int64_t tasks = call.batch * call.heads;
+  const int64_t useful =
+      tasks * call.queries * call.keys * call.head_dim / kProductsPerThread;
+  int64_t team = threads < useful ? threads : useful;
+  if (team > tasks) team = tasks;
+  if (team < 1) team = 1;
+
+  // Kept from call to call: new pages would cost a good part of the kernels' own time. It is the
+  // caller's thread that allocates, so that it is the caller who learns of a lack of memory.
+  thread_local std::vector<float> memory;
+  const int64_t size = (kernels.scratch(call) + kLineFloats - 1) / kLineFloats * kLineFloats;
+  const std::size_t needed = std::size_t(team * size + kLineFloats);
+  if (memory.size() < needed) {
+    memory = {};
+    memory.resize(needed);
+  }
+  const std::uintptr_t past = reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
+  float *const scratch = memory.data() + (64 - past) % 64 / sizeof(float);
+
+  // Any thread may take any task, the next as soon as it is free.
+  std::atomic<int64_t> next{0};
+  parallel_for(team, team, [&](int64_t member) {
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;)
+      kernels.run(call, task / call.heads, task % call.heads, scratch + member * size);
+  });
+}
+
+}  // namespace gist

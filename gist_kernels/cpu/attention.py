@@ -1,0 +1,142 @@
+"""Multi-head attention on CPU tensors, for sequences of some hundred tokens.
+
+Queries, keys and values are read, and their gradients written, where they lie: slices of one packed
+tensor as a rule. What is checked here is what the native code's memory safety rests on.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+from gist_kernels.cpu import _native
+
+# Address, stride of the batch, stride of the rows.
+Place: TypeAlias = tuple[int, int, int]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+# The native module's numbers of dtypes (attention.h).
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_NOTHING: Place = (0, 0, 0)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
+
+    ``q`` is (B, Q, H * Dh), ``k`` and ``v`` are (B, N, H * Dh) of one of ``DTYPES``: any strides, but
+    contiguous in the last dimension, in which each head has Dh columns. Returns ``out`` (B, Q, H * Dh),
+    contiguous, and ``lse`` (B, H, Q) in float32. TypeError for dtypes, ValueError for all else.
+    """
+    sizes = _sizes(q, k, v, num_heads)
+    batch, heads, queries, _, head_dim = sizes
+    device = q.device  # not the default one
+    out = torch.empty((batch, queries, heads * head_dim), dtype=q.dtype, device=device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
+    if batch:
+        _native.run_attention(
+            _CODES[q.dtype],
+            *sizes,
+            scale,
+            _place(q),
+            _place(k),
+            _place(v),
+            _place(out),
+            lse.data_ptr(),
+            *(_NOTHING,) * 4,
+            torch.get_num_threads(),
+        )
+    return out, lse
+
+
+def backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    d_q: torch.Tensor,
+    d_k: torch.Tensor,
+    d_v: torch.Tensor,
+) -> None:
+    """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
+
+    ``out`` and ``lse`` are what :func:`forward` returned, ``d_out`` is the gradient of ``out``. All but
+    ``lse`` may have any strides, but are contiguous in the last dimension; the gradients, which must
+    not overlap, are typically slices of one packed tensor. TypeError for dtypes, ValueError for all else.
+    """
+    sizes = _sizes(q, k, v, num_heads)
+    batch, heads, queries, _, _ = sizes
+    for name, tensor, like in (
+        ("d_out", d_out, q),
+        ("out", out, q),
+        ("d_q", d_q, q),
+        ("d_k", d_k, k),
+        ("d_v", d_v, v),
+    ):
+        _check(name, tensor, like)
+    if lse.dtype is not torch.float32 or lse.shape != (batch, heads, queries):
+        raise ValueError("lse must be what forward returned for these tensors")
+    lse = lse.contiguous()
+    if batch:
+        _native.run_attention(
+            _CODES[q.dtype],
+            *sizes,
+            scale,
+            _place(q),
+            _place(k),
+            _place(v),
+            _place(out),
+            lse.data_ptr(),
+            _place(d_out),
+            _place(d_q),
+            _place(d_k),
+            _place(d_v),
+            torch.get_num_threads(),
+        )
+
+
+def _sizes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int
+) -> tuple[int, int, int, int, int]:
+    """B, H, Q, N, Dh."""
+    if q.dtype not in _CODES:
+        raise TypeError(f"q must be float32, bfloat16 or float16; it is {q.dtype}")
+    if q.ndim != 3 or k.ndim != 3:
+        raise ValueError("q, k and v must have three dimensions")
+    batch, queries, width = q.shape
+    keys = k.shape[1]
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"{width} columns can't be shared out to {num_heads} heads")
+    if not 1 <= width // num_heads <= MAX_HEAD_DIM:
+        raise ValueError(f"a head must have 1 to {MAX_HEAD_DIM} columns, not {width // num_heads}")
+    if k.shape[0] != batch or k.shape[2] != width:
+        raise ValueError("q and k must agree in their first and last dimension")
+    if queries < 1 or keys < 1:
+        raise ValueError("there must be a query and a key")
+    _check("q", q, q)
+    _check("k", k, k, q.dtype)
+    _check("v", v, k, q.dtype)
+    return batch, num_heads, queries, keys, width // num_heads
+
+
+def _check(
+    name: str, tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    if tensor.dtype is not (dtype or like.dtype):
+        raise TypeError(f"{name} must be {dtype or like.dtype}; it is {tensor.dtype}")
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} must have shape {tuple(like.shape)}, not {tuple(tensor.shape)}")
+    if tensor.stride(2) != 1 and tensor.shape[2] != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension")
+
+
+def _place(tensor: torch.Tensor) -> Place:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
