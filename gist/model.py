@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import gist_kernels
+from gist import blocks
 from gist.config import GistConfig
 from gist.token import GistToken
+
+
+# Parameters that come after the patches' embedding.
+_LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
 
 
 class GistOutput(NamedTuple):
@@ -76,11 +82,56 @@ class GistModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class."""
-        return self.forward_head(self.forward_features(images))
+        read = None
+        if self.backbone.global_pool == "token":
+            read = 1 if self.token is None else 2
+        return self.forward_head(self._features(images, read))
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
-        return self.backbone.forward_features(images)
+        return self._features(images, None)
+
+    def _features(self, images: torch.Tensor, read: int | None) -> torch.Tensor:
+        """The first ``read`` tokens after the final norm, or all. What only others would need of
+        the last block is not computed, nor what leads back to patches that nothing trains."""
+        backbone = self.backbone
+        if self.general_path(images.device.type) is not None:
+            return backbone.forward_features(images)
+        embedding = (p for name, p in backbone.named_parameters() if not name.startswith(_LATER))
+        frozen = not images.requires_grad and not any(p.requires_grad for p in embedding)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
+        last = len(backbone.blocks) - 1
+        for index, (block, adapter) in enumerate(self._blocks()):
+            if blocks.refusal(block, adapter, self.token) is not None:
+                x = block(x)
+                continue
+            if index == 0 and self.token is not None:
+                x = self.token(x)
+            x = blocks.run(
+                block, adapter, x,
+                num_queries=read if index == last else None,
+                grad_tokens=(GistToken.index, 1) if index == 0 and frozen else None,
+            )  # fmt: skip
+        return backbone.norm(x)
+
+    def _blocks(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        """Each block with its part of the method."""
+        parts = self.method if self.method is not None else [None] * len(self.backbone.blocks)
+        return zip(self.backbone.blocks, parts, strict=True)
+
+    def general_path(self, device_type: str) -> str | None:
+        """Why a forward pass would go through the backbone's own forward as a whole; None where
+        each block that can be fused is."""
+        if torch.compiler.is_compiling():
+            return "it is traced by torch.compile or torch.export"
+        if torch.is_autocast_enabled(device_type):
+            return "autocast is on"
+        if self.backbone.grad_checkpointing:
+            return "the backbone checkpoints its activations"
+        if type(self.backbone).forward_features is not VisionTransformer.forward_features:
+            return f"{type(self.backbone).__name__} has a forward_features of its own"
+        return None
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, N, D) tokens of :meth:`forward_features` to logits."""

@@ -14,17 +14,26 @@ from gist_kernels.loss import (
     gist_loss_and_grad,
     split_heads,
 )
+from gist_kernels.options import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
+from gist_kernels.sublayers import adapter_attention, adapter_mlp, prefix_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterWeights",
+    "AttentionWeights",
     "BackendInfo",
     "GistLossTerms",
+    "MlpWeights",
+    "NormWeights",
     "adapter",
+    "adapter_attention",
+    "adapter_mlp",
     "backends",
     "bidirectional_kl",
     "gist_loss",
     "gist_loss_and_grad",
+    "prefix_attention",
     "split_heads",
     "use_backend",
 ]

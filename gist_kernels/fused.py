@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gist_kernels.ops import needs_dispatcher
-from gist_kernels.options import Adapter, Attention, Mlp, Norm
+from gist_kernels.options import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
 from gist_kernels.reference import OPERATIONS as REFERENCE
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -70,9 +70,9 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
 
     def adapter_attention(
         x: torch.Tensor,
-        norm: Norm,
-        weights: Attention,
-        adapter: Adapter | None,
+        norm: NormWeights,
+        weights: AttentionWeights,
+        adapter: AdapterWeights | None,
         *,
         num_queries: int | None,
         drop_path: torch.Tensor | None,
@@ -91,9 +91,9 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
 
     def adapter_mlp(
         x: torch.Tensor,
-        norm: Norm,
-        weights: Mlp,
-        adapter: Adapter | None,
+        norm: NormWeights,
+        weights: MlpWeights,
+        adapter: AdapterWeights | None,
         *,
         drop_path: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -127,23 +127,23 @@ class _Sublayer(NamedTuple):
     """What a node is given beside the tensors that may need gradients."""
 
     kernels: SublayerKernels
-    norm: Norm
+    norm: NormWeights
     weights: Any
-    """An Attention or an Mlp."""
+    """AttentionWeights or MlpWeights."""
     last: tuple[torch.Tensor, torch.Tensor | None]
     """Weight and bias of its last product."""
     drop_path: torch.Tensor | None
-    adapter: Adapter | None
+    adapter: AdapterWeights | None
 
-    def with_saved(self, trainable: list[torch.Tensor]) -> Adapter | None:
+    def with_saved(self, trainable: list[torch.Tensor]) -> AdapterWeights | None:
         """The adapter, of tensors that autograd has seen to be unchanged since forward."""
-        return None if self.adapter is None else Adapter(*trainable, *self.adapter[4:])
+        return None if self.adapter is None else AdapterWeights(*trainable, *self.adapter[4:])
 
     def factors(self) -> list[torch.Tensor]:
         """What scales the last product, bias included."""
         return [f for f in (self.weights.layer_scale, self.drop_path) if f is not None]
 
-    def adapted(self, x: torch.Tensor, norm: Norm | None) -> Any:
+    def adapted(self, x: torch.Tensor, norm: NormWeights | None) -> Any:
         """``adapter_forward`` onto x itself, with the bias of the product that will be added."""
         bias = None if self.factors() else self.last[1]
         return self.kernels.adapter_forward(x, x, norm, self.adapter, bias)
@@ -181,7 +181,7 @@ class _AdapterNode(torch.autograd.Function):
         rows = _rows(x)
         add = rows if onto_x else None if residual is None else _rows(residual)
         _, out, z, _ = kernels.adapter_forward(
-            rows, add, None, Adapter(*weights, scale, activation), None
+            rows, add, None, AdapterWeights(*weights, scale, activation), None
         )
         ctx.save_for_backward(*weights, x, z)
         return out.view(x.shape)  # type: ignore[no-any-return]
@@ -191,12 +191,13 @@ class _AdapterNode(torch.autograd.Function):
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         kernels, scale, activation, onto_x = ctx.options
         *weights, x, z = ctx.saved_tensors
-        need_dx = ctx.needs_input_grad[5]
+        need_dx, need_residual = ctx.needs_input_grad[5:7]
         d_x, *of_weights = kernels.adapter_backward(
-            _rows(d_out), None, _rows(x), None, None, Adapter(*weights, scale, activation), z,
+            _rows(d_out), None, _rows(x), None, None, AdapterWeights(*weights, scale, activation), z,
             pass_through=onto_x, need_dx=need_dx,
         )  # fmt: skip
-        return None, *of_weights, d_x.view(x.shape) if need_dx else None, d_out
+        d_x = d_x.view(x.shape) if need_dx else None
+        return None, *of_weights, d_x, d_out if need_residual else None
 
 
 class _AttentionNode(torch.autograd.Function):
@@ -241,7 +242,12 @@ class _AttentionNode(torch.autograd.Function):
                 weights.num_heads, weights.scale, *d_qkv.chunk(3, dim=-1),
             )  # fmt: skip
             d_x, *of_adapter = _through_norm(kernels, norm, weights.qkv_weight, d_qkv, adapter, *rows)
-            return None, None, None, *of_adapter, d_x.view(x.shape)
+            d_x = d_x.view(x.shape)
+            if ctx.grad_tokens is not None:
+                start, count = ctx.grad_tokens
+                d_x[:, :start] = 0
+                d_x[:, start + count :] = 0
+            return None, None, None, *of_adapter, d_x
 
         start, count = ctx.grad_tokens
         tokens = slice(start, start + count)
@@ -385,7 +391,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _split(weights: Attention) -> tuple[Tensors, Tensors]:
+def _split(weights: AttentionWeights) -> tuple[Tensors, Tensors]:
     """Weight and bias of the queries, and of the keys and values."""
     weight, bias = weights.qkv_weight, weights.qkv_bias
     inner = weight.shape[0] // 3
@@ -396,7 +402,7 @@ def _split(weights: Attention) -> tuple[Tensors, Tensors]:
 
 def _of_adapter_alone(
     kernels: SublayerKernels,
-    adapter: Adapter | None,
+    adapter: AdapterWeights | None,
     d_out: torch.Tensor,
     x: torch.Tensor,
     z: torch.Tensor,
@@ -413,10 +419,10 @@ def _of_adapter_alone(
 
 def _through_norm(
     kernels: SublayerKernels,
-    norm: Norm,
+    norm: NormWeights,
     weight: torch.Tensor,
     d_product: torch.Tensor,
-    adapter: Adapter | None,
+    adapter: AdapterWeights | None,
     d_out: torch.Tensor,
     x: torch.Tensor,
     z: torch.Tensor,
@@ -435,7 +441,7 @@ def _token_gradients(
     qkv: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    weights: Attention,
+    weights: AttentionWeights,
     tokens: slice,
 ) -> torch.Tensor:
     """(B, T, 3 H Dh) gradients of some tokens' queries, keys and values: rows and columns of the

@@ -24,7 +24,7 @@ class LossOptions(NamedTuple):
     """"mean", "sum" or "none"; "batchmean" is "mean"."""
 
 
-class Norm(NamedTuple):
+class NormWeights(NamedTuple):
     """A frozen LayerNorm over D features."""
 
     weight: torch.Tensor | None
@@ -34,7 +34,7 @@ class Norm(NamedTuple):
     eps: float
 
 
-class Adapter(NamedTuple):
+class AdapterWeights(NamedTuple):
     """A bottleneck ``scale * (act(x Wd^T + bd) Wu^T + bu)`` of rank r on D features."""
 
     down_weight: torch.Tensor
@@ -50,7 +50,7 @@ class Adapter(NamedTuple):
     """A key of ``reference.adapter.ACTIVATIONS``."""
 
 
-class Attention(NamedTuple):
+class AttentionWeights(NamedTuple):
     """A frozen multi-head self-attention on D features, H heads of Dh features each."""
 
     qkv_weight: torch.Tensor
@@ -68,7 +68,7 @@ class Attention(NamedTuple):
     """(D,), factor on the projection's output."""
 
 
-class Mlp(NamedTuple):
+class MlpWeights(NamedTuple):
     """A frozen two-layer perceptron on D features with F hidden ones."""
 
     fc1_weight: torch.Tensor

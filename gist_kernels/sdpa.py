@@ -27,23 +27,10 @@ def forward(
     return out.detach(), None, (out, leaves)
 
 
-def backward(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: None,
-    graph: Any,
-    num_heads: int,
-    scale: float | None,
-    d_q: torch.Tensor,
-    d_k: torch.Tensor,
-    d_v: torch.Tensor,
-) -> None:
-    """Writes the gradients of the graph's queries, keys and values."""
-    kept, leaves = graph
+def backward(d_out: torch.Tensor, graph: Any, *gradients: torch.Tensor) -> None:
+    """Writes the ``gradients`` of the graph's queries, keys and values."""
+    out, leaves = graph
     # Kept: a second backward of the node around it asks again.
-    found = torch.autograd.grad(kept, leaves, d_out, retain_graph=True)
-    for gradient, place in zip(found, (d_q, d_k, d_v), strict=True):
+    found = torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+    for gradient, place in zip(found, gradients, strict=True):
         place.copy_(gradient)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 from gist_kernels import backend, check
-from gist_kernels.options import Adapter, Attention, Mlp, Norm
+from gist_kernels.options import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
 from gist_kernels.reference.adapter import ACTIVATIONS
 from gist_kernels.suggest import unknown_name
 
 
 def adapter_attention(
     x: torch.Tensor,
-    norm: Norm,
-    attention: Attention,
-    adapter: Adapter | None = None,
+    norm: NormWeights,
+    attention: AttentionWeights,
+    adapter: AdapterWeights | None = None,
     *,
     num_queries: int | None = None,
     drop_path: torch.Tensor | None = None,
@@ -78,9 +78,9 @@ def adapter_attention(
 
 def adapter_mlp(
     x: torch.Tensor,
-    norm: Norm,
-    mlp: Mlp,
-    adapter: Adapter | None = None,
+    norm: NormWeights,
+    mlp: MlpWeights,
+    adapter: AdapterWeights | None = None,
     *,
     drop_path: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -152,7 +152,7 @@ def _check_count(name: str, count: int | None, tokens: int) -> None:
 
 
 def _check_block_input(
-    x: torch.Tensor, norm: Norm, adapter: Adapter | None, drop_path: torch.Tensor | None
+    x: torch.Tensor, norm: NormWeights, adapter: AdapterWeights | None, drop_path: torch.Tensor | None
 ) -> None:
     check.floating("x", x)
     check.shape("x", x, (None, None, None), "(B, N, D)")
@@ -183,7 +183,7 @@ def _check_block_input(
 
 
 def _check_frozen(
-    group: str, weights: Norm | Attention | Mlp, x: torch.Tensor, shapes: dict[str, tuple[int, ...]]
+    group: str, weights: NormWeights | AttentionWeights | MlpWeights, x: torch.Tensor, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     for name, shape in shapes.items():
         tensor = getattr(weights, name)

@@ -91,6 +91,13 @@ class ParallelAdapter(nn.Module):
             activation=self.activation,
         )
 
+    def weights(self) -> gist_kernels.AdapterWeights:
+        """Parameters and settings as the fused sublayers take them."""
+        down, up = self.down, self.up
+        return gist_kernels.AdapterWeights(
+            down.weight, down.bias, up.weight, up.bias, self.scale, self.activation
+        )
+
     def attach(self, block: Block) -> None:
         """Join both sublayers: x is seen where it enters the norm, A(x) added after drop-path."""
         for norm, drop_path in ((block.norm1, block.drop_path1), (block.norm2, block.drop_path2)):

@@ -22,9 +22,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPERATIONS: dict[str, Callable[..., Any]] = {}
 if _native is not None:
     from gist_kernels.cpu import loss
+    from gist_kernels.cpu.sublayers import KERNELS
+    from gist_kernels.fused import sublayer_operations
     from gist_kernels.ops import loss_operations
 
     OPERATIONS |= loss_operations("cpu", loss)
+    OPERATIONS |= sublayer_operations(KERNELS)
 
 
 def unavailable() -> str | None:

@@ -5,14 +5,10 @@
 #include <cstdint>
 
 #include "dispatch.h"
+#include "dtype.h"
 
 namespace gist {
 
-// Of logits and of targets: int64 is class indices, `none` a loss without target.
-enum class Dtype : int { float32, bfloat16, float16, float64, int64, none };
-static constexpr std::int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::float32 ? 4 : dtype == Dtype::float64 || dtype == Dtype::int64 ? 8 : 2;
-}
 enum class Reduction : int { none, sum, mean };
 
 constexpr int kCls = 0, kGist = 1, kHeads[] = {kCls, kGist};
@@ -37,7 +33,7 @@ struct LossCall {
   const void *logits[2];
   std::int64_t logit_stride[2];
 
-  Dtype target_dtype;
+  Dtype target_dtype;  // int64 for class indices, `none` for a loss without target
   const void *target;
   std::int64_t target_stride;
 

@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "adapter.h"
 #include "attention.h"
 #include "loss.h"
 
@@ -76,6 +77,66 @@ int64_t run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t 
   return -1;
 }
 
+// adapter.py beside this file says what the arguments are; what one direction does not use is 0.
+void run_adapter(bool backward, int dtype, int64_t rows, int64_t width, int64_t rank,
+                 int activation, double scale, bool has_norm, double eps, Address x,
+                 int64_t x_stride, Address add, int64_t add_stride, Address d_out,
+                 int64_t d_out_stride, Address d_normed, int64_t d_normed_stride, Address normed,
+                 Address out, Address dx, bool pass_through, Address stats, Address z,
+                 Address norm_weight, Address norm_bias, Address bias, Address down_weight,
+                 Address down_bias, Address up_weight, Address up_bias, Address d_down_weight,
+                 Address d_down_bias, Address d_up_weight, Address d_up_bias, int threads) {
+  const nb::gil_scoped_release release;
+  gist::AdapterCall call = {};
+  call.rows = rows;
+  call.width = width;
+  call.rank = rank;
+  call.dtype = static_cast<gist::Dtype>(dtype);
+  call.activation = static_cast<gist::Activation>(activation);
+  call.has_norm = has_norm;
+  call.eps = eps;
+  call.scale = scale;
+  call.x = pointer(x);
+  call.x_stride = x_stride;
+  call.add = pointer(add);
+  call.add_stride = add_stride;
+  call.d_out = pointer(d_out);
+  call.d_out_stride = d_out_stride;
+  call.d_normed = pointer(d_normed);
+  call.d_normed_stride = d_normed_stride;
+  call.normed = pointer(normed);
+  call.out = pointer(out);
+  call.dx = pointer(dx);
+  call.pass_through = pass_through;
+  call.stats = pointer(stats);
+  call.z = pointer(z);
+  call.norm_weight = pointer(norm_weight);
+  call.norm_bias = pointer(norm_bias);
+  call.bias = pointer(bias);
+  call.down_weight = pointer(down_weight);
+  call.down_bias = pointer(down_bias);
+  call.up_weight = pointer(up_weight);
+  call.up_bias = pointer(up_bias);
+  call.d_down_weight = pointer(d_down_weight);
+  call.d_down_bias = pointer(d_down_bias);
+  call.d_up_weight = pointer(d_up_weight);
+  call.d_up_bias = pointer(d_up_bias);
+  backward ? gist::adapter_backward(call, threads) : gist::adapter_forward(call, threads);
+}
+
+void run_activation(int dtype, int64_t size, int activation, Address u, Address d, Address to,
+                    int threads) {
+  const nb::gil_scoped_release release;
+  gist::ActivationCall call = {};
+  call.size = size;
+  call.dtype = static_cast<gist::Dtype>(dtype);
+  call.activation = static_cast<gist::Activation>(activation);
+  call.u = pointer(u);
+  call.d = pointer(d);
+  call.to = pointer(to);
+  gist::run_activation(call, threads);
+}
+
 // Address, stride of the batch, stride of rows; the address 0 stands for no tensor.
 gist::AttentionTensor attention_tensor(const nb::tuple &place) {
   return {pointer(nb::cast<Address>(place[0])), nb::cast<int64_t>(place[1]),
@@ -121,5 +182,9 @@ NB_MODULE(_native, m) {
   m.def("run_loss", &run_loss, "The loss kernels, as called by gist_kernels.cpu.loss.");
   m.def("run_attention", &run_attention,
         "The attention kernels, as called by gist_kernels.cpu.attention.");
+  m.def("run_adapter", &run_adapter,
+        "The adapter kernels, as called by gist_kernels.cpu.adapter.");
+  m.def("run_activation", &run_activation,
+        "The element-wise activation, as called by gist_kernels.cpu.activation.");
   m.attr("LOSS_STATS_PER_ROW") = gist::kRowStats;
 }

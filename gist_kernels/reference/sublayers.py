@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gist_kernels.options import Adapter, Attention, Mlp, Norm
+from gist_kernels.options import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
 from gist_kernels.reference.adapter import ACTIVATIONS
 from gist_kernels.reference.adapter import adapter as bottleneck
 
@@ -29,9 +29,9 @@ def attention(
 
 def adapter_attention(
     x: torch.Tensor,
-    norm: Norm,
-    weights: Attention,
-    adapter: Adapter | None,
+    norm: NormWeights,
+    weights: AttentionWeights,
+    adapter: AdapterWeights | None,
     *,
     num_queries: int | None,
     drop_path: torch.Tensor | None,
@@ -51,9 +51,9 @@ def adapter_attention(
 
 def adapter_mlp(
     x: torch.Tensor,
-    norm: Norm,
-    weights: Mlp,
-    adapter: Adapter | None,
+    norm: NormWeights,
+    weights: MlpWeights,
+    adapter: AdapterWeights | None,
     *,
     drop_path: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -67,7 +67,7 @@ def adapter_mlp(
 
 
 def _projections(
-    normed: torch.Tensor, weights: Attention, num_queries: int | None
+    normed: torch.Tensor, weights: AttentionWeights, num_queries: int | None
 ) -> tuple[torch.Tensor, ...]:
     """Queries of the first tokens, keys and values of all."""
     weight, bias = weights.qkv_weight, weights.qkv_bias
@@ -88,7 +88,7 @@ def _join(
     x: torch.Tensor,
     out: torch.Tensor,
     layer_scale: torch.Tensor | None,
-    adapter: Adapter | None,
+    adapter: AdapterWeights | None,
     drop_path: torch.Tensor | None,
 ) -> torch.Tensor:
     """Residual, sublayer and adapter. Drop-path drops the sublayer, never the adapter."""

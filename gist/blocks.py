@@ -1,0 +1,153 @@
+"""Transformer blocks by fused sublayers where they match, by their own forward where not.
+
+timm's Block is two pre-norm sublayers, which ``gist_kernels.adapter_attention`` and ``adapter_mlp``
+compute with the adapter beside each. What they don't compute is left to the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from timm.layers import Attention, DropPath, LayerNorm, LayerScale, Mlp
+from timm.models.vision_transformer import Block
+from torch import nn
+
+import gist_kernels as gk
+from gist.methods.adapter import ParallelAdapter
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
+
+
+def refusal(block: nn.Module, adapter: nn.Module | None, token: nn.Module | None) -> str | None:
+    """Why a block goes its own way, or None where it is fused.
+
+    ``adapter`` is the block's, ``token`` the model's; hooks of any other owner are run by the
+    block's own forward alone.
+    """
+    if type(block) is not Block:
+        return f"it is a {type(block).__name__}"
+    if not (adapter is None or isinstance(adapter, ParallelAdapter)):
+        return f"its method is a {type(adapter).__name__}"
+    for part in (block.norm1, block.norm2):
+        if not (type(part) in (nn.LayerNorm, LayerNorm) and len(part.normalized_shape) == 1):
+            return f"its norm is a {type(part).__name__}"
+    for part in (block.ls1, block.ls2):
+        if type(part) not in (nn.Identity, LayerScale):
+            return f"its layer scale is a {type(part).__name__}"
+    for part in (block.drop_path1, block.drop_path2):
+        if type(part) not in (nn.Identity, DropPath):
+            return f"its drop-path is a {type(part).__name__}"
+    inner = _attention_refusal(block.attn) or _mlp_refusal(block.mlp)
+    if inner is not None:
+        return inner
+    if any(parameter.requires_grad for parameter in block.parameters()):
+        return "it has trainable weights of its own"
+    if any(_owner(hook) not in (adapter, token) for hook in _hooks(block)):
+        return "it carries hooks that are not gist's"
+    return None
+
+
+def run(
+    block: Block,
+    adapter: ParallelAdapter | None,
+    x: torch.Tensor,
+    *,
+    num_queries: int | None,
+    grad_tokens: tuple[int, int] | None,
+) -> torch.Tensor:
+    """A block that nothing was said against: (B, N, D) tokens to as many, or the first ones."""
+    weights = None if adapter is None else adapter.weights()
+    attn, mlp = block.attn, block.mlp
+    x = gk.adapter_attention(
+        x,
+        _norm(block.norm1),
+        gk.AttentionWeights(
+            attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
+            attn.num_heads, attn.scale, _layer_scale(block.ls1),
+        ),
+        weights,
+        num_queries=num_queries,
+        drop_path=_drop_path(block.drop_path1, x),
+        grad_tokens=grad_tokens,
+    )  # fmt: skip
+    activation = _activation(mlp.act)
+    assert activation is not None
+    return gk.adapter_mlp(
+        x,
+        _norm(block.norm2),
+        gk.MlpWeights(
+            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+            activation, _layer_scale(block.ls2),
+        ),
+        weights,
+        drop_path=_drop_path(block.drop_path2, x),
+    )  # fmt: skip
+
+
+def _attention_refusal(attn: nn.Module) -> str | None:
+    if type(attn) is not Attention:
+        return f"its attention is a {type(attn).__name__}"
+    if attn.gate is not None:
+        return "its attention is gated"
+    for part, name in ((attn.q_norm, "queries"), (attn.k_norm, "keys"), (attn.norm, "output")):
+        if type(part) is not nn.Identity:
+            return f"its attention normalises its {name}"
+    if not type(attn.qkv) is type(attn.proj) is nn.Linear:
+        return "its attention's projections are not plain linears"
+    if attn.training and (attn.attn_drop.p or attn.proj_drop.p):
+        return "its attention has dropout"
+    return None
+
+
+def _mlp_refusal(mlp: nn.Module) -> str | None:
+    if type(mlp) is not Mlp:
+        return f"its MLP is a {type(mlp).__name__}"
+    if not type(mlp.fc1) is type(mlp.fc2) is nn.Linear:
+        return "its MLP's layers are not plain linears"
+    if type(mlp.norm) is not nn.Identity:
+        return "its MLP is normalised within"
+    if _activation(mlp.act) is None:
+        return f"its MLP's activation is a {type(mlp.act).__name__}"
+    if mlp.training and (mlp.drop1.p or mlp.drop2.p):
+        return "its MLP has dropout"
+    return None
+
+
+def _activation(act: nn.Module) -> str | None:
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(type(act))
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    for part in module.modules():
+        yield from part._forward_hooks.values()
+        yield from part._forward_pre_hooks.values()
+        yield from part._backward_hooks.values()
+        yield from part._backward_pre_hooks.values()
+
+
+def _owner(hook: object) -> object:
+    return getattr(hook, "__self__", hook)
+
+
+def _norm(norm: nn.LayerNorm) -> gk.NormWeights:
+    return gk.NormWeights(norm.weight, norm.bias, norm.eps)
+
+
+def _layer_scale(scale: nn.Module) -> torch.Tensor | None:
+    return scale.gamma if isinstance(scale, LayerScale) else None
+
+
+def _drop_path(part: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The factors that timm's drop_path would draw for x, in the same order."""
+    if not isinstance(part, DropPath) or part.drop_prob == 0 or not part.training:
+        return None
+    keep = 1 - part.drop_prob
+    factors = x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep)
+    return factors.div_(keep) if keep > 0 and part.scale_by_keep else factors

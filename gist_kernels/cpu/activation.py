@@ -1,0 +1,73 @@
+"""The element-wise activation on CPU tensors: allocates outputs, hands over addresses.
+
+What is checked here is what the native code's memory safety rests on.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gist_kernels.cpu import _native, memory
+
+# The native module's numbers (dtype.h, adapter.h).
+DTYPE_CODES = {
+    dtype: code
+    for code, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+}
+ACTIVATION_CODES = {
+    name: code for code, name in enumerate(("gelu", "gelu_tanh", "identity", "relu", "silu"))
+}
+_NOTHING = 0
+
+
+def forward(u: torch.Tensor, activation: str) -> torch.Tensor:
+    """``act(u)`` of a contiguous ``u`` of any shape, in its dtype; a new tensor.
+
+    Raises:
+        ValueError: ``u`` is not contiguous, or not a floating-point tensor on the CPU.
+    """
+    _check("u", u)
+    result = memory.empty(tuple(u.shape), u.dtype)
+    _run(u, activation, _NOTHING, result)
+    return result
+
+
+def backward(
+    d_a: torch.Tensor, u: torch.Tensor, activation: str, *, into_d_a: bool = False
+) -> torch.Tensor:
+    """``d_a * act'(u)``, the gradient in ``u`` from that in ``forward(u, activation)``.
+
+    Args:
+        d_a: as ``u`` in shape and dtype, contiguous.
+        u: contiguous, of any shape.
+        activation: a key of ``reference.adapter.ACTIVATIONS``.
+        into_d_a: write over ``d_a`` and return it; only for a caller that owns it.
+
+    Raises:
+        ValueError: a tensor is not contiguous, not a floating-point tensor on the CPU, or the two
+            differ in shape or dtype.
+    """
+    _check("u", u)
+    _check("d_a", d_a)
+    if d_a.shape != u.shape or d_a.dtype is not u.dtype:
+        raise ValueError("d_a must have the shape and dtype of u")
+    result = d_a if into_d_a else memory.empty(tuple(u.shape), u.dtype)
+    _run(u, activation, d_a.data_ptr(), result)
+    return result
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous() or tensor.dtype not in DTYPE_CODES or not tensor.is_cpu:
+        raise ValueError(f"{name} must be a contiguous floating-point tensor on the CPU")
+
+
+def _run(u: torch.Tensor, activation: str, d_a: int, result: torch.Tensor) -> None:
+    _native.run_activation(
+        DTYPE_CODES[u.dtype],
+        u.numel(),
+        ACTIVATION_CODES[activation],
+        u.data_ptr(),
+        d_a,
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )

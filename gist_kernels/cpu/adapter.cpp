@@ -1,0 +1,243 @@
+// The adapter and the activation over a batch: packing of weights, shares of threads, reductions.
+
+#include "adapter.h"
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "dispatch.h"
+
+namespace gist {
+namespace {
+
+using std::int64_t;
+
+constexpr const AdapterKernels *kAdapterKernels[] = GIST_TABLE(AdapterKernels, adapter_rows);
+constexpr const ActivationKernel *kActivationKernels[] =
+    GIST_TABLE(ActivationKernel, activation_rows);
+
+// Numbers of a tensor that a thread must have to be worth waking.
+constexpr int64_t kNumbersPerThread = 16 * 1024;
+// A part of the rows, for one thread at a time. Of a backward pass, where each part has sums of
+// its own, it is larger where those are, and there are no more than so many and so many bytes.
+constexpr int64_t kRowsPerPart = 32, kRowsPerSum = 64, kRowsPerLargeSum = 128;
+constexpr int64_t kMostSums = 64, kLeastSums = 8, kSumBytes = 16 << 20;
+// From this rank on weights fill a cache of their own, and more rows should meet them there.
+constexpr int64_t kLargeRank = 17, kRowsOfLargeGroup = 16;
+// Numbers of an element-wise part: little enough to stay in a first-level cache.
+constexpr int64_t kNumbersPerPart = 4 * 1024;
+
+AdapterLayout layout_of(const AdapterCall &call) {
+  AdapterLayout layout;
+  layout.group = call.rank < kLargeRank ? kRowBlock : kRowsOfLargeGroup;
+  // One block more, or rows of 1024 numbers would compete for the same places of a cache.
+  layout.stride = rounded_up(call.width, kPaddedWidth) + kPaddedWidth;
+  layout.ranks = rounded_up(call.rank, kRankBlock);
+  return layout;
+}
+
+// Uninitialised memory for a call's numbers, aligned to cache lines: all of it is claimed before
+// threads start, so that a lack of it is an exception in the caller's thread.
+template <class A>
+class Memory {
+ public:
+  explicit Memory(int64_t size) : bytes_(new char[std::size_t(size) * sizeof(A) + kLine]) {
+    const auto address = reinterpret_cast<std::uintptr_t>(bytes_.get());
+    next_ = reinterpret_cast<A *>((address + kLine - 1) / kLine * kLine);
+  }
+
+  A *take(int64_t size) {
+    A *const taken = next_;
+    next_ += size;
+    return taken;
+  }
+
+ private:
+  static constexpr std::size_t kLine = 64;
+  std::unique_ptr<char[]> bytes_;
+  A *next_;
+};
+
+// `n` numbers, or as many times `missing` where there are none, and zeros up to `padded`.
+template <class A>
+const A *pack_row(const void *from, A missing, int64_t n, int64_t padded, A *to) {
+  const A *const numbers = static_cast<const A *>(from);
+  for (int64_t j = 0; j < padded; ++j)
+    to[j] = j >= n ? A(0) : numbers == nullptr ? missing : numbers[j];
+  return to;
+}
+
+int64_t packed_size(const AdapterLayout &layout) {
+  return (2 * layout.ranks + 3) * layout.stride + rounded_up(layout.ranks, kPaddedWidth);
+}
+
+template <class A>
+PackedWeights pack(const AdapterCall &call, const AdapterLayout &layout, Memory<A> &memory) {
+  const int64_t width = call.width, rank = call.rank, stride = layout.stride;
+  PackedWeights packed = {};
+  const auto row = [&] { return memory.take(stride); };
+  if (call.has_norm) {
+    packed.norm_weight = pack_row(call.norm_weight, A(1), width, stride, row());
+    packed.norm_bias = pack_row(call.norm_bias, A(0), width, stride, row());
+  }
+  if (rank == 0) return packed;
+
+  A *const constant = row();
+  pack_row(call.up_bias, A(0), width, stride, constant);
+  for (int64_t j = 0; j < width; ++j) {
+    constant[j] *= A(call.scale);
+    if (call.bias != nullptr) constant[j] += static_cast<const A *>(call.bias)[j];
+  }
+  packed.constant = constant;
+  A *const down = memory.take(layout.ranks * stride), *const up = memory.take(layout.ranks * stride);
+  const A *const from_down = static_cast<const A *>(call.down_weight);
+  const A *const from_up = static_cast<const A *>(call.up_weight);
+  for (int64_t k = 0; k < layout.ranks; ++k) {
+    const bool here = k < rank;
+    pack_row(here ? from_down + k * width : nullptr, A(0), width, stride, down + k * stride);
+    if (!here) std::memset(up + k * stride, 0, std::size_t(stride) * sizeof(A));
+  }
+  for (int64_t j = 0; j < stride; ++j)
+    for (int64_t k = 0; k < rank; ++k)
+      up[k * stride + j] = j < width ? A(call.scale) * from_up[j * rank + k] : A(0);
+  packed.down = down;
+  packed.up = up;
+  packed.down_bias = pack_row(call.down_bias, A(0), rank, layout.ranks,
+                              memory.take(rounded_up(layout.ranks, kPaddedWidth)));
+  return packed;
+}
+
+int64_t useful_threads(int64_t numbers, int threads) {
+  const int64_t useful = numbers / kNumbersPerThread;
+  return useful < 1 ? 1 : useful < threads ? useful : threads;
+}
+
+int64_t team_for(const AdapterCall &call, int threads) {
+  return useful_threads(call.rows * call.width * (1 + call.rank / 4), threads);
+}
+
+// Calls body(part, scratch) for each part, the scratch memory being that of the thread.
+template <class A, class Body>
+void for_each_part(int64_t parts, int64_t team, A *scratch, int64_t size, const Body &body) {
+  if (team > parts) team = parts;
+  std::atomic<int64_t> next{0};
+  parallel_for(team, team, [&](int64_t member) {
+    for (int64_t part; (part = next.fetch_add(1)) < parts;) body(part, scratch + member * size);
+  });
+}
+
+template <class A>
+void forward(const AdapterCall &call, int threads) {
+  const AdapterLayout layout = layout_of(call);
+  const int64_t team = team_for(call, threads), size = rounded_up(scratch_size(layout), kPaddedWidth);
+  Memory<A> memory(packed_size(layout) + team * size);
+  const PackedWeights packed = pack(call, layout, memory);
+  const auto kernel = kAdapterKernels[current_set()]->forward;
+  const int64_t parts = (call.rows + kRowsPerPart - 1) / kRowsPerPart;
+  for_each_part(parts, team, memory.take(team * size), size, [&](int64_t part, A *scratch) {
+    const int64_t begin = part * kRowsPerPart, end = begin + kRowsPerPart;
+    kernel(call, layout, packed, scratch, begin, end < call.rows ? end : call.rows);
+  });
+}
+
+// Sums of a part of the rows, in one piece.
+template <class A>
+struct Sums {
+  const AdapterLayout &layout;
+
+  int64_t size() const {
+    return (2 * layout.ranks + 1) * layout.stride + rounded_up(layout.ranks, kPaddedWidth);
+  }
+  PartialGradients at(A *sums) const {
+    const int64_t weights = layout.ranks * layout.stride;
+    return {sums, sums + weights, sums + 2 * weights, sums + 2 * weights + layout.stride};
+  }
+};
+
+// Rows of each part: by the shapes alone, so that no sum depends on the number of threads.
+int64_t rows_per_sum(const AdapterCall &call, int64_t bytes) {
+  const int64_t wanted = call.rank < kLargeRank ? kRowsPerSum : kRowsPerLargeSum;
+  int64_t most = kSumBytes / bytes;
+  most = most < kLeastSums ? kLeastSums : most > kMostSums ? kMostSums : most;
+  const int64_t parts = (call.rows + wanted - 1) / wanted;
+  if (parts == 0) return wanted;
+  return rounded_up((call.rows + (parts < most ? parts : most) - 1) / (parts < most ? parts : most),
+                    kRowBlock);
+}
+
+// to[j * step] = scale * the sum over the parts of from[j], in their order.
+template <class A>
+void add_parts(const A *from, int64_t parts, int64_t size, int64_t n, double scale, void *to,
+               int64_t step) {
+  if (to == nullptr) return;
+  constexpr int64_t run = 256;
+  for (int64_t begin = 0; begin < n; begin += run) {
+    const int64_t count = n - begin < run ? n - begin : run;
+    double totals[run] = {};
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t j = 0; j < count; ++j) totals[j] += double(from[part * size + begin + j]);
+    for (int64_t j = 0; j < count; ++j)
+      static_cast<A *>(to)[(begin + j) * step] = A(scale * totals[j]);
+  }
+}
+
+template <class A>
+void backward(const AdapterCall &call, int threads) {
+  const AdapterLayout layout = layout_of(call);
+  const Sums<A> sums = {layout};
+  const int64_t size = rounded_up(scratch_size(layout), kPaddedWidth);
+  const int64_t rows = rows_per_sum(call, sums.size() * int64_t(sizeof(A)));
+  const int64_t parts = (call.rows + rows - 1) / rows, team = team_for(call, threads);
+  const bool adapter = call.rank > 0;
+  Memory<A> memory(packed_size(layout) + team * size + (adapter ? parts * sums.size() : 0));
+  const PackedWeights packed = pack(call, layout, memory);
+  A *const partial = memory.take(adapter ? parts * sums.size() : 0);
+  const auto kernel = kAdapterKernels[current_set()]->backward;
+  for_each_part(parts, team, memory.take(team * size), size, [&](int64_t part, A *scratch) {
+    PartialGradients gradients = {};
+    if (adapter) {
+      A *const own = partial + part * sums.size();
+      std::memset(own, 0, std::size_t(sums.size()) * sizeof(A));
+      gradients = sums.at(own);
+    }
+    const int64_t begin = part * rows, end = begin + rows;
+    kernel(call, layout, packed, scratch, gradients, begin, end < call.rows ? end : call.rows);
+  });
+  if (!adapter) return;
+
+  const PartialGradients first = sums.at(partial);
+  const auto add = [&](const void *from, int64_t n, double scale, void *to, int64_t step) {
+    add_parts(static_cast<const A *>(from), parts, sums.size(), n, scale, to, step);
+  };
+  A *const d_down = static_cast<A *>(call.d_down_weight), *const d_up = static_cast<A *>(call.d_up_weight);
+  parallel_for(call.rank, useful_threads(parts * call.rank * call.width, threads), [&](int64_t k) {
+    const int64_t row = k * layout.stride;
+    add(static_cast<const A *>(first.down) + row, call.width, 1, d_down + k * call.width, 1);
+    add(static_cast<const A *>(first.up) + row, call.width, call.scale, d_up + k, call.rank);
+  });
+  add(first.dz, call.rank, 1, call.d_down_bias, 1);
+  add(first.d_out, call.width, call.scale, call.d_up_bias, 1);
+}
+
+}  // namespace
+
+void adapter_forward(const AdapterCall &call, int threads) {
+  call.dtype == Dtype::float64 ? forward<double>(call, threads) : forward<float>(call, threads);
+}
+
+void adapter_backward(const AdapterCall &call, int threads) {
+  call.dtype == Dtype::float64 ? backward<double>(call, threads) : backward<float>(call, threads);
+}
+
+void run_activation(const ActivationCall &call, int threads) {
+  const ActivationKernel kernel = *kActivationKernels[current_set()];
+  const int64_t team = useful_threads(call.size, threads);
+  const int64_t parts = (call.size + kNumbersPerPart - 1) / kNumbersPerPart;
+  parallel_for(parts, team, [&](int64_t part) {
+    const int64_t begin = part * kNumbersPerPart, end = begin + kNumbersPerPart;
+    kernel(call, begin, end < call.size ? end : call.size);
+  });
+}
+
+}  // namespace gist

@@ -1,0 +1,95 @@
+// What the adapter kernels and the element-wise activation are given. Their row kernels
+// (adapter_rows.cpp, activation_rows.cpp) are compiled once for every instruction set; adapter.cpp
+// packs weights, shares rows out to threads and reduces.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "dtype.h"
+
+namespace gist {
+
+enum class Activation : int { gelu, gelu_tanh, identity, relu, silu };
+
+// One forward or backward call on (rows, width) tensors. What is absent is null. Strides count
+// elements from row to row; the last dimension is contiguous. What is written is contiguous, and A
+// is float, or double for float64 tensors.
+struct AdapterCall {
+  std::int64_t rows, width;
+  std::int64_t rank;  // 0 without adapter
+  Dtype dtype;
+  Activation activation;
+  bool has_norm;  // forward: normalise; backward: there is a gradient of the normalised rows
+  double eps, scale;
+
+  const void *x, *add, *d_out, *d_normed;  // of dtype
+  std::int64_t x_stride, add_stride, d_out_stride, d_normed_stride;
+  void *normed, *out, *dx;  // of dtype
+  bool pass_through;        // dx has d_out in it
+
+  void *stats;  // A (rows, 2): mean and 1 / standard deviation
+  void *z;      // A (rows, rank)
+  // Of type A, contiguous: (width), (rank, width) and (rank) down, (width, rank) and (width) up.
+  const void *norm_weight, *norm_bias, *bias, *down_weight, *down_bias, *up_weight, *up_bias;
+  void *d_down_weight, *d_down_bias, *d_up_weight, *d_up_bias;
+};
+
+// Writes call.normed and call.stats where call.has_norm, and call.out and call.z where there is an
+// adapter.
+void adapter_forward(const AdapterCall &call, int threads);
+// Writes call.dx unless null, and where there is an adapter the gradients of its weights.
+void adapter_backward(const AdapterCall &call, int threads);
+
+// Ranks and rows are computed in blocks; vectors of every instruction set divide this width.
+constexpr std::int64_t kRankBlock = 4, kRowBlock = 4, kPaddedWidth = 16;
+static constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+// Where numbers of type A lie in the arrays that row kernels work on, all of them padded with 0.
+struct AdapterLayout {
+  std::int64_t group;   // rows that a kernel keeps in cache together
+  std::int64_t stride;  // of rows of `width` numbers
+  std::int64_t ranks;   // rank, in whole blocks
+};
+
+// Weights: (ranks, stride) down and scale * up^T, rows of the rest, biases of the ranks.
+struct PackedWeights {
+  const void *down, *up, *down_bias;
+  const void *constant;  // bias + scale * up_bias
+  const void *norm_weight, *norm_bias;
+};
+
+// Sums over a part of the rows: down and up as above (up without scale), d_out and dz.
+struct PartialGradients {
+  void *down, *up, *d_out, *dz;
+};
+
+struct AdapterKernels {
+  // Rows [begin, end). `scratch` has scratch_size() numbers.
+  void (*forward)(const AdapterCall &, const AdapterLayout &, const PackedWeights &, void *scratch,
+                  std::int64_t begin, std::int64_t end);
+  // Adds to `sums`, where there is an adapter.
+  void (*backward)(const AdapterCall &, const AdapterLayout &, const PackedWeights &, void *scratch,
+                   const PartialGradients &sums, std::int64_t begin, std::int64_t end);
+};
+extern const AdapterKernels GIST_EVERY_SET(adapter_rows);
+
+static constexpr std::int64_t scratch_size(const AdapterLayout &layout) {
+  return layout.group * (3 * layout.stride + 3 * layout.ranks);
+}
+
+// The activation of each number, or the gradient d * act'(u).
+struct ActivationCall {
+  std::int64_t size;
+  Dtype dtype;
+  Activation activation;
+  const void *u, *d;  // d null for the activation itself
+  void *to;           // may be d
+};
+void run_activation(const ActivationCall &call, int threads);
+
+// Numbers [begin, end).
+using ActivationKernel = void (*)(const ActivationCall &, std::int64_t begin, std::int64_t end);
+extern const ActivationKernel GIST_EVERY_SET(activation_rows);
+
+}  // namespace gist

@@ -1,0 +1,256 @@
+"""LayerNorm and the adapter on CPU tensors: allocates outputs, hands addresses to the native module.
+
+Arguments are those of the public functions after their checks; what is checked again here is what
+the native code's memory safety rests on.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gist_kernels.cpu import _native, memory
+from gist_kernels.cpu.activation import ACTIVATION_CODES, DTYPE_CODES
+from gist_kernels.options import AdapterWeights, NormWeights
+
+_NOTHING = 0
+_NO_ROWS = (_NOTHING, 0)
+
+
+def forward(
+    x: torch.Tensor,
+    add: torch.Tensor | None,
+    norm: NormWeights | None,
+    adapter: AdapterWeights | None,
+    bias: torch.Tensor | None = None,
+) -> tuple[
+    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]:
+    """LayerNorm and adapter of the same rows, each read once.
+
+    Args:
+        x: (M, D), contiguous in D; float32, bfloat16, float16 or float64.
+        add: (M, D), x's dtype, contiguous in D, may be ``x``; or None for 0.
+        norm: LayerNorm to apply, or None.
+        adapter: adapter to apply to ``x``, not normalised, or None.
+        bias: (D,) or None.
+
+    Returns:
+        ``(normed, out, z, stats)``: ``normed`` (M, D), ``LayerNorm(x)``; ``out`` (M, D),
+        ``add + scale * (act(z) Wu^T + bu) + bias``; ``z`` (M, r), ``x Wd^T + bd``; ``stats`` (M, 2),
+        each row's mean and 1 / standard deviation. ``normed`` and ``stats`` are None without
+        norm, ``out`` and ``z`` without adapter. ``z`` and ``stats`` are float32, or float64 for
+        float64 ``x``.
+
+    Raises:
+        ValueError: a shape, dtype or stride is not as above.
+    """
+    rows, width = _check_rows("x", x, x)
+    accumulate = _accumulate(x)
+    of_add = _NO_ROWS if add is None else _rows("add", add, x)
+    norm_weights = _norm_weights(norm, width, accumulate)
+    adapter_weights = _adapter_weights(adapter, width, accumulate)
+    bias = _vector("bias", bias, (width,), accumulate)
+
+    normed = stats = out = z = None
+    if norm is not None:
+        normed = memory.empty((rows, width), x.dtype)
+        stats = torch.empty((rows, 2), dtype=accumulate, device=x.device)
+    if adapter is not None:
+        out = memory.empty((rows, width), x.dtype)
+        z = torch.empty((rows, _rank(adapter)), dtype=accumulate, device=x.device)
+    _native.run_adapter(
+        False,
+        *_settings(x, norm, adapter),
+        *_rows("x", x, x),
+        *of_add,
+        *_NO_ROWS,
+        *_NO_ROWS,
+        _address(normed),
+        _address(out),
+        _NOTHING,
+        False,
+        _address(stats),
+        _address(z),
+        *map(_address, (*norm_weights, bias, *adapter_weights)),
+        *(_NOTHING,) * 4,
+        torch.get_num_threads(),
+    )
+    return normed, out, z, stats
+
+
+def backward(
+    d_out: torch.Tensor | None,
+    d_normed: torch.Tensor | None,
+    x: torch.Tensor,
+    norm: NormWeights | None,
+    stats: torch.Tensor | None,
+    adapter: AdapterWeights | None,
+    z: torch.Tensor | None,
+    *,
+    pass_through: bool,
+    need_dx: bool = True,
+) -> tuple[
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+]:
+    """Gradients of :func:`forward`'s ``normed`` and ``out``, each row read once.
+
+    Args:
+        d_out: (M, D), x's dtype, contiguous in D; or None, and then there are no gradients of
+            the adapter and nothing to pass through.
+        d_normed: the same, of ``normed``; or None, and then the norm has no part.
+        x: as in forward.
+        norm: as in forward; not read without ``d_normed``.
+        stats: from forward, with ``d_normed``.
+        adapter: as in forward; not read without ``d_out``.
+        z: from forward, with ``adapter``.
+        pass_through: ``add`` was ``x``, or is another path of the gradient: ``dx`` has ``d_out``.
+        need_dx: False for the weights' gradients alone.
+
+    Returns:
+        ``(dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias)``: ``dx`` (M, D) in x's dtype,
+        None without need_dx; the rest in the shapes and dtypes of the weights, None without
+        adapter or without that bias.
+
+    Raises:
+        ValueError: a shape, dtype or stride is not as above, or stats or z is missing.
+    """
+    rows, width = _check_rows("x", x, x)
+    accumulate = _accumulate(x)
+    if d_out is None:
+        adapter, pass_through = None, False
+    if d_normed is None:
+        norm = None
+    elif norm is None:
+        raise ValueError("d_normed needs the norm it is the gradient of")
+    of_d_out = _NO_ROWS if d_out is None else _rows("d_out", d_out, x)
+    of_d_normed = _NO_ROWS if d_normed is None else _rows("d_normed", d_normed, x)
+    norm_weights = _norm_weights(norm, width, accumulate)
+    adapter_weights = _adapter_weights(adapter, width, accumulate)
+    if norm is not None:
+        stats = _kept("stats", stats, (rows, 2), accumulate)
+    if adapter is not None:
+        z = _kept("z", z, (rows, _rank(adapter)), accumulate)
+
+    dx = memory.empty((rows, width), x.dtype) if need_dx else None
+    gradients: list[torch.Tensor | None] = [None] * 4
+    if adapter is not None:
+        gradients = [
+            None if weight is None else torch.empty(weight.shape, dtype=accumulate, device=x.device)
+            for weight in adapter[:4]
+        ]
+    _native.run_adapter(
+        True,
+        *_settings(x, norm, adapter),
+        *_rows("x", x, x),
+        *_NO_ROWS,
+        *of_d_out,
+        *of_d_normed,
+        _NOTHING,
+        _NOTHING,
+        _address(dx),
+        pass_through,
+        _address(stats),
+        _address(z),
+        *map(_address, (*norm_weights, None, *adapter_weights)),
+        *map(_address, gradients),
+        torch.get_num_threads(),
+    )
+    if adapter is not None:
+        gradients = [
+            None if gradient is None or weight is None else gradient.to(weight.dtype)
+            for gradient, weight in zip(gradients, adapter[:4], strict=True)
+        ]
+    d_down_weight, d_down_bias, d_up_weight, d_up_bias = gradients
+    return dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias
+
+
+def _accumulate(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return _NOTHING if tensor is None else tensor.data_ptr()
+
+
+def _check_rows(name: str, tensor: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
+    if tensor.ndim != 2 or tensor.shape != x.shape or x.shape[1] < 1:
+        raise ValueError(f"{name} must be (M, D), with the shape of x and D at least 1")
+    if tensor.dtype is not x.dtype or x.dtype not in DTYPE_CODES or not tensor.is_cpu:
+        raise ValueError(f"{name} must be a floating-point tensor on the CPU, of x's dtype")
+    rows, width = tensor.shape
+    if rows and width != 1 and tensor.stride(1) != 1:
+        raise ValueError(f"the last dimension of {name} must be contiguous")
+    return rows, width
+
+
+def _rows(name: str, tensor: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
+    """Address and row stride."""
+    _check_rows(name, tensor, x)
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def _vector(
+    name: str, weight: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The weight as the kernels read it: in their arithmetic's dtype, contiguous."""
+    if weight is None:
+        return None
+    if weight.shape != shape or not weight.is_cpu:
+        raise ValueError(f"{name} must have shape {shape}, on the CPU")
+    return weight.to(dtype).contiguous()
+
+
+def _norm_weights(
+    norm: NormWeights | None, width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if norm is None:
+        return None, None
+    return (
+        _vector("the norm's weight", norm.weight, (width,), dtype),
+        _vector("the norm's bias", norm.bias, (width,), dtype),
+    )
+
+
+def _rank(adapter: AdapterWeights) -> int:
+    return adapter.down_weight.shape[0]
+
+
+def _adapter_weights(
+    adapter: AdapterWeights | None, width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, ...]:
+    if adapter is None:
+        return None, None, None, None
+    rank = _rank(adapter)
+    if rank < 1:
+        raise ValueError("the adapter must have a rank of at least 1")
+    return (
+        _vector("down_weight", adapter.down_weight, (rank, width), dtype),
+        _vector("down_bias", adapter.down_bias, (rank,), dtype),
+        _vector("up_weight", adapter.up_weight, (width, rank), dtype),
+        _vector("up_bias", adapter.up_bias, (width,), dtype),
+    )
+
+
+def _kept(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    if tensor is None or tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
+        raise ValueError(f"{name} must be what forward returned for this x")
+    return tensor.contiguous()
+
+
+def _settings(
+    x: torch.Tensor, norm: NormWeights | None, adapter: AdapterWeights | None
+) -> tuple[int | float | bool, ...]:
+    rows, width = x.shape
+    of_adapter = (
+        (0, 0, 0.0)
+        if adapter is None
+        else (_rank(adapter), ACTIVATION_CODES[adapter.activation], adapter.scale)
+    )
+    of_norm = (False, 0.0) if norm is None else (True, norm.eps)
+    return (DTYPE_CODES[x.dtype], rows, width, *of_adapter, *of_norm)
