@@ -6,7 +6,7 @@ They share no code with the packages: each follows the text of the method, not a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,3 +57,40 @@ def kl_by_definition(a: Sequence[float], b: Sequence[float], temperature: float)
         if math.exp(lp) > 0
     )
     return math.fsum(terms)
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+    "identity": lambda x: x * 1,
+    "relu": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "silu": lambda x: x * torch.sigmoid(x),
+}
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
+
+
+def bottleneck(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    scale: float,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``scale * (act(z) Wu^T + bu)`` and ``z = x Wd^T + bd``."""
+    z = x @ down_weight.T
+    z = z if down_bias is None else z + down_bias
+    up = ACTIVATIONS[activation](z) @ up_weight.T
+    return scale * (up if up_bias is None else up + up_bias), z

@@ -1,4 +1,4 @@
-"""LayerNorm and the adapter on CPU tensors: allocates outputs, hands addresses to the native module.
+"""LayerNorm and the adapter on CPU tensors: allocates outputs, hands over addresses.
 
 Arguments are those of the public functions after their checks; what is checked again here is what
 the native code's memory safety rests on.
@@ -22,9 +22,7 @@ def forward(
     norm: NormWeights | None,
     adapter: AdapterWeights | None,
     bias: torch.Tensor | None = None,
-) -> tuple[
-    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """LayerNorm and adapter of the same rows, each read once.
 
     Args:
@@ -36,8 +34,8 @@ def forward(
 
     Returns:
         ``(normed, out, z, stats)``: ``normed`` (M, D), ``LayerNorm(x)``; ``out`` (M, D),
-        ``add + scale * (act(z) Wu^T + bu) + bias``; ``z`` (M, r), ``x Wd^T + bd``; ``stats`` (M, 2),
-        each row's mean and 1 / standard deviation. ``normed`` and ``stats`` are None without
+        ``add + scale * (act(z) Wu^T + bu) + bias``; ``z`` (M, r), ``x Wd^T + bd``; ``stats``
+        (M, 2), each row's mean and 1 / standard deviation. ``normed`` and ``stats`` are None without
         norm, ``out`` and ``z`` without adapter. ``z`` and ``stats`` are float32, or float64 for
         float64 ``x``.
 

@@ -142,26 +142,47 @@ void add_outer_products(const A *factors, const A *from, int64_t rows, int64_t n
     });
 }
 
-// Some rows of a tensor. A block is always whole: rows past the end are the last one again, whose
-// results nobody stores or adds.
+// A group's rows [first, last) of those before `end`.
+struct Group {
+  int64_t first, last, end;
+
+  int64_t count() const { return last - first; }
+};
+
+// Rows of a tensor.
 template <class S>
 struct Rows {
-  const S *first;
-  int64_t stride, count;
+  const S *tensor;
+  int64_t stride;
 
-  const S *operator[](int64_t i) const { return first + (i < count ? i : count - 1) * stride; }
+  Rows(const void *from, int64_t row_stride)
+      : tensor(static_cast<const S *>(from)), stride(row_stride) {}
+
+  // A block of rows is always whole: past the end it is the last one again, whose results nobody
+  // stores or adds.
+  const S *up_to(int64_t row, int64_t end) const {
+    return tensor + (row < end ? row : end - 1) * stride;
+  }
+  // The same row of the next group. It is fetched while this one keeps the arithmetic busy: to a
+  // processor, rows that are read in bursts are no stream to read ahead in.
+  const S *ahead(int64_t row, const Group &group) const {
+    return up_to(row + group.last - group.first, group.end);
+  }
 };
+
 template <class S>
-Rows<S> rows_of(const void *tensor, int64_t stride, int64_t begin, int64_t count) {
-  return {static_cast<const S *>(tensor) + begin * stride, stride, count};
+GIST_INLINE void fetch(const S *at) {
+  __builtin_prefetch(at, 0, 2);
 }
 
 template <class S, class A = Arithmetic<S>>
-void widen_rows(Rows<S> from, int64_t n, const AdapterLayout &layout, A *to) {
-  for (int64_t i = 0; i < rounded_up(from.count, kRows); ++i) {
-    const S *const row = from[i];
-    A *const wide = to + i * layout.stride;
+void widen_rows(Rows<S> from, const Group &group, int64_t n, int64_t stride, A *to) {
+  for (int64_t i = 0; i < rounded_up(group.count(), kRows); ++i) {
+    const S *const row = from.up_to(group.first + i, group.last);
+    const S *const ahead = from.ahead(group.first + i, group);
+    A *const wide = to + i * stride;
     for_each_vector<A>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
+      fetch(ahead + j);
       put(wide + j, load(row + j, lanes, A(0)));
     });
   }
@@ -251,10 +272,11 @@ void forward(const AdapterCall &call, const AdapterLayout &layout, const PackedW
   const A *const up = static_cast<const A *>(packed.up);
   const A *const constant = static_cast<const A *>(packed.constant);
   const bool adds_x = call.add == call.x && call.add_stride == call.x_stride;
+  const Rows<S> x_rows(call.x, call.x_stride), add(call.add, call.add_stride);
   for (int64_t first = begin; first < end; first += layout.group) {
-    const int64_t count = end - first < layout.group ? end - first : layout.group;
-    const int64_t rows = rounded_up(count, kRows);
-    widen_rows<S>(rows_of<S>(call.x, call.x_stride, first, count), n, layout, scratch.x);
+    const Group group = {first, first + layout.group < end ? first + layout.group : end, end};
+    const int64_t count = group.count(), rows = rounded_up(count, kRows);
+    widen_rows<S>(x_rows, group, n, stride, scratch.x);
     if (call.has_norm) normalise_group<S>(call, layout, packed, scratch.x, first, count);
     if (call.rank == 0) continue;
 
@@ -271,7 +293,6 @@ void forward(const AdapterCall &call, const AdapterLayout &layout, const PackedW
       }
     });
 
-    const Rows<S> add = rows_of<S>(call.add, call.add_stride, first, count);
     S *const out = static_cast<S *>(call.out) + first * n;
     for (int64_t i = 0; i < rows; i += kRows)
       for_each_tile<A>(n, [&](int64_t j, auto wide) GIST_LAMBDA {
@@ -282,8 +303,11 @@ void forward(const AdapterCall &call, const AdapterLayout &layout, const PackedW
             c[r][v] = at(constant + column);
             if (adds_x)
               c[r][v] += at(scratch.x + (i + r) * stride + column);
-            else if (call.add != nullptr)
-              c[r][v] += take_from_row(add[i + r], column, n);
+            else if (call.add != nullptr) {
+              const int64_t row = first + i + r;
+              fetch(add.ahead(row, group) + column);
+              c[r][v] += take_from_row(add.up_to(row, group.last), column, n);
+            }
           }
         add_multiples(c, scratch.h + i * ranks, ranks, 1, up + j, stride, call.rank);
         for (int r = 0; r < kRows && i + r < count; ++r)
@@ -308,18 +332,20 @@ struct NormGradient {
 // Of kRows rows from `first` on; writes g, too.
 template <class S, class A = Arithmetic<S>>
 GIST_INLINE void norm_gradients(const A *weight, const A *stats, Rows<S> d_normed, int64_t first,
-                                int64_t n, int64_t stride, const A *x, A *g,
+                                const Group &group, int64_t n, int64_t stride, const A *x, A *g,
                                 NormGradient<A> (&to)[kRows]) {
-  const S *from[kRows];
+  const S *from[kRows], *ahead[kRows];
   for (int r = 0; r < kRows; ++r) {
-    from[r] = d_normed[first + r];
-    const int64_t row = first + r < d_normed.count ? first + r : d_normed.count - 1;
+    from[r] = d_normed.up_to(first + r, group.last);
+    ahead[r] = d_normed.ahead(first + r, group);
+    const int64_t row = first + r < group.last ? first + r : group.last - 1;
     to[r].mean = stats[2 * row];
     to[r].rstd = stats[2 * row + 1];
   }
   Vec<A> sums[kRows] = {}, products[kRows] = {};
   for_each_vector<A>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
     for (int r = 0; r < kRows; ++r) {
+      fetch(ahead[r] + j);
       const Vec<A> v = load(from[r] + j, lanes, A(0)) * at(weight + j);
       put(g + r * stride + j, v);
       sums[r] += v;
@@ -385,24 +411,23 @@ void backward(const AdapterCall &call, const AdapterLayout &layout, const Packed
   const A *const stats = static_cast<const A *>(call.stats);
   const bool reads_d_out = call.rank > 0 || call.pass_through;
   const bool reads_x = call.rank > 0 || call.has_norm;
+  const Rows<S> x_rows(call.x, call.x_stride), d_out_rows(call.d_out, call.d_out_stride);
+  const Rows<S> d_normed(call.d_normed, call.d_normed_stride);
   for (int64_t first = begin; first < end; first += layout.group) {
-    const int64_t count = end - first < layout.group ? end - first : layout.group;
-    if (reads_x)
-      widen_rows<S>(rows_of<S>(call.x, call.x_stride, first, count), n, layout, scratch.x);
-    if (reads_d_out)
-      widen_rows<S>(rows_of<S>(call.d_out, call.d_out_stride, first, count), n, layout,
-                    scratch.d_out);
+    const Group group = {first, first + layout.group < end ? first + layout.group : end, end};
+    const int64_t count = group.count();
+    if (reads_x) widen_rows<S>(x_rows, group, n, stride, scratch.x);
+    if (reads_d_out) widen_rows<S>(d_out_rows, group, n, stride, scratch.d_out);
     if (call.rank > 0) adapter_gradients<A>(call, layout, packed, scratch, sums, first, count);
     if (call.dx == nullptr) continue;
 
-    const Rows<S> d_normed = rows_of<S>(call.d_normed, call.d_normed_stride, first, count);
     S *const dx = static_cast<S *>(call.dx) + first * n;
     for (int64_t i = 0; i < count; i += kRows) {
       const A *const x = scratch.x + i * stride, *const d_out = scratch.d_out + i * stride;
       A *const g = scratch.g + i * stride;
       NormGradient<A> norm[kRows];
       if (call.has_norm)
-        norm_gradients<S>(weight, stats + 2 * first, d_normed, i, n, stride, x, g, norm);
+        norm_gradients<S>(weight, stats, d_normed, first + i, group, n, stride, x, g, norm);
       for_each_tile<A>(n, [&](int64_t j, auto wide) GIST_LAMBDA {
         Vec<A> c[kRows][wide];
         for (int r = 0; r < kRows; ++r)

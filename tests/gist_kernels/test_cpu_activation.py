@@ -1,0 +1,159 @@
+"""The native element-wise activation, on every instruction set this processor has."""
+
+from __future__ import annotations
+
+import math
+
+import oracles
+import pytest
+import torch
+
+from gist_kernels.reference.adapter import ACTIVATIONS
+
+native = pytest.importorskip(
+    "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
+)
+activation = pytest.importorskip("gist_kernels.cpu.activation")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
+def instruction_set(request):
+    before = native.instruction_set()
+    try:
+        native.use_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native.use_instruction_set(before)
+
+
+def both(u, d_a, name):
+    return activation.forward(u, name), activation.backward(d_a, u, name)
+
+
+def by_autograd(function, u, d_a):
+    u = u.clone().requires_grad_()
+    a = function(u)
+    return a.detach(), torch.autograd.grad(a, u, d_a)[0]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_error_is_no_larger_than_that_of_pytorch(name):
+    """In each window of 1/4, so that no value hides behind the scale of another."""
+    u = torch.linspace(-14, 14, 28 * 4 * 500)
+    d_a = torch.ones_like(u)
+    result = both(u, d_a, name)
+    pytorch = by_autograd(ACTIVATIONS[name], u, d_a)
+    exact = by_autograd(oracles.ACTIVATIONS[name], u.double(), d_a.double())
+    for x, theirs, y in zip(result, pytorch, exact, strict=True):
+        error = (x.double() - y).abs().view(-1, 500).amax(1)
+        ulp = torch.finfo(torch.float32).eps * y.abs().view(-1, 500).amax(1).clamp(min=1)
+        allowed = (theirs.double() - y).abs().view(-1, 500).amax(1) + 2 * ulp
+        assert (error <= allowed).all(), (error / ulp).max()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_float64(name):
+    u, d_a = torch.linspace(-14, 14, 20_001).double(), torch.randn(20_001).double()
+    exact = by_autograd(oracles.ACTIVATIONS[name], u, d_a)
+    for x, y in zip(both(u, d_a, name), exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-15, atol=4e-15 * d_a.abs().max().item())
+
+
+def test_gelu_keeps_the_digits_of_its_tail():
+    u = torch.linspace(-11, -1, 4001)
+    exact = u.double() * 0.5 * torch.special.erfc(-u.double() / math.sqrt(2))
+    torch.testing.assert_close(activation.forward(u, "gelu").double(), exact, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_float32_rounded_once(name, dtype):
+    u, d_a = torch.linspace(-20, 20, 4003).to(dtype), torch.randn(4003).to(dtype)
+    low, wide = both(u, d_a, name), both(u.float(), d_a.float(), name)
+    for x, y in zip(low, wide, strict=True):
+        assert x.dtype is dtype
+        assert torch.equal(x, y.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_length(name, dtype):
+    """A number's result is the same wherever it lies in a tensor, and nothing else is written."""
+    u, d_a = torch.randn(100).to(dtype), torch.randn(100).to(dtype)
+    expected = both(u, d_a, name)
+    for n in (0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 99):
+        for x, y in zip(both(u[:n], d_a[:n], name), expected, strict=True):
+            assert torch.equal(x, y[:n])
+    guarded = torch.full((60,), 7.0, dtype=dtype)
+    guarded[8:51] = d_a[:43]
+    activation.backward(guarded[8:51], u[:43], name, into_d_a=True)
+    assert torch.equal(guarded[8:51], expected[1][:43])
+    assert (guarded[:8] == 7).all()
+    assert (guarded[51:] == 7).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extremes(name, dtype):
+    top = torch.finfo(dtype).max
+    u = torch.tensor(
+        [0.0, -0.0, top, -top, math.inf, -math.inf, math.nan, 1e-30, -1e-30], dtype=dtype
+    )
+    a, slope = both(u, torch.ones_like(u), name)
+    finite_at_minus_infinity = name != "identity"
+    assert a[0] == 0
+    assert a[1] == 0
+    assert a[2] == top
+    assert a[3] == (0 if finite_at_minus_infinity else -top)
+    assert a[4] == math.inf
+    assert a[5] == (0 if finite_at_minus_infinity else -math.inf)
+    assert a[6].isnan()
+    at_zero = {"relu": 0.0, "identity": 1.0}.get(name, 0.5)
+    assert slope[:2].tolist() == [at_zero, at_zero]
+    left = 1.0 if name == "identity" else 0.0
+    assert slope[2:6].tolist() == [1.0, left, 1.0, left]
+    if name not in ("identity", "relu"):
+        assert slope[6].isnan()
+
+
+def test_in_place_only_on_request():
+    u, d_a = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+    before = u.clone(), d_a.clone()
+    result = activation.backward(d_a, u, "gelu")
+    assert torch.equal(u, before[0])
+    assert torch.equal(d_a, before[1])
+    assert result.shape == u.shape
+    assert activation.backward(d_a, u, "gelu", into_d_a=True) is d_a
+    assert torch.equal(d_a, result)
+    assert activation.forward(u, "identity") is not u
+
+
+def test_bitwise_equal_over_threads():
+    u, d_a = torch.randn(150_001), torch.randn(150_001)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(both(u, d_a, "gelu"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0])
+        assert torch.equal(result[1], results[0][1])
+
+
+def test_refuses_what_it_cannot_read_safely():
+    u = torch.randn(4, 6)
+    with pytest.raises(ValueError, match="u must be a contiguous"):
+        activation.forward(u.t(), "gelu")
+    with pytest.raises(ValueError, match="u must be a contiguous"):
+        activation.forward(u.long(), "gelu")
+    with pytest.raises(ValueError, match="d_a must be a contiguous"):
+        activation.backward(u.t(), u, "gelu")
+    for other in (u[:3], u.double()):
+        with pytest.raises(ValueError, match="shape and dtype"):
+            activation.backward(other, u, "gelu")
