@@ -35,9 +35,9 @@ def forward(
     Returns:
         ``(normed, out, z, stats)``: ``normed`` (M, D), ``LayerNorm(x)``; ``out`` (M, D),
         ``add + scale * (act(z) Wu^T + bu) + bias``; ``z`` (M, r), ``x Wd^T + bd``; ``stats``
-        (M, 2), each row's mean and 1 / standard deviation. ``normed`` and ``stats`` are None without
-        norm, ``out`` and ``z`` without adapter. ``z`` and ``stats`` are float32, or float64 for
-        float64 ``x``.
+        (M, 2), each row's mean and 1 / standard deviation. Without norm ``normed`` and ``stats``
+        are None, without adapter ``out`` and ``z``. ``z`` and ``stats`` are float32, or float64
+        for float64 ``x``.
 
     Raises:
         ValueError: a shape, dtype or stride is not as above.

@@ -46,32 +46,32 @@ GIST_INLINE Vec<Arithmetic<S>> take_from_row(const S *row, int64_t j, int64_t n)
                         : load(row + j, Part{int(n - j)}, Arithmetic<S>(0));
 }
 
-// The sum of each of four vectors, whose lanes are first folded to 16 bytes.
-template <class A, int kCount = kLanes<A>>
+// The sum of each of `kCount` vectors. Their lanes are first folded to 16 bytes.
+template <class A, int kLanesLeft = kLanes<A>>
 GIST_INLINE typename VectorOf<A, 16 / int(sizeof(A))>::type folded(
-    typename VectorOf<A, kCount>::type v) {
-  if constexpr (kCount * sizeof(A) == 16) {
+    typename VectorOf<A, kLanesLeft>::type v) {
+  if constexpr (kLanesLeft * sizeof(A) == 16) {
     return v;
   } else {
-    typename VectorOf<A, kCount / 2>::type half[2];
+    typename VectorOf<A, kLanesLeft / 2>::type half[2];
     std::memcpy(half, &v, sizeof v);
-    return folded<A, kCount / 2>(half[0] + half[1]);
+    return folded<A, kLanesLeft / 2>(half[0] + half[1]);
   }
 }
-template <class A>
-GIST_INLINE void sums_of_four(const Vec<A> (&v)[4], A *to) {
+template <class A, int kCount>
+GIST_INLINE void sums_of(const Vec<A> (&v)[kCount], A *to) {
 #if defined(__SSE2__)
-  if constexpr (sizeof(A) == 4) {
+  if constexpr (sizeof(A) == 4 && kCount == 4) {
     __m128 a = folded<A>(v[0]), b = folded<A>(v[1]), c = folded<A>(v[2]), d = folded<A>(v[3]);
     _MM_TRANSPOSE4_PS(a, b, c, d);
     _mm_storeu_ps(to, (a + b) + (c + d));
     return;
   }
 #endif
-  for (int i = 0; i < 4; ++i) {
+  constexpr int left = 16 / int(sizeof(A));
+  for (int i = 0; i < kCount; ++i) {
     const auto last = folded<A>(v[i]);
-    to[i] = 0;
-    for (unsigned lane = 0; lane < sizeof last / sizeof(A); ++lane) to[i] += last[lane];
+    to[i] = left == 2 ? last[0] + last[1] : (last[0] + last[1]) + (last[left - 2] + last[left - 1]);
   }
 }
 
@@ -94,7 +94,7 @@ void project(const A *x, const A *w, const A *bias, int64_t rows, int64_t n,
       }
       for (int r = 0; r < kRows; ++r) {
         A *const sums = to + (i + r) * layout.ranks + k;
-        sums_of_four<A>(total[r], sums);
+        sums_of(total[r], sums);
         if (bias != nullptr)
           for (int s = 0; s < kRanks; ++s) sums[s] += bias[k + s];
       }
@@ -204,16 +204,22 @@ struct Scratch {
   }
 };
 
+GIST_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+GIST_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
 // Mean and 1 / standard deviation of kRows rows of n numbers, padded with zeros. The variance is
 // taken about the mean; what the mean was off by shows in the same pass, and is corrected for.
 template <class A>
 GIST_INLINE void row_stats(const A *x, int64_t n, int64_t stride, double eps, A (&mean)[kRows],
                            A (&rstd)[kRows]) {
   Vec<A> sums[kRows] = {}, squares[kRows] = {}, centre[kRows];
+  A first[kRows], off[kRows], square[kRows];
   for (int64_t j = 0; j < n; j += kLanes<A>)
     for (int r = 0; r < kRows; ++r) sums[r] += at(x + r * stride + j);
+  sums_of(sums, first);
   for (int r = 0; r < kRows; ++r) {
-    centre[r] = broadcast(A(sum<A>(sums[r]) / double(n)));
+    first[r] /= A(n);
+    centre[r] = broadcast(first[r]);
     sums[r] = Vec<A>{};
   }
   const auto add = [&](int64_t j, auto keep) GIST_LAMBDA {
@@ -230,11 +236,13 @@ GIST_INLINE void row_stats(const A *x, int64_t n, int64_t stride, double eps, A 
     add(whole, [&](Vec<A> d) GIST_LAMBDA {
       return lane_numbers<A>() < A(n - whole) ? d : Vec<A>{};
     });
+  sums_of(sums, off);
+  sums_of(squares, square);
   for (int r = 0; r < kRows; ++r) {
-    const double off = sum<A>(sums[r]) / double(n);
-    const double variance = sum<A>(squares[r]) / double(n) - off * off;
-    mean[r] = A(double(centre[r][0]) + off);
-    rstd[r] = A(1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps));
+    off[r] /= A(n);
+    const A variance = square[r] / A(n) - off[r] * off[r];
+    mean[r] = first[r] + off[r];
+    rstd[r] = 1 / square_root((variance < 0 ? 0 : variance) + A(eps));
   }
 }
 
@@ -352,9 +360,12 @@ GIST_INLINE void norm_gradients(const A *weight, const A *stats, Rows<S> d_norme
       products[r] = fma(v, to[r].normalised(at(x + r * stride + j)), products[r]);
     }
   });
+  A total[kRows], product[kRows];
+  sums_of(sums, total);
+  sums_of(products, product);
   for (int r = 0; r < kRows; ++r) {
-    to[r].mean_g = A(sum<A>(sums[r]) / double(n));
-    to[r].mean_g_xhat = A(sum<A>(products[r]) / double(n));
+    to[r].mean_g = total[r] / A(n);
+    to[r].mean_g_xhat = product[r] / A(n);
   }
 }
 
