@@ -11,7 +11,7 @@ from gist.checkpoint import load, save
 from gist.config import GistConfig
 from gist.loss import GistLoss
 from gist.methods import Adapter, Method
-from gist.model import GistModel, GistOutput, ParameterCount, count_parameters, wrap
+from gist.model import GistModel, GistOutput, ParameterCount, count_parameters, explain, wrap
 
 __all__ = [
     "Adapter",
@@ -22,6 +22,7 @@ __all__ = [
     "Method",
     "ParameterCount",
     "count_parameters",
+    "explain",
     "load",
     "save",
     "wrap",

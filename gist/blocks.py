@@ -7,6 +7,7 @@ compute with the adapter beside each. What they don't compute is left to the blo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.layers import Attention, DropPath, LayerNorm, LayerScale, Mlp
@@ -33,6 +34,7 @@ def refusal(block: nn.Module, adapter: nn.Module | None, token: nn.Module | None
         return f"it is a {type(block).__name__}"
     if not (adapter is None or isinstance(adapter, ParallelAdapter)):
         return f"its method is a {type(adapter).__name__}"
+    part: Any
     for part in (block.norm1, block.norm2):
         if not (type(part) in (nn.LayerNorm, LayerNorm) and len(part.normalized_shape) == 1):
             return f"its norm is a {type(part).__name__}"
@@ -53,14 +55,15 @@ def refusal(block: nn.Module, adapter: nn.Module | None, token: nn.Module | None
 
 
 def run(
-    block: Block,
-    adapter: ParallelAdapter | None,
+    block: Any,
+    adapter: Any,
     x: torch.Tensor,
     *,
     num_queries: int | None,
     grad_tokens: tuple[int, int] | None,
 ) -> torch.Tensor:
-    """A block that nothing was said against: (B, N, D) tokens to as many, or the first ones."""
+    """A timm Block and its ParallelAdapter or None, which :func:`refusal` says nothing against:
+    (B, N, D) tokens to as many, or to the first ones alone."""
     weights = None if adapter is None else adapter.weights()
     attn, mlp = block.attn, block.mlp
     x = gk.adapter_attention(
@@ -89,7 +92,7 @@ def run(
     )  # fmt: skip
 
 
-def _attention_refusal(attn: nn.Module) -> str | None:
+def _attention_refusal(attn: Any) -> str | None:
     if type(attn) is not Attention:
         return f"its attention is a {type(attn).__name__}"
     if attn.gate is not None:
@@ -104,7 +107,7 @@ def _attention_refusal(attn: nn.Module) -> str | None:
     return None
 
 
-def _mlp_refusal(mlp: nn.Module) -> str | None:
+def _mlp_refusal(mlp: Any) -> str | None:
     if type(mlp) is not Mlp:
         return f"its MLP is a {type(mlp).__name__}"
     if not type(mlp.fc1) is type(mlp.fc2) is nn.Linear:
@@ -136,7 +139,7 @@ def _owner(hook: object) -> object:
     return getattr(hook, "__self__", hook)
 
 
-def _norm(norm: nn.LayerNorm) -> gk.NormWeights:
+def _norm(norm: Any) -> gk.NormWeights:
     return gk.NormWeights(norm.weight, norm.bias, norm.eps)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -13,7 +13,6 @@ import gist_kernels
 from gist import blocks
 from gist.config import GistConfig
 from gist.token import GistToken
-
 
 # Parameters that come after the patches' embedding.
 _LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
@@ -95,12 +94,13 @@ class GistModel(nn.Module):
         """The first ``read`` tokens after the final norm, or all. What only others would need of
         the last block is not computed, nor what leads back to patches that nothing trains."""
         backbone = self.backbone
-        if self.general_path(images.device.type) is not None:
+        if _general_path(backbone, images.device.type) is not None:
             return backbone.forward_features(images)
         embedding = (p for name, p in backbone.named_parameters() if not name.startswith(_LATER))
         frozen = not images.requires_grad and not any(p.requires_grad for p in embedding)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
+            x = backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images)))
+            x = backbone.norm_pre(x)
         last = len(backbone.blocks) - 1
         for index, (block, adapter) in enumerate(self._blocks()):
             if blocks.refusal(block, adapter, self.token) is not None:
@@ -117,21 +117,10 @@ class GistModel(nn.Module):
 
     def _blocks(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
         """Each block with its part of the method."""
-        parts = self.method if self.method is not None else [None] * len(self.backbone.blocks)
+        parts: Any = self.method
+        if parts is None:
+            parts = [None] * len(self.backbone.blocks)
         return zip(self.backbone.blocks, parts, strict=True)
-
-    def general_path(self, device_type: str) -> str | None:
-        """Why a forward pass would go through the backbone's own forward as a whole; None where
-        each block that can be fused is."""
-        if torch.compiler.is_compiling():
-            return "it is traced by torch.compile or torch.export"
-        if torch.is_autocast_enabled(device_type):
-            return "autocast is on"
-        if self.backbone.grad_checkpointing:
-            return "the backbone checkpoints its activations"
-        if type(self.backbone).forward_features is not VisionTransformer.forward_features:
-            return f"{type(self.backbone).__name__} has a forward_features of its own"
-        return None
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, N, D) tokens of :meth:`forward_features` to logits."""
@@ -196,6 +185,49 @@ def count_parameters(model: GistModel) -> ParameterCount:
         head=size(model.backbone.head),
         frozen=size(model.backbone) - size(model.backbone.head),
     )
+
+
+def explain(model: GistModel) -> str:
+    """Which blocks run as fused sublayers and which by their own forward, and why: a line each.
+
+    As things stand at the call: in training or evaluation mode, inside or outside autocast.
+
+    >>> print(gist.explain(model))
+    blocks 0 to 11: fused sublayers, served by 'cpu'
+    """
+    backbone = model.backbone
+    like = next(backbone.parameters())
+    whole = _general_path(backbone, like.device.type)
+    if whole is not None:
+        return f"blocks 0 to {len(backbone.blocks) - 1}: the backbone's own forward, for {whole}"
+    serving = gist_kernels.backend.serving("adapter_attention", like.device.type, like.dtype)
+    lines: list[tuple[int, int, str]] = []
+    for index, (block, adapter) in enumerate(model._blocks()):
+        reason = blocks.refusal(block, adapter, model.token)
+        how = f"fused sublayers, served by {serving!r}"
+        if reason is not None:
+            how = f"the block's own forward, for {reason}"
+        if lines and lines[-1][2] == how:
+            lines[-1] = (lines[-1][0], index, how)
+        else:
+            lines.append((index, index, how))
+    return "\n".join(
+        f"block {first}: {how}" if first == last else f"blocks {first} to {last}: {how}"
+        for first, last, how in lines
+    )
+
+
+def _general_path(backbone: VisionTransformer, device_type: str) -> str | None:
+    """Why no block is fused: the backbone's own forward runs as a whole."""
+    if torch.compiler.is_compiling():
+        return "it is traced by torch.compile or torch.export"
+    if torch.is_autocast_enabled(device_type):
+        return "autocast is on"
+    if backbone.grad_checkpointing:
+        return "it checkpoints its activations"
+    if type(backbone).forward_features is not VisionTransformer.forward_features:
+        return f"{type(backbone).__name__} has a forward_features of its own"
+    return None
 
 
 def _check_backbone(backbone: VisionTransformer, config: GistConfig) -> None:

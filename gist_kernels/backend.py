@@ -145,6 +145,12 @@ def select(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
     return _cached_choice(requested, operation, tensor.device.type, tensor.dtype)
 
 
+def serving(operation: str, device_type: str, dtype: torch.dtype) -> str:
+    """The name of the backend that would serve such a call outside torch.func transforms."""
+    found = _choose(_override.get() or _DEFAULT, operation, device_type, dtype)
+    return next(b.name for b in _BACKENDS if b.operations.get(operation) is found)
+
+
 def _choose(
     requested: str, operation: str, device_type: str, dtype: torch.dtype
 ) -> Callable[..., Any]:

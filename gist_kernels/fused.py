@@ -4,8 +4,8 @@ A sublayer's node computes ``x + drop_path(layer_scale(sublayer(norm(x)))) + ada
 norm and sublayer. Kernels that read x anyway carry the adapter along: forward, the one that
 normalises x also writes ``x + adapter(x)``, onto which the sublayer's last product is added;
 backward, the one that goes back through the norm also adds the adapter's part of the gradient of x
-and sums up the gradients of the adapter's weights. Nothing that only the gradient of a frozen weight
-would need is computed or kept.
+and sums up the gradients of the adapter's weights. Nothing that only the gradient of a frozen
+weight would need is computed or kept.
 
 Backends differ in their :class:`SublayerKernels`; the equations are here alone.
 """
@@ -135,9 +135,11 @@ class _Sublayer(NamedTuple):
     drop_path: torch.Tensor | None
     adapter: AdapterWeights | None
 
-    def with_saved(self, trainable: list[torch.Tensor]) -> AdapterWeights | None:
+    def with_saved(self, trainable: Any) -> AdapterWeights | None:
         """The adapter, of tensors that autograd has seen to be unchanged since forward."""
-        return None if self.adapter is None else AdapterWeights(*trainable, *self.adapter[4:])
+        if self.adapter is None:
+            return None
+        return AdapterWeights._make((*trainable, *self.adapter[4:]))
 
     def factors(self) -> list[torch.Tensor]:
         """What scales the last product, bias included."""
@@ -174,26 +176,27 @@ class _AdapterNode(torch.autograd.Function):
     def forward(
         ctx: Any,
         options: tuple[SublayerKernels, float, str, bool],
-        *tensors: torch.Tensor,
+        *tensors: Any,
     ) -> torch.Tensor:
         kernels, scale, activation, onto_x = ctx.options = options
         *weights, x, residual = tensors
         rows = _rows(x)
         add = rows if onto_x else None if residual is None else _rows(residual)
-        _, out, z, _ = kernels.adapter_forward(
-            rows, add, None, AdapterWeights(*weights, scale, activation), None
-        )
+        adapter = AdapterWeights._make((*weights, scale, activation))
+        _, out, z, _ = kernels.adapter_forward(rows, add, None, adapter, None)
         ctx.save_for_backward(*weights, x, z)
-        return out.view(x.shape)  # type: ignore[no-any-return]
+        return out.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         kernels, scale, activation, onto_x = ctx.options
-        *weights, x, z = ctx.saved_tensors
+        saved: Any = ctx.saved_tensors
+        *weights, x, z = saved
         need_dx, need_residual = ctx.needs_input_grad[5:7]
+        adapter = AdapterWeights._make((*weights, scale, activation))
         d_x, *of_weights = kernels.adapter_backward(
-            _rows(d_out), None, _rows(x), None, None, AdapterWeights(*weights, scale, activation), z,
+            _rows(d_out), None, _rows(x), None, None, adapter, z,
             pass_through=onto_x, need_dx=need_dx,
         )  # fmt: skip
         d_x = d_x.view(x.shape) if need_dx else None
@@ -209,7 +212,7 @@ class _AttentionNode(torch.autograd.Function):
         sublayer: _Sublayer,
         need_grad: bool,
         grad_tokens: tuple[int, int] | None,
-        *tensors: torch.Tensor,
+        *tensors: Any,
     ) -> torch.Tensor:
         kernels, norm, weights = sublayer[:3]
         *trainable, x = tensors
@@ -224,7 +227,7 @@ class _AttentionNode(torch.autograd.Function):
         return sublayer.add_product(rows, out, attended)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         sublayer = ctx.sublayer
         kernels, norm, weights = sublayer[:3]
@@ -241,7 +244,9 @@ class _AttentionNode(torch.autograd.Function):
                 d_attended, *qkv.chunk(3, dim=-1), attended, lse, ctx.graph,
                 weights.num_heads, weights.scale, *d_qkv.chunk(3, dim=-1),
             )  # fmt: skip
-            d_x, *of_adapter = _through_norm(kernels, norm, weights.qkv_weight, d_qkv, adapter, *rows)
+            d_x, *of_adapter = _through_norm(
+                kernels, norm, weights.qkv_weight, d_qkv, adapter, *rows
+            )
             d_x = d_x.view(x.shape)
             if ctx.grad_tokens is not None:
                 start, count = ctx.grad_tokens
@@ -253,7 +258,7 @@ class _AttentionNode(torch.autograd.Function):
         tokens = slice(start, start + count)
         d_qkv = _token_gradients(d_attended, qkv, attended, lse, weights, tokens)
         of_adapter = _of_adapter_alone(kernels, adapter, *rows)
-        some = [
+        some: Any = [
             None if t is None else _rows(t.view(*x.shape[:2], t.shape[1])[:, tokens]) for t in rows
         ]
         d_tokens, *_ = _through_norm(kernels, norm, weights.qkv_weight, d_qkv, adapter, *some)
@@ -268,7 +273,7 @@ class _PrefixNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sublayer: _Sublayer, need_grad: bool, num_queries: int, *tensors: torch.Tensor
+        ctx: Any, sublayer: _Sublayer, need_grad: bool, num_queries: int, *tensors: Any
     ) -> torch.Tensor:
         kernels, norm, weights = sublayer[:3]
         *trainable, x = tensors
@@ -287,7 +292,7 @@ class _PrefixNode(torch.autograd.Function):
         return sublayer.add_product(read, out, attended)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         sublayer = ctx.sublayer
         kernels, norm, weights = sublayer[:3]
@@ -322,7 +327,7 @@ class _PrefixNode(torch.autograd.Function):
 
 class _MlpNode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sublayer: _Sublayer, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, sublayer: _Sublayer, *tensors: Any) -> torch.Tensor:
         kernels, norm, weights = sublayer[:3]
         ctx.sublayer = sublayer
         *trainable, x = tensors
@@ -334,7 +339,7 @@ class _MlpNode(torch.autograd.Function):
         return sublayer.add_product(rows, out, hidden.view(*x.shape[:2], -1))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         sublayer = ctx.sublayer
         kernels, norm, weights = sublayer[:3]
@@ -366,10 +371,10 @@ class _PackedAttentionNode(torch.autograd.Function):
         )
         ctx.options = kernels, num_heads, num_queries, scale
         ctx.save_for_backward(qkv, out, lse)
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         kernels, num_heads, num_queries, scale = ctx.options
         qkv, out, lse = ctx.saved_tensors
@@ -391,7 +396,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _split(weights: AttentionWeights) -> tuple[Tensors, Tensors]:
+def _split(weights: AttentionWeights) -> Any:
     """Weight and bias of the queries, and of the keys and values."""
     weight, bias = weights.qkv_weight, weights.qkv_bias
     inner = weight.shape[0] // 3
@@ -425,15 +430,13 @@ def _through_norm(
     adapter: AdapterWeights | None,
     d_out: torch.Tensor,
     x: torch.Tensor,
-    z: torch.Tensor,
+    z: torch.Tensor | None,
     stats: torch.Tensor,
 ) -> Any:
     """From the gradient of the sublayer's first product, and of its output, to that of x and of
     the adapter's tensors."""
     d_normed = kernels.linear(_rows(d_product), weight.t(), None)
-    return kernels.adapter_backward(
-        d_out, d_normed, x, norm, stats, adapter, z, pass_through=True
-    )
+    return kernels.adapter_backward(d_out, d_normed, x, norm, stats, adapter, z, pass_through=True)
 
 
 def _token_gradients(

@@ -21,9 +21,9 @@ def forward(
     if not need_grad:
         return attention(q, k, v, num_heads, scale), None, None
     # A graph of its own: which of PyTorch's kernels runs, and what it keeps, is not told outside.
-    leaves = [part.detach().requires_grad_() for part in (q, k, v)]
+    q, k, v = leaves = tuple(part.detach().requires_grad_() for part in (q, k, v))
     with torch.enable_grad():
-        out = attention(*leaves, num_heads, scale)
+        out = attention(q, k, v, num_heads, scale)
     return out.detach(), None, (out, leaves)
 
 

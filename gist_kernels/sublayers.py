@@ -64,7 +64,7 @@ def adapter_attention(
     _check_count("num_queries", num_queries, x.shape[1])
     if grad_tokens is not None:
         start, count = grad_tokens
-        if not (0 <= start and 1 <= count and start + count <= x.shape[1]):
+        if not (start >= 0 and count >= 1 and start + count <= x.shape[1]):
             raise ValueError(
                 f"grad_tokens must be (start, count) within x's {x.shape[1]} tokens; "
                 f"it is {grad_tokens}"
@@ -152,7 +152,10 @@ def _check_count(name: str, count: int | None, tokens: int) -> None:
 
 
 def _check_block_input(
-    x: torch.Tensor, norm: NormWeights, adapter: AdapterWeights | None, drop_path: torch.Tensor | None
+    x: torch.Tensor,
+    norm: NormWeights,
+    adapter: AdapterWeights | None,
+    drop_path: torch.Tensor | None,
 ) -> None:
     check.floating("x", x)
     check.shape("x", x, (None, None, None), "(B, N, D)")
@@ -183,7 +186,10 @@ def _check_block_input(
 
 
 def _check_frozen(
-    group: str, weights: NormWeights | AttentionWeights | MlpWeights, x: torch.Tensor, shapes: dict[str, tuple[int, ...]]
+    group: str,
+    weights: NormWeights | AttentionWeights | MlpWeights,
+    x: torch.Tensor,
+    shapes: dict[str, tuple[int, ...]],
 ) -> None:
     for name, shape in shapes.items():
         tensor = getattr(weights, name)

@@ -7,14 +7,16 @@ these functions compute are the pieces of one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-_linear_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def _by_onednn(x: torch.Tensor) -> bool:
-    return (
+    return bool(
         _linear_pointwise is not None
         and x.dtype is torch.float32
         and x.numel() > 0
@@ -26,12 +28,14 @@ def _by_onednn(x: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x weight^T + bias`` of (..., I) rows, with a weight of (O, I)."""
     if _by_onednn(x):
-        return _linear_pointwise(x, weight, bias, "none", [], "")
+        result: torch.Tensor = _linear_pointwise(x, weight, bias, "none", [], "")
+        return result
     return F.linear(x, weight, bias)
 
 
 def add_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``out + x weight^T`` of (M, I) rows onto (M, O) ones, which may be overwritten."""
     if _by_onednn(x):
-        return _linear_pointwise.binary(x, out, weight, None, "add")
+        result: torch.Tensor = _linear_pointwise.binary(x, out, weight, None, "add")
+        return result
     return out.addmm_(x, weight.t())

@@ -40,7 +40,8 @@ def _attention_backward(
     *gradients: torch.Tensor,
 ) -> None:
     if lse is None:
-        return sdpa.backward(d_out, graph, *gradients)
+        sdpa.backward(d_out, graph, *gradients)
+        return
     scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
     attention.backward(d_out, q, k, v, out, lse, num_heads, scale, *gradients)
 

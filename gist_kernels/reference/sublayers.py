@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -23,8 +25,8 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float | None
 ) -> torch.Tensor:
     """Of (B, Q, H Dh) queries over (B, N, H Dh) keys and values; returns (B, Q, H Dh)."""
-    heads = [part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v)]
-    return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(2)
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
 def adapter_attention(
@@ -59,9 +61,7 @@ def adapter_mlp(
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""
     normed = F.layer_norm(x, x.shape[-1:], *norm)
-    hidden = ACTIVATIONS[weights.activation](
-        F.linear(normed, weights.fc1_weight, weights.fc1_bias)
-    )
+    hidden = ACTIVATIONS[weights.activation](F.linear(normed, weights.fc1_weight, weights.fc1_bias))
     out = F.linear(hidden, weights.fc2_weight, weights.fc2_bias)
     return _join(x, out, weights.layer_scale, adapter, drop_path)
 
@@ -97,7 +97,7 @@ def _join(
     out = x + out
     if adapter is None:
         return out
-    parameters = (None if p is None else p.to(x.dtype) for p in adapter[:4])
+    parameters: Any = (None if p is None else p.to(x.dtype) for p in adapter[:4])
     return bottleneck(
         x, *parameters, scale=adapter.scale, activation=adapter.activation, residual=out
     )

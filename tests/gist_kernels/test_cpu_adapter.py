@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gist_kernels.options import Adapter, Norm
+from gist_kernels.options import AdapterWeights, NormWeights
 from gist_kernels.reference.adapter import ACTIVATIONS
 
 native = pytest.importorskip(
@@ -44,8 +44,8 @@ class Case(NamedTuple):
 
     x: torch.Tensor
     add: torch.Tensor | None
-    norm: Norm | None
-    adapter: Adapter | None
+    norm: NormWeights | None
+    adapter: AdapterWeights | None
     bias: torch.Tensor | None
     d_out: torch.Tensor | None
     d_normed: torch.Tensor | None
@@ -82,8 +82,8 @@ def make(rows, width, rank, *, activation="gelu", dtype=torch.float32, add="x", 
         return scale * torch.randn(*shape, generator=generator)
 
     x = normal(rows, width)
-    norm = Norm(1 + normal(width, scale=0.3), normal(width, scale=0.3), EPS)
-    adapter = Adapter(
+    norm = NormWeights(1 + normal(width, scale=0.3), normal(width, scale=0.3), EPS)
+    adapter = AdapterWeights(
         normal(rank, width, scale=width**-0.5),
         normal(rank, scale=0.3) if biases else None,
         normal(width, rank, scale=rank**-0.5),
@@ -393,8 +393,8 @@ def test_layouts_do_not_matter(dtype, width, rank):
     tensors = ("x", "add", "d_out", "d_normed")
     views = case._replace(**{name: spaced(getattr(case, name)) for name in tensors})
     views = views._replace(
-        norm=Norm(transposed(case.norm.weight), transposed(case.norm.bias), EPS),
-        adapter=Adapter(*map(transposed, case.adapter[:4]), *case.adapter[4:]),
+        norm=NormWeights(transposed(case.norm.weight), transposed(case.norm.bias), EPS),
+        adapter=AdapterWeights(*map(transposed, case.adapter[:4]), *case.adapter[4:]),
         bias=transposed(case.bias),
     )
     before = [getattr(views, name).clone() for name in tensors]

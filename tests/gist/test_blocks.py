@@ -1,0 +1,217 @@
+"""Blocks as fused sublayers against the backbone's own forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import BACKBONES, backbone, images, wrapped
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gist
+import gist_kernels
+from gist import blocks
+from gist_kernels.cpu.sublayers import KERNELS
+from gist_kernels.fused import sublayer_operations
+
+
+@pytest.fixture
+def own_forward(monkeypatch):
+    """Lets every block run by its own forward."""
+
+    def switch_off():
+        monkeypatch.setattr(blocks, "refusal", lambda *_: "a test wants it so")
+
+    return switch_off
+
+
+def results(model, pixels, seed=3):
+    torch.manual_seed(seed)
+    out = model(pixels)
+    logits = out if isinstance(out, torch.Tensor) else torch.stack(out)
+    model.zero_grad()
+    logits.square().sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
+
+
+CONFIGS = {
+    "gist": gist.GistConfig(gist.Adapter(rank=4, scale=0.7), token_dropout=0.0),
+    "token alone": gist.GistConfig(None, token_dropout=0.0),
+    "adapter alone": gist.GistConfig(gist.Adapter(rank=4, scale=0.7), gist=False),
+    "head alone": gist.GistConfig(None, gist=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", [*BACKBONES, "drop_path"])
+def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_forward):
+    options = {"drop_path_rate": 0.5} if name == "drop_path" else {}
+    kind = "vit" if name == "drop_path" else name
+    model = wrapped(kind, CONFIGS[config], **options).train()
+    exact = copy.deepcopy(model).double()
+    model.backbone.to(dtype)
+    pixels = images(4)
+    fused = results(model, pixels.to(dtype))
+    assert name == "qk_norm" or "fused" in gist.explain(model)
+    own_forward()
+    plain = results(model, pixels.to(dtype))
+    if name == "drop_path":  # its draws differ between dtypes
+        torch.testing.assert_close(fused[0], plain[0], rtol=0.05, atol=0.05)
+        return
+    truth = results(exact, pixels.double())
+    compared = {"logits": (fused[0], plain[0], truth[0])}
+    assert fused[1].keys() == plain[1].keys() == truth[1].keys()
+    compared |= {name: (fused[1][name], plain[1][name], truth[1][name]) for name in truth[1]}
+    for key, (ours, general, true) in compared.items():
+        size, own, other = (t.double().norm().item() for t in (true, ours - true, general - true))
+        eps = torch.finfo(dtype).eps
+        assert own <= 1.5 * other + 4 * eps * size, (key, own, other, size)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [24, 40])
+def test_odd_sizes_and_a_single_image(batch, size, own_forward):
+    model = wrapped("registers", dynamic_img_size=True).train()
+    fused = results(model, images(batch, size))
+    own_forward()
+    plain = results(model, images(batch, size))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_gives_the_same_logits_and_all_features(own_forward):
+    model = wrapped().eval()
+    with torch.no_grad():
+        logits, features = model(images()), model.forward_features(images())
+        own_forward()
+        torch.testing.assert_close(logits, model(images()), rtol=1e-5, atol=1e-5)
+        plain = model.forward_features(images())
+    assert features.shape == plain.shape == (2, 18, 48)
+    torch.testing.assert_close(features, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_the_images(own_forward):
+    model = wrapped().eval()
+    pixels = images().requires_grad_()
+    (fused,) = torch.autograd.grad(model(pixels).square().sum(), pixels)
+    own_forward()
+    (plain,) = torch.autograd.grad(model(pixels).square().sum(), pixels)
+    assert plain.abs().max() > 1e-3
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_trained_beside_the_method_gets_its_gradient(own_forward):
+    model = wrapped().train()
+    trained = {
+        "position": model.backbone.pos_embed,
+        "norm": model.backbone.blocks[1].norm1.weight,
+        "final norm": model.backbone.norm.weight,
+    }
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    assert "block 1: the block's own forward, for it has trainable weights" in gist.explain(model)
+    _, fused = results(model, images())
+    own_forward()
+    _, plain = results(model, images())
+    assert {"backbone.pos_embed", "backbone.blocks.1.norm1.weight"} <= fused.keys()
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_of_others_run():
+    model = wrapped().train()
+    seen = []
+    model.backbone.blocks[1].attn.register_forward_hook(lambda *_: seen.append("attention"))
+    model.backbone.blocks[2].register_forward_hook(lambda *_: seen.append("block"))
+    model(images())
+    assert seen == ["attention", "block"]
+    assert gist.explain(model).splitlines() == [
+        "block 0: fused sublayers, served by 'cpu'",
+        "blocks 1 to 2: the block's own forward, for it carries hooks that are not gist's",
+    ]
+
+
+def replaced(path, part):
+    def change(model):
+        owner, _, name = path.rpartition(".")
+        setattr(model.backbone.blocks[0].get_submodule(owner), name, part)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (replaced("norm1", nn.RMSNorm(48)), "its norm is a RMSNorm"),
+        (replaced("attn.qkv", nn.Sequential(nn.Linear(48, 144))), "projections are not plain"),
+        (replaced("attn.proj_drop", nn.Dropout(0.1)), "its attention has dropout"),
+        (replaced("mlp.act", nn.Tanh()), "its MLP's activation is a Tanh"),
+        (replaced("mlp.drop1", nn.Dropout(0.1)), "its MLP has dropout"),
+        (replaced("mlp", nn.Linear(48, 48)), "its MLP is a Linear"),
+    ],
+)
+def test_a_block_that_does_not_match_says_why(change, reason):
+    model = wrapped().train()
+    change(model)
+    assert reason in gist.explain(model).splitlines()[0]
+    assert "blocks 1 to 2: fused" in gist.explain(model)
+
+
+def test_whole_models_that_take_the_general_path():
+    model = wrapped().train()
+    assert gist.explain(model) == "blocks 0 to 2: fused sublayers, served by 'cpu'"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "for autocast is on" in gist.explain(model)
+    model.backbone.set_grad_checkpointing()
+    assert "checkpoints" in gist.explain(model)
+
+
+def counting(kernels, counted):
+    """The kernels, adding up the operations of their products and attentions."""
+
+    def product(of):
+        def count(*args):
+            *_, x, weight, _ = args if of is kernels.linear else (*args, None)
+            counted.append(2 * x.shape[0] * weight.shape[0] * weight.shape[1])
+            return of(*args)
+
+        return count
+
+    def attention(of, products):
+        def count(*args):
+            q, k = args[0:2] if of is kernels.attention_forward else args[1:3]
+            counted.append(products * 2 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2])
+            return of(*args)
+
+        return count
+
+    return kernels._replace(
+        linear=product(kernels.linear),
+        add_linear=product(kernels.add_linear),
+        attention_forward=attention(kernels.attention_forward, 2),
+        attention_backward=attention(kernels.attention_backward, 5),
+    )
+
+
+def test_a_step_needs_7_percent_fewer_operations_than_without_adapter(monkeypatch, own_forward):
+    options = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_classes": 10}
+    pixels = torch.randn(1, 3, 224, 224)
+
+    def step(method):
+        model = gist.wrap(backbone("vit", **options), gist.GistConfig(method)).train()
+        torch.stack(model(pixels)).sum().backward()
+
+    counted = []
+    operations = sublayer_operations(counting(KERNELS, counted))
+    monkeypatch.setattr(gist_kernels.backend, "select", lambda name, _: operations[name])
+    step(gist.Adapter(rank=4))
+    # Not counted above: the patches' embedding, the head forward and backward, and 24 adapters,
+    # two products forward and four backward each.
+    rest = 2 * 196 * 768 * 192 + 3 * 2 * 2 * 192 * 10 + 24 * 6 * 2 * 198 * 192 * 4
+    own_forward()
+    with FlopCounterMode(display=False) as token_alone:
+        step(None)
+    share = (sum(counted) + rest) / token_alone.get_total_flops()
+    assert share <= 0.93, share
