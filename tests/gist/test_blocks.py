@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 
 import pytest
 import torch
@@ -166,6 +167,30 @@ def test_whole_models_that_take_the_general_path():
         assert "for autocast is on" in gist.explain(model)
     model.backbone.set_grad_checkpointing()
     assert "checkpoints" in gist.explain(model)
+
+
+def data_parallel_step(rank, port, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    model = torch.nn.parallel.DistributedDataParallel(wrapped().train())
+    torch.stack(model(images(4)[rank::2])).square().mean().backward()
+    if rank == 0:
+        gradients = {n: p.grad for n, p in model.module.named_parameters() if p.requires_grad}
+        torch.save(gradients, f"{folder}/gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(data_parallel_step, (port, str(tmp_path)), nprocs=2)
+    found = torch.load(tmp_path / "gradients.pt")
+    model = wrapped().train()
+    torch.stack(model(images(4))).square().mean().backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def counting(kernels, counted):
