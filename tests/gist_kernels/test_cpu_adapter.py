@@ -372,6 +372,16 @@ def test_nan_and_inf_stay_in_their_row(value, column):
         assert torch.equal(result.d_up_bias, expected.d_up_bias)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 33])
+def test_infinity_that_the_activation_stops(rank):
+    """Ranks that only fill up a block would make it NaN: infinity times their zeros."""
+    case = make(9, 100, rank, activation="relu", add="other")
+    case.adapter.down_weight[:, 5] = -1.0
+    case.x[2, 5] = math.inf
+    out, update = ours(case).out, case.adapter.scale * case.adapter.up_bias
+    torch.testing.assert_close(out[2], case.add[2] + update + case.bias)
+
+
 # Layouts.
 
 
