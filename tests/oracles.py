@@ -57,3 +57,13 @@ def kl_by_definition(a: Sequence[float], b: Sequence[float], temperature: float)
         if math.exp(lp) > 0
     )
     return math.fsum(terms)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T) v of each head, and log sum exp(scale q k^T), (B, H, Q)."""
+    head_dim = q.shape[-1] // num_heads
+    q, k, v = (x.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for x in (q, k, v))
+    scores = scale * (q @ k.mT)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores.logsumexp(-1)
