@@ -94,3 +94,13 @@ def bottleneck(
     z = z if down_bias is None else z + down_bias
     up = ACTIVATIONS[activation](z) @ up_weight.T
     return scale * (up if up_bias is None else up + up_bias), z
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T) v of each head, and log sum exp(scale q k^T), (B, H, Q)."""
+    head_dim = q.shape[-1] // num_heads
+    q, k, v = (x.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for x in (q, k, v))
+    scores = scale * (q @ k.mT)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores.logsumexp(-1)

@@ -28,9 +28,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
 
-    ``q`` is (B, Q, H * Dh), ``k`` and ``v`` are (B, N, H * Dh) of one of ``DTYPES``: any strides, but
-    contiguous in the last dimension, in which each head has Dh columns. Returns ``out`` (B, Q, H * Dh),
-    contiguous, and ``lse`` (B, H, Q) in float32. TypeError for dtypes, ValueError for all else.
+    ``q`` is (B, Q, H * Dh), ``k`` and ``v`` are (B, N, H * Dh), of one of ``DTYPES`` and of any
+    strides, but contiguous in the last dimension, in which each head has Dh columns. Returns
+    ``out`` (B, Q, H * Dh), contiguous, and ``lse`` (B, H, Q) in float32. TypeError for dtypes,
+    ValueError for all else.
     """
     sizes = _sizes(q, k, v, num_heads)
     batch, heads, queries, _, head_dim = sizes
@@ -68,19 +69,15 @@ def backward(
 ) -> None:
     """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
-    ``out`` and ``lse`` are what :func:`forward` returned, ``d_out`` is the gradient of ``out``. All but
-    ``lse`` may have any strides, but are contiguous in the last dimension; the gradients, which must
-    not overlap, are typically slices of one packed tensor. TypeError for dtypes, ValueError for all else.
+    ``out`` and ``lse`` are what :func:`forward` returned, ``d_out`` is the gradient of ``out``.
+    Strides may be any, but all except ``lse`` are contiguous in the last dimension. The gradients,
+    slices of one packed tensor as a rule, must overlap neither each other nor an input. TypeError
+    for dtypes, ValueError for all else.
     """
     sizes = _sizes(q, k, v, num_heads)
     batch, heads, queries, _, _ = sizes
-    for name, tensor, like in (
-        ("d_out", d_out, q),
-        ("out", out, q),
-        ("d_q", d_q, q),
-        ("d_k", d_k, k),
-        ("d_v", d_v, v),
-    ):
+    grads = ("d_q", d_q, q), ("d_k", d_k, k), ("d_v", d_v, v)
+    for name, tensor, like in (("d_out", d_out, q), ("out", out, q), *grads):
         _check(name, tensor, like)
     if lse.dtype is not torch.float32 or lse.shape != (batch, heads, queries):
         raise ValueError("lse must be what forward returned for these tensors")
@@ -121,17 +118,16 @@ def _sizes(
         raise ValueError("q and k must agree in their first and last dimension")
     if queries < 1 or keys < 1:
         raise ValueError("there must be a query and a key")
-    _check("q", q, q)
-    _check("k", k, k, q.dtype)
-    _check("v", v, k, q.dtype)
+    for name, tensor, like in (("q", q, q), ("k", k, k), ("v", v, k)):
+        if tensor.dtype is not q.dtype:
+            raise TypeError(f"{name} must be {q.dtype}, as q is; it is {tensor.dtype}")
+        _check(name, tensor, like)
     return batch, num_heads, queries, keys, width // num_heads
 
 
-def _check(
-    name: str, tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None = None
-) -> None:
-    if tensor.dtype is not (dtype or like.dtype):
-        raise TypeError(f"{name} must be {dtype or like.dtype}; it is {tensor.dtype}")
+def _check(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if tensor.dtype is not like.dtype:
+        raise TypeError(f"{name} must be {like.dtype}; it is {tensor.dtype}")
     if tensor.shape != like.shape:
         raise ValueError(f"{name} must have shape {tuple(like.shape)}, not {tuple(tensor.shape)}")
     if tensor.stride(2) != 1 and tensor.shape[2] != 1:

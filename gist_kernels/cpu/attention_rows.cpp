@@ -7,10 +7,11 @@
 //   dQ = scale dS K                   dK = scale dS^T Q
 //
 // The head's rows are first copied out of the packed tensors into scratch memory, as floats and with
-// whole vectors to a row, keys (and for dP values) transposed too: each of the seven products is then
-// one and the same kernel, which multiplies numbers of a left matrix, in any order, with vectors of
-// rows of a right one. Queries are taken a block at a time, so that the scores of a block stay in the
-// second-level cache.
+// whole vectors to a row; keys, and in backward values, are transposed too. Each of the products is
+// then one and the same kernel, of numbers of a left matrix, in any order, with vectors of rows of a
+// right one. Queries are taken a block at a time, so that their scores stay in the second-level
+// cache. The sums of exponentials are taken anew in backward: a log-sum-exp is rounded by as much as
+// the scores are large, and probabilities from it alone would not sum to 1.
 
 #include <array>
 #include <utility>
@@ -34,16 +35,10 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 #else
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
-#ifndef DEPTH
-#define DEPTH 128
-#endif
-#ifndef BLOCK
-#define BLOCK 20480
-#endif
-// Rows of the right matrix that a tile takes at once, so that they stay in the first-level cache.
-constexpr int64_t kDepth = DEPTH;
-// Scores of a block of queries.
-constexpr int64_t kBlockScores = BLOCK;
+// Rows of the right matrix that tiles take at once, so that they stay in the first-level cache.
+constexpr int64_t kDepth = 128;
+// Scores of a block of queries: 128 KiB, and as much for their gradients.
+constexpr int64_t kBlockScores = 32 * 1024;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -74,22 +69,35 @@ Left by_columns(Matrix m) { return {m.data, 1, m.row}; }
 using Tile = void (*)(int64_t depth, Left a, const float *b, int64_t b_row, float *c, int64_t c_row,
                       bool add);
 
+// The sums stay in registers only where the compiler unrolls every loop over them early.
+#define GIST_UNROLL _Pragma("GCC unroll 16")
+
 template <int kRows, int kVectors>
 void tile(int64_t depth, Left a, const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
   Floats sum[kRows][kVectors];
+  GIST_UNROLL
   for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v)
-      sum[i][v] = add ? load(c + i * c_row + v * kWide, Whole{}) : Floats{};
+    GIST_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = Floats{};
   for (int64_t k = 0; k < depth; ++k) {
     Floats right[kVectors];
+    GIST_UNROLL
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_row + v * kWide, Whole{});
+    GIST_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const Floats left = broadcast(a.data[i * a.row + k * a.step]);
+      GIST_UNROLL
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(left, right[v], sum[i][v]);
     }
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v) store(c + i * c_row + v * kWide, Whole{}, sum[i][v]);
+  GIST_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    GIST_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float *const to = c + i * c_row + v * kWide;
+      store(to, Whole{}, add ? load(to, Whole{}) + sum[i][v] : sum[i][v]);
+    }
+  }
 }
 
 template <int... kIndex>
@@ -120,13 +128,46 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left a, Matrix b, Mat
   }
 }
 
+// How far ahead rows of a tensor are fetched: they lie too far apart for the processor to foresee.
+constexpr int64_t kAhead = 24;
+
+// Some of a tensor's rows, of one head.
+template <class S>
+class Rows {
+ public:
+  Rows(const S *first, int64_t stride, int64_t count)
+      : first_(first), stride_(stride), count_(count) {}
+
+  int64_t count() const { return count_; }
+  const S *at(int64_t i) const { return first_ + i * stride_; }
+  const S *ahead(int64_t i) const { return at(i + kAhead < count_ ? i + kAhead : count_ - 1); }
+
+ private:
+  const S *first_;
+  int64_t stride_, count_;
+};
+
 // Rows of a tensor to scratch memory; numbers beyond the row's end, up to a whole vector, are 0.
 template <class S>
-void pack(const S *from, int64_t from_row, int64_t rows, int64_t columns, Matrix to) {
-  for (int64_t i = 0; i < rows; ++i)
+void pack(Rows<S> from, int64_t columns, Matrix to) {
+  for (int64_t i = 0; i < from.count(); ++i)
     for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
-      store(to.at(i) + j, Whole{}, load(from + i * from_row + j, lanes, 0.0f));
+      __builtin_prefetch(from.ahead(i) + j);
+      store(to.at(i) + j, Whole{}, load(from.at(i) + j, lanes, 0.0f));
     });
+}
+
+// The sums of products of each row of x with the same row of y.
+template <class S>
+void dots(Rows<S> x, Matrix y, int64_t columns, float *to) {
+  for (int64_t i = 0; i < x.count(); ++i) {
+    Floats products = {};
+    for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
+      __builtin_prefetch(x.ahead(i) + j);
+      products = fma(load(x.at(i) + j, lanes, 0.0f), load(y.at(i) + j, Whole{}), products);
+    });
+    to[i] = float(sum<float>(products));
+  }
 }
 
 template <class S>
@@ -134,15 +175,6 @@ void unpack_row(const float *from, int64_t columns, float factor, S *to) {
   for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
     store(to + j, lanes, factor * load(from + j, Whole{}));
   });
-}
-
-template <class S>
-float dot(const S *x, const S *y, int64_t columns) {
-  Floats products = {};
-  for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    products = fma(load(x + j, lanes, 0.0f), load(y + j, lanes, 0.0f), products);
-  });
-  return float(sum<float>(products));
 }
 
 // to(j, i) = from(i, j), in blocks of whole vectors both ways.
@@ -260,6 +292,7 @@ class Scratch {
     d_s = matrix(block, scores);
     d_keys = matrix(n, columns);
     d_values = matrix(n, columns);
+    delta = matrix(1, padded(block)).data;
   }
 
   int64_t floats() const { return used_; }
@@ -268,6 +301,7 @@ class Scratch {
   Matrix keys, keys_t, values, queries, result, p;
   float *inverse;  // 1 / sum of each row of p
   Matrix values_t, d_out, d_s, d_keys, d_values;
+  float *delta;
 
  private:
   Matrix matrix(int64_t rows, int64_t row) {
@@ -288,19 +322,13 @@ class Head {
 
   void forward() {
     pack_transposed(call_.k, at_.keys, at_.keys_t);
-    pack(rows(call_.v, 0), call_.v.row_stride, call_.keys, call_.head_dim, at_.values);
-    const float scale = float(call_.scale);
+    pack(rows(call_.v, 0, call_.keys), call_.head_dim, at_.values);
     for_each_block([&](int64_t first, int64_t count) {
       scores(first, count);
-      for (int64_t i = 0; i < count; ++i) {
-        const float top = row_max(at_.p.at(i), call_.keys, scale);
-        const double total = exponentials(at_.p.at(i), call_.keys, scale, top, exp_);
-        lse()[first + i] = float(top + log(broadcast(total))[0]);
-        at_.inverse[i] = float(1 / total);
-      }
+      softmax(first, count);
       product(count, call_.head_dim, call_.keys, by_rows(at_.p), at_.values, at_.result, false);
       for (int64_t i = 0; i < count; ++i)
-        unpack_row(at_.result.at(i), call_.head_dim, at_.inverse[i], rows(call_.out, first + i));
+        unpack_row(at_.result.at(i), call_.head_dim, at_.inverse[i], row(call_.out, first + i));
     });
   }
 
@@ -315,29 +343,31 @@ class Head {
         const double total = exponentials(at_.p.at(i), n, scale, lse()[first + i], exp_);
         at_.inverse[i] = float(1 / total);
       }
-      pack(rows(call_.d_out, first), call_.d_out.row_stride, count, columns, at_.d_out);
+      pack(rows(call_.d_out, first, count), columns, at_.d_out);
+      dots(rows(call_.out, first, count), at_.d_out, columns, at_.delta);
       product(count, n, columns, by_rows(at_.d_out), at_.values_t, at_.d_s, false);
-      for (int64_t i = 0; i < count; ++i) {
-        const float delta = dot(rows(call_.d_out, first + i), rows(call_.out, first + i), columns);
-        score_gradients(at_.p.at(i), n, at_.inverse[i], delta, at_.d_s.at(i));
-      }
+      for (int64_t i = 0; i < count; ++i)
+        score_gradients(at_.p.at(i), n, at_.inverse[i], at_.delta[i], at_.d_s.at(i));
       product(count, columns, n, by_rows(at_.d_s), at_.keys, at_.result, false);
       for (int64_t i = 0; i < count; ++i)
-        unpack_row(at_.result.at(i), columns, scale, rows(call_.d_q, first + i));
+        unpack_row(at_.result.at(i), columns, scale, row(call_.d_q, first + i));
       const bool add = first > 0;
       product(n, columns, count, by_columns(at_.d_s), at_.queries, at_.d_keys, add);
       product(n, columns, count, by_columns(at_.p), at_.d_out, at_.d_values, add);
     });
     for (int64_t i = 0; i < n; ++i) {
-      unpack_row(at_.d_keys.at(i), columns, scale, rows(call_.d_k, i));
-      unpack_row(at_.d_values.at(i), columns, 1, rows(call_.d_v, i));
+      unpack_row(at_.d_keys.at(i), columns, scale, row(call_.d_k, i));
+      unpack_row(at_.d_values.at(i), columns, 1, row(call_.d_v, i));
     }
   }
 
  private:
-  S *rows(const AttentionTensor &tensor, int64_t first) const {
+  S *row(const AttentionTensor &tensor, int64_t i) const {
     return static_cast<S *>(tensor.data) + image_ * tensor.batch_stride +
-           first * tensor.row_stride + head_ * call_.head_dim;
+           i * tensor.row_stride + head_ * call_.head_dim;
+  }
+  Rows<S> rows(const AttentionTensor &tensor, int64_t first, int64_t count) const {
+    return {row(tensor, first), tensor.row_stride, count};
   }
   float *lse() const { return call_.lse + (image_ * call_.heads + head_) * call_.queries; }
 
@@ -351,7 +381,7 @@ class Head {
   // Keys or values, as they are and transposed.
   void pack_transposed(const AttentionTensor &tensor, Matrix to, Matrix to_t) const {
     const int64_t n = call_.keys, whole = round_up(n, kWide);
-    pack(rows(tensor, 0), tensor.row_stride, n, call_.head_dim, to);
+    pack(rows(tensor, 0, n), call_.head_dim, to);
     for (int64_t i = n; i < whole; ++i)
       for (int64_t j = 0; j < to.row; ++j) to.at(i)[j] = 0;
     transpose(to, whole, call_.head_dim, to_t);
@@ -359,8 +389,29 @@ class Head {
 
   // A block's queries, and their scores before scaling.
   void scores(int64_t first, int64_t count) const {
-    pack(rows(call_.q, first), call_.q.row_stride, count, call_.head_dim, at_.queries);
+    pack(rows(call_.q, first, count), call_.head_dim, at_.queries);
     product(count, call_.keys, call_.head_dim, by_rows(at_.queries), at_.keys_t, at_.p, false);
+  }
+
+  // A block's scores become P, not yet normalised.
+  void softmax(int64_t first, int64_t count) const {
+    const float scale = float(call_.scale);
+    // As many rows as one vector has logarithms.
+    constexpr int64_t group = kLanes<double>;
+    for (int64_t i = 0; i < count; i += group) {
+      const int64_t end = i + group < count ? i + group : count;
+      float top[group];
+      Vec<double> total = broadcast(1.0);
+      for (int64_t row = i; row < end; ++row)
+        top[row - i] = row_max(at_.p.at(row), call_.keys, scale);
+      for (int64_t row = i; row < end; ++row)
+        total[row - i] = exponentials(at_.p.at(row), call_.keys, scale, top[row - i], exp_);
+      const Vec<double> logarithm = log(total), inverse = 1 / total;
+      for (int64_t row = i; row < end; ++row) {
+        lse()[first + row] = float(top[row - i] + logarithm[row - i]);
+        at_.inverse[row] = float(inverse[row - i]);
+      }
+    }
   }
 
   const AttentionCall &call_;

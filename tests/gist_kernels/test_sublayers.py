@@ -18,10 +18,9 @@ def exact_attention(x, norm, attention, adapter, num_queries=None, drop_path=Non
         oracles.layer_norm(x, *norm) @ attention.qkv_weight.T
         + (0 if attention.qkv_bias is None else attention.qkv_bias)
     ).chunk(3, dim=-1)
-    heads = [part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in (q, k, v)]
-    q, k, v = heads
-    scale = q.shape[-1] ** -0.5 if attention.scale is None else attention.scale
-    out = ((scale * q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    heads = attention.num_heads
+    scale = (q.shape[-1] // heads) ** -0.5 if attention.scale is None else attention.scale
+    out, _ = oracles.attention(q, k, v, heads, scale)
     out = out @ attention.proj_weight.T
     out = out if attention.proj_bias is None else out + attention.proj_bias
     return joined(x, out, attention.layer_scale, adapter, drop_path)[:, :num_queries]
@@ -247,9 +246,8 @@ def test_gradcheck(options):
 def test_prefix_attention(queries, scale, dtype):
     qkv = normal(2, 19, 3 * 48, dtype=dtype, spread=1.0).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
-    q, k, v = (p.unflatten(-1, (3, 16)).transpose(1, 2) for p in exact.chunk(3, dim=-1))
-    scores = (16**-0.5 if scale is None else scale) * q @ k.mT
-    truth = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)[:, :queries]
+    truth, _ = oracles.attention(*exact.chunk(3, dim=-1), 3, 16**-0.5 if scale is None else scale)
+    truth = truth[:, :queries]
     upstream = normal(*truth.shape, dtype=dtype)
 
     def results(qkv, out):

@@ -1,0 +1,372 @@
+"""The native attention kernels, on every instruction set this processor has."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+native = pytest.importorskip(
+    "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
+)
+attention = pytest.importorskip("gist_kernels.cpu.attention")
+
+SENTINEL = 12345.0
+KINDS = ("random", "peaked", "equal", "huge")
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
+def instruction_set(request):
+    before = native.instruction_set()
+    try:
+        native.use_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native.use_instruction_set(before)
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Shape(NamedTuple):
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+class Result(NamedTuple):
+    out: torch.Tensor
+    lse: torch.Tensor
+    d_q: torch.Tensor
+    d_k: torch.Tensor
+    d_v: torch.Tensor
+
+
+class Case(NamedTuple):
+    shape: Shape
+    scale: float
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    d_out: torch.Tensor
+
+
+class Buffer:
+    """A view (B, rows, columns) into a larger tensor, with strides of its own."""
+
+    def __init__(self, batch: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.whole = torch.full((batch, rows + 3, columns + 7), SENTINEL, dtype=dtype)
+        self.view = self.whole[:, 1 : rows + 1, 3 : columns + 3]
+
+    def untouched_outside(self, written: torch.Tensor) -> bool:
+        rest = self.whole.clone()
+        offset = written.storage_offset() - self.whole.storage_offset()
+        rest.as_strided(written.shape, written.stride(), offset).fill_(SENTINEL)
+        return bool((rest == SENTINEL).all())
+
+
+def draw(shape: Shape, kind: str = "random", dtype: torch.dtype = torch.float32) -> Case:
+    """Queries, keys and values as slices of one packed tensor, where they have the same rows."""
+    batch, _, queries, keys, head_dim = shape
+    generator = torch.Generator().manual_seed(queries * keys + head_dim)
+    rows, width = max(queries, keys), shape.width
+    packed = Buffer(batch, rows, 3 * width, dtype).view
+    packed.copy_(torch.randn(batch, rows, 3 * width, generator=generator))
+    q, k, v = packed[:, :queries, :width], *packed[:, :keys, width:].split(width, 2)
+    if kind == "peaked":
+        q *= 30
+    elif kind == "equal":
+        k[:] = k[:, :1].clone()
+    elif kind == "huge":
+        # Logits of 1e4, differing by some units.
+        k[..., ::head_dim] = 100 * head_dim**0.5
+        q[..., ::head_dim] = 100
+    d_out = Buffer(batch, queries, width, dtype).view
+    d_out.copy_(torch.randn(batch, queries, width, generator=generator))
+    return Case(shape, head_dim**-0.5, q, k, v, d_out)
+
+
+def ours(case: Case) -> Result:
+    """Forward and backward into slices of packed tensors, around which nothing may change."""
+    (batch, heads, queries, keys, _), scale, q, k, v, d_out = case
+    width = case.shape.width
+    inputs = q, k, v, d_out
+    before = [x.clone() for x in inputs]
+    out, lse = attention.forward(q, k, v, heads, scale)
+    assert out.is_contiguous()
+    of_q = Buffer(batch, queries, width, q.dtype)
+    of_kv = Buffer(batch, keys, 2 * width, q.dtype)
+    d_q, (d_k, d_v) = of_q.view, of_kv.view.split(width, 2)
+    attention.backward(d_out, q, k, v, out, lse, heads, scale, d_q, d_k, d_v)
+    assert of_q.untouched_outside(d_q)
+    assert of_kv.untouched_outside(of_kv.view)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+    return Result(out, lse, d_q, d_k, d_v)
+
+
+def truth(case: Case) -> Result:
+    """The plain formula and its gradients in float64."""
+    q, k, v = (x.double().requires_grad_() for x in (case.q, case.k, case.v))
+    out, lse = oracles.attention(q, k, v, case.shape.heads, case.scale)
+    gradients = torch.autograd.grad(out, (q, k, v), case.d_out.double())
+    return Result(out.detach(), lse.detach(), *gradients)
+
+
+def pytorch(case: Case) -> Result:
+    """PyTorch's fused attention, and its log-sum-exp, in the case's own dtype."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v))
+    of_heads = (x.unflatten(2, (case.shape.heads, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*of_heads, scale=case.scale).transpose(1, 2).flatten(2)
+    gradients = torch.autograd.grad(out, (q, k, v), case.d_out)
+    _, lse = oracles.attention(q.float(), k.float(), v.float(), case.shape.heads, case.scale)
+    return Result(out.detach(), lse.detach(), *gradients)
+
+
+def magnitudes(case: Case) -> Result:
+    """As the truth, of magnitudes: no term cancels another, and a probability is as uncertain as
+    one rounding of the products in its score makes it."""
+    heads, scale = case.shape.heads, abs(case.scale)
+    q, k, v, d_out = (
+        x.double().unflatten(2, (heads, case.shape.head_dim)).transpose(1, 2)
+        for x in (case.q, case.k, case.v, case.d_out)
+    )
+    p = (case.scale * (q @ k.mT)).softmax(-1)
+    q, k, v, d_out = q.abs(), k.abs(), v.abs(), d_out.abs()
+    scores = scale * (q @ k.mT)
+    rounded = p * (1 + scores)
+    d_p = d_out @ v.mT
+    d_s = scale * rounded * (d_p + (p * d_p).sum(-1, keepdim=True))
+    return Result(rounded @ v, 1 + scores, d_s @ k, d_s.mT @ q, rounded.mT @ d_out)
+
+
+def assert_parity(result: Result, exact: Result, peer: Result, scales: Result, ulps: int) -> None:
+    """No tensor's error above the peer's by more than some units in its largest number."""
+    for name, x, theirs, y, scale in zip(Result._fields, result, peer, exact, scales, strict=True):
+        assert x.shape == y.shape
+        error = (x.double() - y).abs().max().item()
+        few = ulps * torch.finfo(x.dtype).eps * scale.abs().max().item()
+        allowed = (theirs.double() - y).abs().max().item() + few
+        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+@functools.cache
+def exact_peer_and_scales(
+    shape: Shape, kind: str, dtype: torch.dtype = torch.float32
+) -> tuple[Result, Result, Result]:
+    case = draw(shape, kind, dtype)
+    return truth(case), pytorch(case), magnitudes(case)
+
+
+def check(shape: Shape, kind: str = "random", dtype: torch.dtype = torch.float32) -> None:
+    """Parity within units of what the results are sums of, which may all but cancel."""
+    exact, peer, scales = exact_peer_and_scales(shape, kind, dtype)
+    assert_parity(ours(draw(shape, kind, dtype)), exact, peer, scales, 4)
+
+
+def assert_same(a: Result, b: Result) -> None:
+    for name, x, y in zip(Result._fields, a, b, strict=True):
+        assert torch.equal(x, y), name
+
+
+# Parity with float64, by PyTorch's own error.
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("keys", [2, 5, 16, 17, 64, 100, 198, 258, 579])
+def test_error_is_no_larger_than_that_of_pytorch(keys, head_dim):
+    for queries in {1, 2, keys}:
+        shape = Shape(1, 3, queries, keys, head_dim)
+        exact, peer, _ = exact_peer_and_scales(shape, "random")
+        assert_parity(ours(draw(shape)), exact, peer, exact, 8)
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 64, 80])
+@pytest.mark.parametrize("queries", [1, 2, 40])
+def test_a_single_key(queries, head_dim):
+    """It has probability 1, and its score no gradient but for rounding."""
+    check(Shape(2, 3, queries, 1, head_dim))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("heads", [1, 3, 6])
+def test_batches_and_heads(batch, heads):
+    for queries, keys in ((17, 17), (2, 50), (60, 7)):
+        check(Shape(batch, heads, queries, keys, 20))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keys", [1, 5, 64, 198])
+def test_difficult_scores(kind, keys):
+    for head_dim in (8, 64, 80):
+        check(Shape(1, 2, keys, keys, head_dim), kind)
+
+
+@pytest.mark.parametrize("head_dim", [3, 17, 255, 256])
+def test_any_head_dimension(head_dim):
+    check(Shape(2, 2, 9, 33, head_dim))
+
+
+def test_keys_of_many_blocks():
+    check(Shape(1, 1, 70, 5000, 16))
+    check(Shape(1, 1, 1100, 3, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keys", [1, 17, 198])
+def test_halves(dtype, keys):
+    for kind in ("random", "peaked"):
+        for head_dim in (5, 64):
+            check(Shape(2, 3, keys, keys, head_dim), kind, dtype)
+
+
+def test_halves_are_float32_rounded_once():
+    case = draw(Shape(2, 3, 40, 33, 24), dtype=torch.bfloat16)
+    wide = Case(case.shape, case.scale, *(x.float() for x in case[2:]))
+    low, high = ours(case), ours(wide)
+    assert torch.equal(low.out, high.out.bfloat16())
+    assert torch.equal(low.lse, high.lse)
+    assert torch.equal(low.d_v, high.d_v.bfloat16())
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    queries=st.integers(1, 130),
+    keys=st.integers(1, 130),
+    head_dim=st.integers(1, 140),
+    kind=st.sampled_from(KINDS),
+)
+def test_any_shape(batch, heads, queries, keys, head_dim, kind):
+    check(Shape(batch, heads, queries, keys, head_dim), kind)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
+def test_any_scale(scale):
+    case = draw(Shape(2, 2, 30, 40, 16))._replace(scale=scale)
+    assert_parity(ours(case), truth(case), pytorch(case), magnitudes(case), 4)
+
+
+def test_large_scores_lose_nothing_in_backward():
+    """The log-sum-exp of scores near 1e4 is rounded to 1e-3, but probabilities still sum to 1."""
+    case = draw(Shape(1, 2, 50, 60, 64), "huge")
+    result = ours(case)
+    assert result.lse.min() > 9000
+    torch.testing.assert_close(result.d_v.sum(1), case.d_out.sum(1), rtol=1e-5, atol=1e-5)
+
+
+# Reproducibility, memory.
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 3, 198, 198, 64), Shape(5, 2, 2, 198, 40)])
+def test_same_for_any_number_of_threads_and_any_batch(shape, set_threads):
+    case = draw(shape)
+    set_threads(1)
+    alone = ours(case)
+    for threads in (2, 5):
+        set_threads(threads)
+        assert_same(ours(case), alone)
+    for image in range(shape.batch):
+        one = Case(shape._replace(batch=1), case.scale, *(x[image : image + 1] for x in case[2:]))
+        assert_same(ours(one), Result(*(x[image : image + 1] for x in alone)))
+
+
+def test_memory_kept_between_calls_holds_no_result():
+    """A small call after a large one, whose scratch memory it finds."""
+    small = draw(Shape(1, 2, 5, 7, 12))
+    fresh = ours(small)
+    for kind in ("huge", "peaked"):
+        ours(draw(Shape(2, 3, 150, 300, 64), kind))
+        assert_same(ours(small), fresh)
+
+
+def test_gradients_of_one_packed_tensor():
+    shape = Shape(2, 3, 21, 21, 16)
+    case = draw(shape)
+    separate = ours(case)
+    out, lse = separate.out, separate.lse
+    packed = Buffer(2, 21, 3 * shape.width, torch.float32)
+    d_q, d_k, d_v = packed.view.split(shape.width, 2)
+    _, scale, q, k, v, d_out = case
+    attention.backward(d_out, q, k, v, out, lse, 3, scale, d_q, d_k, d_v)
+    assert_same(Result(out, lse, d_q, d_k, d_v), separate)
+    assert packed.untouched_outside(packed.view)
+
+
+def test_expanded_and_strided_inputs():
+    shape = Shape(3, 2, 10, 12, 8)
+    case = draw(shape)
+    expanded = case._replace(
+        q=case.q[:1].expand(3, -1, -1),
+        k=case.k[:, :1].expand(-1, 12, -1),
+        v=case.v.flip(1)[:, :12],
+        d_out=torch.randn(3, 16).expand(10, 3, 16).transpose(0, 1),
+    )
+    dense = Case(shape, case.scale, *(x.contiguous() for x in expanded[2:]))
+    assert_same(ours(expanded), ours(dense))
+    spaced_lse = torch.stack((torch.zeros(3, 2, 10), ours(dense).lse), -1)[..., 1]
+    gradients = [torch.empty(3, rows, 16) for rows in (10, 12, 12)]
+    out = attention.forward(*dense[2:5], 2, case.scale)[0]
+    attention.backward(dense.d_out, *dense[2:5], out, spaced_lse, 2, case.scale, *gradients)
+    assert_same(Result(out, ours(dense).lse, *gradients), ours(dense))
+
+
+def test_empty_batch():
+    result = ours(draw(Shape(0, 3, 4, 5, 8)))
+    assert result.out.shape == (0, 4, 24)
+    assert result.lse.shape == (0, 3, 4)
+
+
+def test_what_it_does_not_take():
+    x = torch.randn(2, 5, 24)
+    with pytest.raises(TypeError, match="q must be float32, bfloat16 or float16"):
+        attention.forward(x.double(), x.double(), x.double(), 3, 1.0)
+    with pytest.raises(TypeError, match="v must be"):
+        attention.forward(x, x, x.bfloat16(), 3, 1.0)
+    for q, k, v, heads in (
+        (x[0], x[0], x[0], 3),
+        (x, x, x, 5),
+        (x, x, x, 0),
+        (x, x[:1], x[:1], 3),
+        (x, x[..., :12], x[..., :12], 3),
+        (x, x, x[:, :3], 3),
+        (x[:, :0], x, x, 3),
+        (x, x[:, :0], x[:, :0], 3),
+        (x.mT.contiguous().mT, x, x, 3),
+        (x[..., :0], x[..., :0], x[..., :0], 3),
+        (torch.randn(1, 1, 257), torch.randn(1, 1, 257), torch.randn(1, 1, 257), 1),
+    ):
+        with pytest.raises(ValueError):
+            attention.forward(q, k, v, heads, 1.0)
+
+
+@pytest.mark.parametrize("place", [0, 4, 5, 8, 9, 10])
+def test_backward_checks_every_tensor(place):
+    x = torch.randn(2, 5, 24)
+    out, lse = attention.forward(x, x, x, 3, 1.0)
+    good = [x, x, x, x, out, lse, 3, 1.0, *(torch.zeros_like(x) for _ in range(3))]
+    attention.backward(*good)
+    for bad in (good[place][:1], good[place].mT.contiguous().mT, good[place].double()):
+        if place == 5 and bad.shape == lse.shape and bad.dtype is lse.dtype:
+            continue  # any strides
+        with pytest.raises((ValueError, TypeError)):
+            attention.backward(*good[:place], bad, *good[place + 1 :])
