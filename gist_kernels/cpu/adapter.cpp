@@ -19,14 +19,14 @@ constexpr const ActivationKernel *kActivationKernels[] =
 
 // Numbers of a tensor that a thread must have to be worth waking.
 constexpr int64_t kNumbersPerThread = 16 * 1024;
-// A part of the rows, for one thread at a time. Of a backward pass, where each part has sums of
-// its own, it is larger where those are, and there are no more than so many and so many bytes.
-constexpr int64_t kRowsPerPart = 32, kRowsPerSum = 64, kRowsPerLargeSum = 128;
+// Numbers of a part that one thread takes at a time: enough for a processor to read far ahead.
+constexpr int64_t kNumbersPerPart = 32 * 1024;
+// Rows of a part of the backward pass, which has sums of its own: more where those are larger, and
+// no more parts than so many and so many bytes.
+constexpr int64_t kRowsPerSum = 64, kRowsPerLargeSum = 128;
 constexpr int64_t kMostSums = 64, kLeastSums = 8, kSumBytes = 16 << 20;
 // From this rank on weights fill a cache of their own, and more rows should meet them there.
 constexpr int64_t kLargeRank = 17, kRowsOfLargeGroup = 16;
-// Numbers of an element-wise part: little enough to stay in a first-level cache.
-constexpr int64_t kNumbersPerPart = 4 * 1024;
 
 AdapterLayout layout_of(const AdapterCall &call) {
   AdapterLayout layout;
@@ -90,7 +90,8 @@ PackedWeights pack(const AdapterCall &call, const AdapterLayout &layout, Memory<
     if (call.bias != nullptr) constant[j] += static_cast<const A *>(call.bias)[j];
   }
   packed.constant = constant;
-  A *const down = memory.take(layout.ranks * stride), *const up = memory.take(layout.ranks * stride);
+  A *const down = memory.take(layout.ranks * stride);
+  A *const up = memory.take(layout.ranks * stride);
   const A *const from_down = static_cast<const A *>(call.down_weight);
   const A *const from_up = static_cast<const A *>(call.up_weight);
   for (int64_t k = 0; k < layout.ranks; ++k) {
@@ -130,13 +131,15 @@ void for_each_part(int64_t parts, int64_t team, A *scratch, int64_t size, const 
 template <class A>
 void forward(const AdapterCall &call, int threads) {
   const AdapterLayout layout = layout_of(call);
-  const int64_t team = team_for(call, threads), size = rounded_up(scratch_size(layout), kPaddedWidth);
+  const int64_t team = team_for(call, threads);
+  const int64_t size = rounded_up(scratch_size(layout), kPaddedWidth);
   Memory<A> memory(packed_size(layout) + team * size);
   const PackedWeights packed = pack(call, layout, memory);
   const auto kernel = kAdapterKernels[current_set()]->forward;
-  const int64_t parts = (call.rows + kRowsPerPart - 1) / kRowsPerPart;
+  const int64_t rows = rounded_up((kNumbersPerPart + call.width - 1) / call.width, layout.group);
+  const int64_t parts = (call.rows + rows - 1) / rows;
   for_each_part(parts, team, memory.take(team * size), size, [&](int64_t part, A *scratch) {
-    const int64_t begin = part * kRowsPerPart, end = begin + kRowsPerPart;
+    const int64_t begin = part * rows, end = begin + rows;
     kernel(call, layout, packed, scratch, begin, end < call.rows ? end : call.rows);
   });
 }
@@ -162,8 +165,8 @@ int64_t rows_per_sum(const AdapterCall &call, int64_t bytes) {
   most = most < kLeastSums ? kLeastSums : most > kMostSums ? kMostSums : most;
   const int64_t parts = (call.rows + wanted - 1) / wanted;
   if (parts == 0) return wanted;
-  return rounded_up((call.rows + (parts < most ? parts : most) - 1) / (parts < most ? parts : most),
-                    kRowBlock);
+  if (parts < most) most = parts;
+  return rounded_up((call.rows + most - 1) / most, kRowBlock);
 }
 
 // to[j * step] = scale * the sum over the parts of from[j], in their order.
@@ -210,7 +213,8 @@ void backward(const AdapterCall &call, int threads) {
   const auto add = [&](const void *from, int64_t n, double scale, void *to, int64_t step) {
     add_parts(static_cast<const A *>(from), parts, sums.size(), n, scale, to, step);
   };
-  A *const d_down = static_cast<A *>(call.d_down_weight), *const d_up = static_cast<A *>(call.d_up_weight);
+  A *const d_down = static_cast<A *>(call.d_down_weight);
+  A *const d_up = static_cast<A *>(call.d_up_weight);
   parallel_for(call.rank, useful_threads(parts * call.rank * call.width, threads), [&](int64_t k) {
     const int64_t row = k * layout.stride;
     add(static_cast<const A *>(first.down) + row, call.width, 1, d_down + k * call.width, 1);

@@ -43,7 +43,9 @@ void adapter_backward(const AdapterCall &call, int threads);
 
 // Ranks and rows are computed in blocks; vectors of every instruction set divide this width.
 constexpr std::int64_t kRankBlock = 4, kRowBlock = 4, kPaddedWidth = 16;
-static constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+static constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t to) {
+  return (n + to - 1) / to * to;
+}
 
 // Where numbers of type A lie in the arrays that row kernels work on, all of them padded with 0.
 struct AdapterLayout {
