@@ -378,13 +378,11 @@ class Head {
       body(first, first + at_.block < call_.queries ? at_.block : call_.queries - first);
   }
 
-  // Keys or values, as they are and transposed.
+  // Keys or values, as they are and transposed. What columns beyond them hold, up to a whole vector,
+  // goes into columns of products that nothing reads.
   void pack_transposed(const AttentionTensor &tensor, Matrix to, Matrix to_t) const {
-    const int64_t n = call_.keys, whole = round_up(n, kWide);
-    pack(rows(tensor, 0, n), call_.head_dim, to);
-    for (int64_t i = n; i < whole; ++i)
-      for (int64_t j = 0; j < to.row; ++j) to.at(i)[j] = 0;
-    transpose(to, whole, call_.head_dim, to_t);
+    pack(rows(tensor, 0, call_.keys), call_.head_dim, to);
+    transpose(to, round_up(call_.keys, kWide), call_.head_dim, to_t);
   }
 
   // A block's queries, and their scores before scaling.
