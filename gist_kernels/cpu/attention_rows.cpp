@@ -6,12 +6,12 @@
 //   dV = P^T dO      dP = dO V^T      dS = P (dP - delta)      delta = sum dO O, row by row
 //   dQ = scale dS K                   dK = scale dS^T Q
 //
-// The head's rows are first copied out of the packed tensors into scratch memory, as floats and with
-// whole vectors to a row; keys, and in backward values, are transposed too. Each of the products is
-// then one and the same kernel, of numbers of a left matrix, in any order, with vectors of rows of a
-// right one. Queries are taken a block at a time, so that their scores stay in the second-level
-// cache. The sums of exponentials are taken anew in backward: a log-sum-exp is rounded by as much as
-// the scores are large, and probabilities from it alone would not sum to 1.
+// The head's rows are first copied out of the packed tensors into scratch memory, as floats and
+// with whole vectors to a row; keys, and in backward values, are transposed too. Each of the
+// products is then one and the same kernel, of numbers of a left matrix, in any order, with vectors
+// of rows of a right one. Queries are taken a block at a time, so that their scores stay in the
+// second-level cache. The sums of exponentials are taken anew in backward: a log-sum-exp is rounded
+// by as much as the scores are large, and probabilities from it alone would not sum to 1.
 
 #include <array>
 #include <utility>
@@ -378,8 +378,8 @@ class Head {
       body(first, first + at_.block < call_.queries ? at_.block : call_.queries - first);
   }
 
-  // Keys or values, as they are and transposed. What columns beyond them hold, up to a whole vector,
-  // goes into columns of products that nothing reads.
+  // Keys or values, as they are and transposed. What lies beyond them, up to a whole vector, goes
+  // into columns of products that nothing reads.
   void pack_transposed(const AttentionTensor &tensor, Matrix to, Matrix to_t) const {
     pack(rows(tensor, 0, call_.keys), call_.head_dim, to);
     transpose(to, round_up(call_.keys, kWide), call_.head_dim, to_t);
