@@ -383,6 +383,8 @@ class _PackedAttentionNode(torch.autograd.Function):
         d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
         if num_queries is not None:
             d_q[:, num_queries:] = 0
+        if d_out.stride(2) != 1:
+            d_out = d_out.contiguous()
         kernels.attention_backward(
             d_out, q[:, :num_queries], k, v, out, lse, ctx.graph, num_heads, scale,
             d_q[:, :num_queries], d_k, d_v,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gist_kernels as gk
+from gist_kernels.gpu import DEVICE_TYPES
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float64: 2**-52}
 
@@ -40,18 +41,19 @@ def joined(x, out, layer_scale, adapter, drop_path):
     return x + out if adapter is None else x + out + oracles.bottleneck(x, *adapter)[0]
 
 
-def normal(*shape, dtype=torch.float64, spread=0.3):
-    return (spread * torch.randn(*shape, dtype=torch.float64)).to(dtype)
+def normal(*shape, dtype=torch.float64, spread=0.3, device="cpu"):
+    return (spread * torch.randn(*shape, dtype=torch.float64)).to(device, dtype)
 
 
 def arguments(
     dtype, *, batch=2, tokens=19, width=48, heads=3, rank=4, hidden=80,
     with_adapter=True, layer_scale=False, biases=True, activation="gelu",
+    device="cpu",
 ):  # fmt: skip
     """x and the three groups of weights, rounded to ``dtype``."""
 
     def of(*shape, optional=False):
-        return normal(*shape, dtype=dtype) if biases or not optional else None
+        return normal(*shape, dtype=dtype, device=device) if biases or not optional else None
 
     norm = gk.NormWeights(1 + of(width), of(width, optional=True), 1e-6)
     scale = of(width) if layer_scale else None
@@ -67,7 +69,7 @@ def arguments(
         of(rank, width), of(rank, optional=True), of(width, rank), of(width, optional=True),
         0.7, activation,
     )  # fmt: skip
-    x = normal(batch, tokens, width, dtype=dtype, spread=1.0)
+    x = normal(batch, tokens, width, dtype=dtype, spread=1.0, device=device)
     return x, norm, attention, mlp, adapter if with_adapter else None
 
 
@@ -107,22 +109,23 @@ def check(ours, pytorch, exact, dtype):
         assert own <= 1.5 * theirs + 2 * EPS[dtype] * size, (name, own, theirs, size)
 
 
-def compare(name, dtype, options, **shape):
+def compare(name, dtype, options, backend="auto", **shape):
     x, norm, attention, mlp, adapter = arguments(dtype, **shape)
     weights = attention if name == "attention" else mlp
     public = gk.adapter_attention if name == "attention" else gk.adapter_mlp
     equations = exact_attention if name == "attention" else exact_mlp
     count = options.get("num_queries") or x.shape[1]
-    upstream = normal(x.shape[0], count, x.shape[2], dtype=dtype, spread=1.0)
+    upstream = normal(x.shape[0], count, x.shape[2], dtype=dtype, spread=1.0).to(x.device)
     if "drop_path" in options:
-        options = options | {"drop_path": options["drop_path"].to(dtype)}
+        options = options | {"drop_path": options["drop_path"].to(x)}
 
     def ours(x, adapter, **options):
-        return public(x, norm, weights, adapter, **options)
+        with gk.use_backend(backend):
+            return public(x, norm, weights, adapter, **options)
 
     def theirs(x, adapter, **options):
         with gk.use_backend("reference"):
-            return ours(x, adapter, **options)
+            return public(x, norm, weights, adapter, **options)
 
     tokens = options.get("grad_tokens")
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()
@@ -168,6 +171,15 @@ CASES = [
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_value_and_every_gradient(name, options, layer_scale, with_adapter, dtype):
     compare(name, dtype, options, layer_scale=layer_scale, with_adapter=with_adapter)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_adapter", [True, False])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_triton_value_and_every_gradient(name, options, with_adapter, dtype):
+    device = DEVICE_TYPES[0]
+    compare(name, dtype, options, backend="triton", with_adapter=with_adapter, device=device)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "identity"])
@@ -258,6 +270,14 @@ def test_prefix_attention(queries, scale, dtype):
         plain = results(qkv, gk.prefix_attention(qkv, 3, num_queries=queries, scale=scale))
     ours = results(qkv, gk.prefix_attention(qkv, 3, num_queries=queries, scale=scale))
     check(ours, plain, results(exact, truth), dtype)
+
+
+def test_prefix_attention_takes_an_expanded_gradient():
+    qkv = normal(2, 5, 3 * 8, dtype=torch.float32).requires_grad_()
+    out = gk.prefix_attention(qkv, 2)
+    (found,) = torch.autograd.grad(out.sum(), qkv, retain_graph=True)
+    (expected,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert torch.equal(found, expected)
 
 
 def test_nothing_is_computed_for_what_needs_no_gradient():
