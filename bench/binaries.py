@@ -1,4 +1,4 @@
-"""Registers, shared memory and spills of every kernel the loss can launch: no device is needed.
+"""Registers, shared memory and spills of every kernel that can be launched: no device is needed.
 
     python bench/binaries.py [sm_80 sm_90 sm_100 gfx942]
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from gist_kernels.gpu import loss
-from gist_kernels.options import LossOptions
+from gist_kernels.gpu import activation, adapter, launch, loss
+from gist_kernels.options import AdapterWeights, LossOptions, NormWeights
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,6 +36,9 @@ TARGETS = {
 # One width for each tile that the heuristics know: they are constant between powers of two.
 WIDTHS = (10, 30, 60, 100, 200, 500, 1000, 2000, 4000, 8000, 16_000, 65_537, 4_194_304)
 KINDS = ("none", "index", "smoothed", "probability")
+# ViTs' features, and ranks of either regime.
+FEATURES = (192, 384, 768, 1024, 1280, 2048, 4096)
+RANKS = (0, 1, 4, 8, 16, 64, 128)
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -77,14 +81,6 @@ def launches(
     reduction: str = "mean",
 ) -> list[Launch]:
     """What forward, backward and forward_backward launch for rows of so many classes."""
-    found: list[Launch] = []
-
-    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        names = kernel.arg_names
-        bound = dict(zip(names, args, strict=False))
-        bound |= {name: kwargs.pop(name) for name in names if name in kwargs}
-        found.append(Launch(kernel, bound, kwargs))
-
     rows = 2
     cls, gist = torch.zeros(2, rows, classes, dtype=dtype)
     targets = {
@@ -95,12 +91,7 @@ def launches(
     }
     smoothing = 0.1 if kind == "smoothed" else 0.0
     options = LossOptions(temperature, 1.0, 0.5, 0.75, 0.75, smoothing, -100, reduction)
-    hip = "6.4" if target.backend == "hip" else None
-    with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(loss, "_warp_size", return_value=target.warp_size),
-        mock.patch.object(torch.version, "hip", hip),
-    ):
+    with recorded(target) as found:
         _, _, stats = loss.forward(cls, gist, targets[kind], options)
         grad = torch.zeros(rows if reduction == "none" else ())
         loss.backward(grad, cls, gist, targets[kind], stats, options, True, True)
@@ -108,12 +99,64 @@ def launches(
     return found
 
 
-def compiled(launch: Launch, target: GPUTarget) -> CompiledKernel:
+def adapter_launches(
+    features: int,
+    rank: int,
+    target: GPUTarget,
+    dtype: torch.dtype = torch.bfloat16,
+    kind: str = "gelu",
+) -> list[Launch]:
+    """What the adapter family launches: with LayerNorm onto x, as in a sublayer, alone onto a
+    residual, and, of rank 0, LayerNorm alone; and the activation."""
+    x, other, d_out = torch.zeros(3, 2, features, dtype=dtype)
+    norm = NormWeights(torch.zeros(features, dtype=dtype), torch.zeros(features, dtype=dtype), 1e-6)
+    weights = None
+    if rank:
+        weights = AdapterWeights(
+            torch.zeros(rank, features), torch.zeros(rank), torch.zeros(features, rank),
+            torch.zeros(features), 0.1, kind,
+        )  # fmt: skip
+    with recorded(target) as found:
+        _, _, z, stats = adapter.forward(x, x, norm, weights, norm.bias)
+        adapter.backward(d_out, other, x, norm, stats, weights, z, pass_through=True)
+        if rank:
+            adapter.forward(x, other, None, weights)
+            adapter.backward(d_out, None, x, None, None, weights, z, pass_through=False)
+            adapter.backward(
+                d_out, None, x, None, None, weights, z, pass_through=False, need_dx=False
+            )
+        else:
+            adapter.backward(None, other, x, norm, stats, None, None, pass_through=False)
+        activation.backward(d_out, activation.forward(x, kind), kind)
+    return found
+
+
+@contextmanager
+def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
+    """Launches inside the block are recorded, as on a device of ``target``, and not made."""
+    found: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = kernel.arg_names
+        bound = dict(zip(names, args, strict=False))
+        bound |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        found.append(Launch(kernel, bound, kwargs))
+
+    hip = "6.4" if target.backend == "hip" else None
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(launch, "warp_size", return_value=target.warp_size),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        yield found
+
+
+def compiled(recorded: Launch, target: GPUTarget) -> CompiledKernel:
     signature: dict[str, Any] = {}
     constants = {}
     attributes = {}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+    for position, parameter in enumerate(recorded.kernel.params):
+        value = recorded.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[(position,)] = value
@@ -124,8 +167,8 @@ def compiled(launch: Launch, target: GPUTarget) -> CompiledKernel:
             signature[parameter.name] = ("fp32",) * len(value)
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=launch.options)
+    source = ASTSource(recorded.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=recorded.options)
 
 
 def usage(binary: CompiledKernel) -> Usage:
@@ -151,16 +194,16 @@ def usage(binary: CompiledKernel) -> Usage:
 def distinct(launches: Iterable[Launch]) -> Iterator[Launch]:
     """One of those that share a binary."""
     seen = set()
-    for launch in launches:
+    for each in launches:
         constants = [
             str(v.dtype if isinstance(v, torch.Tensor) else v)
-            for k, v in launch.arguments.items()
+            for k, v in each.arguments.items()
             if k.isupper() or v is None or isinstance(v, torch.Tensor)
         ]
-        key = launch.kernel.__name__, *constants
+        key = each.kernel.__name__, *constants
         if key not in seen:
             seen.add(key)
-            yield launch
+            yield each
 
 
 def configurations(target: GPUTarget) -> Iterator[Launch]:
@@ -171,6 +214,12 @@ def configurations(target: GPUTarget) -> Iterator[Launch]:
                 for temperature in (3.0, 4.7):
                     yield from launches(classes, target, dtype, kind, temperature)
             yield from launches(classes, target, dtype, reduction="none")
+    for features in FEATURES:
+        for rank in RANKS:
+            for dtype in (torch.bfloat16, torch.float32):
+                yield from adapter_launches(features, rank, target, dtype)
+    for kind in ("gelu_tanh", "relu", "silu", "identity"):
+        yield from adapter_launches(768, 4, target, kind=kind)
 
 
 def main() -> None:
@@ -178,17 +227,18 @@ def main() -> None:
     for name in sys.argv[1:] or TARGETS:
         target = TARGETS[name]
         print(
-            f"{name}\n{'kernel':<26}{'tile':<22}{'dtype':<10}{'target':<13}{'T':<5}"
+            f"{name}\n{'kernel':<26}{'tile':<22}{'dtype':<10}{'kind, rank':<13}{'T':<5}"
             f"{'registers':>9}{'shared':>8}{'spills':>8}"
         )
-        for launch in distinct(configurations(target)):
-            used = usage(compiled(launch, target))
-            found.setdefault((name, launch.name()), []).append(used)
-            a = launch.arguments.get("a")
+        for each in distinct(configurations(target)):
+            used = usage(compiled(each, target))
+            found.setdefault((name, each.name()), []).append(used)
+            a = each.arguments.get("a", each.arguments.get("x"))
             print(
-                f"{launch.name():<26}{launch.shape():<22}"
-                f"{'' if a is None else str(a.dtype)[6:]:<10}{launch.arguments['TARGET']!s:<13}"
-                f"{launch.arguments.get('POWER', ''):<5}"
+                f"{each.name():<26}{each.shape():<22}"
+                f"{'' if a is None else str(a.dtype)[6:]:<10}"
+                f"{each.arguments.get('TARGET', each.arguments.get('RANK', ''))!s:<13}"
+                f"{each.arguments.get('POWER', ''):<5}"
                 f"{used.registers:>9}{used.shared:>8}{used.spills:>8}",
                 flush=True,
             )

@@ -1,10 +1,11 @@
-"""Bytes that the loss kernels move, counted in Triton's interpreter: no device is needed.
+"""Bytes that the Triton kernels move, counted in the interpreter: no device is needed.
 
     python bench/traffic.py [classes ...]
 
 Every unmasked element of every load, store and atomic counts, also where a cache would serve it.
 Printed as multiples of one logit tensor: first accesses to logits and their gradients, where the
-least possible is 2, 4 and 4, then all accesses, with targets, statistics and sums.
+least possible is 2, 4 and 4, then all accesses, with targets, statistics and sums. Of the adapter,
+as multiples of one (M, D) tensor: of such tensors, then all, with weights and their partial sums.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from gist_kernels.gpu import loss
-from gist_kernels.options import LossOptions
+from gist_kernels.gpu import adapter, loss
+from gist_kernels.options import AdapterWeights, LossOptions, NormWeights
 
 PUBLISHED = LossOptions(3.0, 1.0, 0.5, 0.75, 0.75, 0.0, -100, "mean")
 
@@ -98,6 +99,40 @@ def measure(rows: int, classes: int, dtype: torch.dtype) -> dict[str, tuple[floa
     }
 
 
+ADAPTER_LEAST = {"sublayer forward": 3, "sublayer backward": 4, "alone forward": 3,
+                 "alone backward": 3}  # fmt: skip
+"""Transfers of (M, D): in a sublayer x, the normalised and the adapted x, and both gradients coming
+in, x and its own; alone x, a residual and the result, and the gradient coming in, x and its own."""
+
+
+def measure_adapter(rows: int, width: int, rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Traffic of the adapter's kernels in (M, D) tensors: of such tensors, and of everything."""
+    x, other, d_out, d_normed = torch.randn(4, rows, width).to(dtype)
+    norm = NormWeights(torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype), 1e-6)
+    weights = AdapterWeights(
+        torch.randn(rank, width), torch.randn(rank), torch.randn(width, rank),
+        torch.randn(width), 0.1, "gelu",
+    )  # fmt: skip
+    found = {}
+    with counted() as traffic:
+        normed, out, z, stats = adapter.forward(x, x, norm, weights)
+    found["sublayer forward"] = traffic, (x, normed, out)
+    with counted() as traffic:
+        dx, *_ = adapter.backward(d_out, d_normed, x, norm, stats, weights, z, pass_through=True)
+    found["sublayer backward"] = traffic, (d_out, d_normed, x, dx)
+    with counted() as traffic:
+        _, out, z, _ = adapter.forward(x, other, None, weights)
+    found["alone forward"] = traffic, (x, other, out)
+    with counted() as traffic:
+        dx, *_ = adapter.backward(d_out, None, x, None, None, weights, z, pass_through=False)
+    found["alone backward"] = traffic, (d_out, x, dx)
+    unit = x.numel() * x.itemsize
+    return {
+        name: (traffic.bytes_of(*tensors) / unit, traffic.bytes() / unit)
+        for name, (traffic, tensors) in found.items()
+    }
+
+
 def main() -> None:
     classes = [int(n) for n in sys.argv[1:]] or [2, 10, 100, 397, 1000, 4096, 8192, 21843, 65537]
     print(
@@ -110,6 +145,12 @@ def main() -> None:
             cells = measure(rows, count, dtype).values()
             line = "".join(f"{logits:>13.3f} /{everything:7.3f}" for logits, everything in cells)
             print(f"{f'{rows} x {count}':>16} {str(dtype)[6:]:>9} {line}", flush=True)
+    print(f"{'M x D, rank':>20} {'dtype':>9} " + "".join(f"{n:>22}" for n in ADAPTER_LEAST))
+    for rows, width, rank in ((1584, 384, 4), (1584, 768, 4), (1584, 768, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            cells = measure_adapter(rows, width, rank, dtype).values()
+            line = "".join(f"{large:>13.3f} /{everything:7.3f}" for large, everything in cells)
+            print(f"{f'{rows} x {width}, {rank}':>20} {str(dtype)[6:]:>9} {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def operations() -> dict[str, Callable[..., Any]]:
     """What the kernels serve; Triton is imported only where they can run."""
     if unavailable() is not None:
         return {}
+    from gist_kernels.fused import sublayer_operations
     from gist_kernels.gpu import loss
+    from gist_kernels.gpu.sublayers import KERNELS
     from gist_kernels.ops import loss_operations
 
-    return loss_operations("triton", loss)
+    return loss_operations("triton", loss) | sublayer_operations(KERNELS)

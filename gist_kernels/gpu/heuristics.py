@@ -80,6 +80,98 @@ def combine(chunks: int) -> Tile:
     return Tile(max(1, 256 // block), block, threads=128)
 
 
+ELEMENTWISE = Tile(1, 1024, threads=128)
+"""Of activations."""
+
+# The greatest rank of which products are summed in registers, padded to a power of 2; how many
+# numbers of either weight a thread then holds there; and the most threads for which a
+# multiprocessor has that many registers, for the sums of that size in the backward pass too.
+_SMALL_RANK = 8
+_WEIGHTS_HELD = 32
+_MOST_THREADS = 256
+
+
+class AdapterTile(NamedTuple):
+    """What one program of the adapter works on at a time."""
+
+    rows: int
+    block: int
+    """Features: all of them, unless ``chunked``."""
+    ranks: int
+    threads: int
+    stages: int
+    share: float
+    """Programs for each multiprocessor, where a program goes through many tiles."""
+    chunked: bool = False
+
+    def programs(self, rows: int) -> int:
+        return -(-rows // self.rows)
+
+    def chunks(self, features: int) -> int:
+        return -(-features // self.block)
+
+    def parts(self, rows: int, multiprocessors: int) -> tuple[int, int]:
+        """How many programs share all tiles, and how many tiles each of them takes.
+
+        They depend on the shapes and the device's size alone: the same sums every time.
+        """
+        tiles = self.programs(rows)
+        each = -(-tiles // max(1, int(self.share * multiprocessors)))
+        return -(-tiles // each), each
+
+    def meta(self, warp_size: int) -> dict[str, Any]:
+        shape = {"ROWS": self.rows} if self.chunked else {"STAGES": self.stages}
+        return shape | {
+            "BLOCK": self.block,
+            "RANKS": self.ranks,
+            # AMD's compiler spills a scalar register for rows shared among fewer than four.
+            "num_warps": max(4 if warp_size == 64 else 1, self.threads // warp_size),
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
+
+
+@lru_cache(maxsize=1024)
+def adapter_forward(features: int, rank: int) -> AdapterTile:
+    """LayerNorm and adapter; rank 0 is no adapter."""
+    return _row(features, rank, 384)
+
+
+@lru_cache(maxsize=1024)
+def adapter_backward(features: int, rank: int) -> AdapterTile:
+    """dx, and with few ranks the weights' gradients."""
+    return _row(features, rank, 256)
+
+
+def _row(features: int, rank: int, resident: int) -> AdapterTile:
+    """One row at a time. As many programs as a multiprocessor can hold take turns there: a program
+    waits for the sums of its row, and each leaves sums of its own to add up in the end."""
+    block, ranks = max(16, _power_of_2(features)), _power_of_2(max(1, rank))
+    threads = max(32, block * max(ranks, 2) // _WEIGHTS_HELD)
+    if ranks > _SMALL_RANK or block > _LONGEST or threads > _MOST_THREADS:
+        return _chunked(rank)
+    # Enough rows on their way to keep the memory busy.
+    stages = 4 if block <= 1024 else 3 if block <= 2048 else 2
+    return AdapterTile(1, block, ranks, threads, stages, max(1, resident // threads))
+
+
+@lru_cache(maxsize=1024)
+def adapter_weights(features: int, rank: int) -> AdapterTile:
+    """The weights' gradients of many ranks."""
+    tile = _chunked(rank)
+    return tile._replace(share=2 / tile.chunks(features))
+
+
+def _chunked(rank: int) -> AdapterTile:
+    """What no target needs more registers for than there are, as bench/binaries.py checks."""
+    ranks = max(16, _power_of_2(rank))
+    return AdapterTile(32 if ranks <= 64 else 16, 32, ranks, 256, 2, 1, chunked=True)
+
+
+ADAPTER_SUMS = Tile(32, 64, threads=128)
+"""Of programs, and weights."""
+
+
 def _tile(classes: int, per_thread: int) -> Tile:
     block = max(16, _power_of_2(classes))
     if block <= _SHORT:

@@ -25,7 +25,6 @@ to finish, in the order of the rows: one launch, no float atomics, the same bits
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -33,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gist_kernels.gpu import heuristics
+from gist_kernels.gpu import heuristics, launch
 from gist_kernels.options import LossOptions
 
 # What the forward pass keeps of a row, B float32 numbers each: either side's maximum, sum of
@@ -501,7 +500,7 @@ def forward(
     loss, terms = _outputs(cls, options, want_terms)
     if rows:
         tile = heuristics.forward(classes)
-        with _on(cls.device):
+        with launch.on(cls.device):
             _forward(cls, gist, target, options, tile, loss, terms, stats, None, None)
     return loss, terms, stats
 
@@ -521,7 +520,7 @@ def backward(
     d_cls, d_gist = _empty_gradients(cls, gist, need_cls, need_gist)
     if rows and (need_cls or need_gist):
         tile = heuristics.backward(classes)
-        with _on(cls.device):
+        with launch.on(cls.device):
             _backward_kernel[(tile.programs(rows, classes),)](
                 grad, cls, gist, target, stats, d_cls, d_gist, rows,
                 0 if target is None else target.stride(0),
@@ -543,7 +542,7 @@ def forward_backward(
     loss, _ = _outputs(cls, options, False)
     gradients = _empty_gradients(cls, gist, True, True)
     if rows:
-        with _on(cls.device):
+        with launch.on(cls.device):
             _forward(cls, gist, target, options, tile, loss, None, None, *gradients)
     return loss, *gradients
 
@@ -602,7 +601,7 @@ def _forward(
         _combine_kernel[(last.programs(rows),)](
             partials, target, loss, terms, stats, sums, counter, rows, classes, target_stride,
             settings["inverse_t"], options.ignore_index, settings["weights"], settings["TARGET"],
-            reduction, STATS, tile.block, **last.meta(_warp_size(device)),
+            reduction, STATS, tile.block, **last.meta(launch.warp_size(device)),
         )  # fmt: skip
 
 
@@ -618,7 +617,8 @@ def _settings(
     if target is not None:
         kind = "index" if target.dtype == torch.int64 else "probability"
     strides = cls.stride(0), gist.stride(0), 0 if gradient is None else gradient.stride(0)
-    return _cached_settings(cls.shape[1], strides, kind, options, tile, _warp_size(cls.device))
+    warp_size = launch.warp_size(cls.device)
+    return _cached_settings(cls.shape[1], strides, kind, options, tile, warp_size)
 
 
 @lru_cache(maxsize=1024)
@@ -634,8 +634,7 @@ def _cached_settings(
     if kind == "index" and options.label_smoothing:
         kind = "smoothed"
     temperature = options.temperature
-    common = classes | strides[0] | strides[1] | 16
-    align = common & -common
+    align = launch.alignment(classes, *strides[:2])
     return {
         "class_units": classes // align,
         "stride_a": strides[0] // align,
@@ -688,15 +687,3 @@ def _counter(device: torch.device) -> torch.Tensor:
     if counter is None:
         counter = _counters[key] = torch.zeros((), dtype=torch.int32, device=device)
     return counter
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-@lru_cache
-def _warp_size(device: torch.device) -> int:
-    return 32 if device.type == "cpu" else torch.cuda.get_device_properties(device).warp_size

@@ -1,4 +1,4 @@
-"""The binaries that the loss launches compile to, for processors that need not be here."""
+"""The binaries that launches compile to, for processors that need not be here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 comp
 def test_nothing_spills(target, classes, options):
     target = binaries.TARGETS[target]
     for launch in binaries.distinct(binaries.launches(classes, target, **options)):
+        usage = binaries.usage(binaries.compiled(launch, target))
+        assert usage.registers > 0
+        assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    ("features", "rank", "dtype"),
+    [(384, 0, torch.float32), (768, 4, torch.bfloat16), (1024, 8, torch.float32),
+     (768, 64, torch.float32), (768, 128, torch.bfloat16)],
+)  # fmt: skip
+def test_nothing_of_the_adapter_spills(target, features, rank, dtype):
+    target = binaries.TARGETS[target]
+    for launch in binaries.distinct(binaries.adapter_launches(features, rank, target, dtype)):
         usage = binaries.usage(binaries.compiled(launch, target))
         assert usage.registers > 0
         assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"

@@ -1,0 +1,116 @@
+"""The activation functions on GPUs: as Triton device functions, and element by element.
+
+Arithmetic is in float32. Both forms of GELU and SiLU are z times a distribution function F, and
+their derivatives F + z F'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gist_kernels.gpu import heuristics, launch
+
+
+@triton.jit
+def activate(z, KIND: tl.constexpr):
+    """The activation of float32 values; KIND is a key of ``reference.adapter.ACTIVATIONS``."""
+    if KIND == "identity":
+        y = z
+    elif KIND == "relu":
+        # Not a maximum, which would drop a nan.
+        y = tl.where(z < 0, 0.0, z)
+    else:
+        y = z * _distribution(z, KIND)
+    return y
+
+
+@triton.jit
+def slope(z, KIND: tl.constexpr):
+    """Its derivative; that of relu at 0 is 0."""
+    if KIND == "identity":
+        y = tl.full(z.shape, 1.0, tl.float32)
+    elif KIND == "relu":
+        y = tl.where(z <= 0, 0.0, 1.0)
+    elif KIND == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        y = _distribution(z, KIND) + z * density
+    else:
+        F = _distribution(z, KIND)
+        rate = tl.full(z.shape, 1.0, tl.float32)
+        if KIND == "gelu_tanh":
+            rate = 1.5957691216057308 + 0.21406444881780076 * z * z
+        # Far out F' is 0, where z and the rate may be infinite.
+        y = F + tl.where(tl.abs(z) > 128, 0.0, z * rate * (F * (1 - F)))
+    return y
+
+
+@triton.jit
+def _distribution(z, KIND: tl.constexpr):
+    if KIND == "gelu":
+        y = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+    else:
+        tl.static_assert(KIND == "gelu_tanh" or KIND == "silu")
+        t = z
+        if KIND == "gelu_tanh":
+            # (1 + tanh(t)) / 2 = 1 / (1 + exp(-2 t)) with t = sqrt(2 / pi) (z + 0.044715 z^3)
+            t = z * (1.5957691216057308 + 0.07135481627260025 * z * z)
+        y = 1 / (1 + tl.exp(-t))
+    return y
+
+
+@triton.jit(do_not_specialize=("units",))
+def _forward_kernel(u, a, units, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < units.to(tl.int64) * ALIGN
+    value = activate(tl.load(u + at, mask, 0.0).to(tl.float32), KIND)
+    tl.store(a + at, value.to(a.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=("units",))
+def _backward_kernel(
+    d_a, u, d_u, units, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < units.to(tl.int64) * ALIGN
+    upstream = tl.load(d_a + at, mask, 0.0).to(tl.float32)
+    value = upstream * slope(tl.load(u + at, mask, 0.0).to(tl.float32), KIND)
+    tl.store(d_u + at, value.to(d_u.dtype.element_ty), mask)
+
+
+def forward(u: torch.Tensor, activation: str) -> torch.Tensor:
+    """The activation of every element, in a contiguous tensor of ``u``'s shape and dtype."""
+    u = u.contiguous()
+    a = torch.empty_like(u)
+    _launch(_forward_kernel, (u, a), activation)
+    return a
+
+
+def backward(
+    d_a: torch.Tensor, u: torch.Tensor, activation: str, *, into_d_a: bool = False
+) -> torch.Tensor:
+    """The gradient of ``u``, contiguous, of its shape and dtype, from that of :func:`forward`.
+
+    ``into_d_a`` writes it over ``d_a``, which must then be contiguous and of ``u``'s dtype.
+    """
+    if into_d_a and not (d_a.is_contiguous() and d_a.dtype == u.dtype):
+        raise ValueError("into_d_a needs a contiguous d_a of u's dtype")
+    d_a, u = d_a.contiguous(), u.contiguous()
+    d_u = d_a if into_d_a else torch.empty_like(u)
+    _launch(_backward_kernel, (d_a, u, d_u), activation)
+    return d_u
+
+
+def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], kind: str) -> None:
+    size, device = tensors[0].numel(), tensors[0].device
+    if size:
+        align = launch.alignment(size)
+        tile = heuristics.ELEMENTWISE
+        with launch.on(device):
+            kernel[(tile.programs(1, size),)](
+                *tensors, size // align, kind, align, tile.block,
+                num_warps=tile.threads // launch.warp_size(device), enable_fp_fusion=True,
+            )  # fmt: skip

@@ -1,0 +1,170 @@
+"""The Triton kernels of LayerNorm and adapter: in Triton's interpreter, or for real on a device."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from adapter_cases import Case, Result, assert_close, assert_same, computed, make
+
+from gist_kernels import gpu
+from gist_kernels.options import AdapterWeights, NormWeights
+from gist_kernels.reference.adapter import ACTIVATIONS
+
+pytest.importorskip("triton.language")
+kernels = importlib.import_module("gist_kernels.gpu.adapter")
+elementwise = importlib.import_module("gist_kernels.gpu.activation")
+
+DEVICE = gpu.DEVICE_TYPES[0]
+pytestmark = pytest.mark.triton
+
+WIDTHS = (1, 7, 64, 100, 384)
+# Of either regime: summed in registers, and by tensor cores.
+RANKS = (1, 4, 8, 33)
+
+
+def moved(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return type(value)(*(moved(part, device) for part in value))
+    return value
+
+
+def ours(case: Case, **options) -> Result:
+    there = Case(*(moved(part, DEVICE) for part in case))
+    if case.add is case.x:
+        there = there._replace(add=there.x)
+    return moved(computed(kernels, there, **options), "cpu")
+
+
+def check(case: Case, ulps: float = 8) -> None:
+    assert_close(case, ours(case), ulps)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_error_is_no_larger_than_that_of_pytorch(width, rank):
+    choices = itertools.cycle(itertools.product(ACTIVATIONS, ("x", "other", "none")))
+    for rows in (1, 2, 33):
+        activation, add = next(choices)
+        check(make(rows, width, rank, activation=activation, add=add))
+
+
+def test_more_rows_than_programs():
+    check(make(1200, 24, 4))
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, biases):
+    for add, (width, rank) in itertools.product(("x", "other", "none"), ((100, 3), (64, 4))):
+        check(make(5, width, rank, activation=activation, add=add, biases=biases))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width, rank", [(7, 3), (64, 4), (100, 8)])
+def test_half_types(dtype, width, rank):
+    case = make(9, width, rank, dtype=dtype)
+    check(case)
+    # Weights may be wider than x; their gradients have their dtype.
+    single = case._replace(adapter=case.to(torch.float32).adapter)
+    assert ours(single).d_up_weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("width, rank", [(7, 1), (100, 4)])
+def test_each_tensor_left_out(width, rank):
+    case = make(11, width, rank)
+    norm, adapter = case.norm, case.adapter
+    check(case._replace(norm=None, d_normed=None))
+    check(case._replace(adapter=None, d_out=None, add=None, bias=None))
+    check(case._replace(norm=norm._replace(weight=None)))
+    check(case._replace(norm=norm._replace(bias=None)))
+    check(case._replace(bias=None))
+    check(case._replace(d_normed=None))
+    check(case._replace(adapter=adapter._replace(down_bias=None)))
+    check(case._replace(adapter=adapter._replace(up_bias=None)))
+
+
+def test_weights_alone():
+    case = make(33, 64, 4)._replace(d_normed=None)
+    whole, alone = ours(case), ours(case, need_dx=False)
+    assert alone.dx is None
+    assert_same(alone, whole._replace(dx=None))
+
+
+def test_pass_through_without_adapter():
+    x, d_out, d_normed = torch.randn(3, 9, 40).to(DEVICE)
+    norm = NormWeights(torch.randn(40).to(DEVICE), None, 1e-6)
+    _, _, _, stats = kernels.forward(x, None, norm, None)
+    with_d_out, *_ = kernels.backward(
+        d_out, d_normed, x, norm, stats, None, None, pass_through=True
+    )
+    without, *_ = kernels.backward(None, d_normed, x, norm, stats, None, None, pass_through=False)
+    torch.testing.assert_close(with_d_out, without + d_out)
+
+
+def test_no_rows():
+    result = ours(make(0, 24, 4))
+    assert result.out.shape == result.dx.shape == (0, 24)
+    for gradient in result[4:]:
+        assert gradient.abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["large", "offset", "constant"])
+def test_rows_that_are_hard_to_normalise(kind):
+    case = make(6, 100, 4)
+    x = {"large": case.x * 1e4, "offset": case.x + 1e3, "constant": torch.full_like(case.x, 3.0)}
+    check(case._replace(x=x[kind], add=x[kind]), 16)
+
+
+def test_layouts_do_not_matter():
+    case = make(9, 24, 4, add="other")
+    wide = torch.randn(9, 40)
+    wide[:, 8:32] = case.x
+
+    def transposed(weight):
+        return None if weight is None else weight.t().contiguous().t()
+
+    adapter = AdapterWeights(*map(transposed, case.adapter[:4]), *case.adapter[4:])
+    expected = ours(case)
+    assert_same(ours(case._replace(x=wide[:, 8:32], adapter=adapter)), expected)
+    down = case.d_out.t().contiguous().t()
+    assert_same(ours(case._replace(d_out=down)), expected)
+
+
+def test_bitwise_equal_over_repeats():
+    case = make(300, 48, 4)
+    first = ours(case)
+    for _ in range(1 if gpu.INTERPRETED else 100):
+        assert_same(ours(case), first)
+
+
+@pytest.mark.skipif(not gpu.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_traffic():
+    """Each (M, D) tensor is read or written once, whatever rank and norm add to it."""
+    traffic = importlib.import_module("bench.traffic")
+    found = traffic.measure_adapter(60, 768, 4, torch.bfloat16)
+    for name, (of_large, _) in found.items():
+        assert of_large <= 1.001 * traffic.ADAPTER_LEAST[name], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_elementwise_activation(activation, dtype):
+    u = torch.cat((torch.linspace(-12, 12, 1001), torch.tensor([0.0, -1e4, 1e4, -0.0]))).to(dtype)
+    d_a = torch.randn(u.shape).to(dtype)
+    exact = u.double().requires_grad_()
+    truth = ACTIVATIONS[activation](exact)
+    (gradient,) = torch.autograd.grad(truth, exact, d_a.double())
+    there, upstream = u.to(DEVICE), d_a.to(DEVICE)
+    a = elementwise.forward(there, activation)
+    d_u = elementwise.backward(upstream, there, activation)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(a.cpu().double(), truth.detach(), rtol=tolerance, atol=2e-6)
+    torch.testing.assert_close(d_u.cpu().double(), gradient, rtol=tolerance, atol=4e-6)
+    assert torch.equal(upstream.cpu(), d_a)
+    assert elementwise.backward(upstream, there, activation, into_d_a=True) is upstream
+    assert torch.equal(upstream, d_u)
