@@ -27,13 +27,22 @@ def parts(out: Path) -> list[tuple[str, list[str], float]]:
     """Name, command, and the most seconds of each part."""
     install = ["pip", "install", "--no-build-isolation", "--no-index", "--no-deps", "-q", "-e", "."]
     bench = ["bench", "--device", "cuda", "--no-plots", "--out", str(out)]
-    short_test = ["tests/gist_kernels/test_gpu_loss.py", "-q", "-k", "test_every_temperature"]
+    short_test = [
+        "tests/gist_kernels",
+        "-q",
+        "-m",
+        "gpu",
+        "-k",
+        "test_every_temperature or test_no_rows",
+    ]
     sanitizer = shutil.which("compute-sanitizer")
     found = [
         ("native module", [*PYTHON, *install], 120.0),
         ("tests", [*PYTHON, "pytest", "-q", "-m", "gpu", "tests"], 180.0),
         ("loss", [*PYTHON, *bench, "--seconds", "1.5", "loss"], 120.0),
         ("scaling", [*PYTHON, *bench, "--seconds", "0.5", "scaling"], 60.0),
+        ("adapter", [*PYTHON, *bench, "--seconds", "1", "adapter"], 60.0),
+        ("attention", [*PYTHON, *bench, "--seconds", "1", "attention"], 60.0),
         ("step", [*PYTHON, *bench, "--seconds", "2", "step"], 120.0),
         ("sweep", [*PYTHON, "bench.sweep", "--out", str(out / "sweep.json")], 90.0),
     ]
