@@ -218,7 +218,8 @@ class _AttentionNode(torch.autograd.Function):
         *trainable, x = tensors
         rows = _rows(x)
         normed, out, z, stats = sublayer.adapted(rows, norm)
-        qkv = kernels.linear(normed, weights.qkv_weight, weights.qkv_bias).view(*x.shape[:2], -1)
+        qkv = kernels.linear(normed, weights.qkv_weight, weights.qkv_bias)
+        qkv = qkv.view(*x.shape[:2], qkv.shape[1])
         attended, lse, ctx.graph = kernels.attention_forward(
             *qkv.chunk(3, dim=-1), weights.num_heads, weights.scale, need_grad
         )
@@ -263,7 +264,7 @@ class _AttentionNode(torch.autograd.Function):
         ]
         d_tokens, *_ = _through_norm(kernels, norm, weights.qkv_weight, d_qkv, adapter, *some)
         d_x = torch.zeros_like(x)
-        d_x[:, tokens] = d_tokens.view(x.shape[0], count, -1)
+        d_x[:, tokens] = d_tokens.view(x.shape[0], count, x.shape[2])
         return None, None, None, *of_adapter, d_x
 
 
@@ -282,8 +283,9 @@ class _PrefixNode(torch.autograd.Function):
         _, out, z, _ = sublayer.adapted(read, None)
         of_queries, of_keys = _split(weights)
         first = _rows(normed.view(x.shape)[:, :num_queries])
-        q = kernels.linear(first, *of_queries).view(len(x), num_queries, -1)
-        kv = kernels.linear(normed, *of_keys).view(*x.shape[:2], -1)
+        q, kv = kernels.linear(first, *of_queries), kernels.linear(normed, *of_keys)
+        q = q.view(len(x), num_queries, q.shape[1])
+        kv = kv.view(*x.shape[:2], kv.shape[1])
         attended, lse, ctx.graph = kernels.attention_forward(
             q, *kv.chunk(2, dim=-1), weights.num_heads, weights.scale, need_grad
         )
@@ -336,7 +338,7 @@ class _MlpNode(torch.autograd.Function):
         u = kernels.linear(normed, weights.fc1_weight, weights.fc1_bias)
         hidden = kernels.activation(u, weights.activation)
         ctx.save_for_backward(*trainable, x, z, stats, u)
-        return sublayer.add_product(rows, out, hidden.view(*x.shape[:2], -1))
+        return sublayer.add_product(rows, out, hidden.view(*x.shape[:2], hidden.shape[1]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

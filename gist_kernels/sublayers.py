@@ -46,6 +46,7 @@ def adapter_attention(
             out of its range, or a frozen tensor requires a gradient.
     """
     _check_block_input(x, norm, adapter, drop_path)
+    _check_kind("attention", attention, AttentionWeights)
     width, heads = x.shape[2], attention.num_heads
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ValueError(f"attention.num_heads must be an integer of at least 1; it is {heads!r}")
@@ -63,6 +64,8 @@ def adapter_attention(
     })  # fmt: skip
     _check_count("num_queries", num_queries, x.shape[1])
     if grad_tokens is not None:
+        if not isinstance(grad_tokens, tuple) or len(grad_tokens) != 2:
+            raise TypeError(f"grad_tokens must be (start, count); it is {grad_tokens!r}")
         start, count = grad_tokens
         if not (start >= 0 and count >= 1 and start + count <= x.shape[1]):
             raise ValueError(
@@ -91,6 +94,7 @@ def adapter_mlp(
     Arguments, result and errors are those of :func:`adapter_attention`.
     """
     _check_block_input(x, norm, adapter, drop_path)
+    _check_kind("mlp", mlp, MlpWeights)
     if mlp.activation not in ACTIVATIONS:
         raise ValueError(unknown_name("mlp.activation", mlp.activation, ACTIVATIONS))
     width, hidden = x.shape[2], mlp.fc1_weight.shape[0]
@@ -162,6 +166,7 @@ def _check_block_input(
     width = x.shape[2]
     if width < 1:
         raise ValueError(f"x must have at least one feature; it has shape {tuple(x.shape)}")
+    _check_kind("norm", norm, NormWeights)
     check.positive("norm.eps", norm.eps)
     _check_frozen("norm", norm, x, {"weight": (width,), "bias": (width,)})
     if drop_path is not None:
@@ -169,6 +174,7 @@ def _check_block_input(
         check.alike("drop_path", drop_path, "x", x)
     if adapter is None:
         return
+    _check_kind("adapter", adapter, AdapterWeights)
     check.shape("adapter.down_weight", adapter.down_weight, (None, width), "(rank, D)")
     rank = adapter.down_weight.shape[0]
     if rank < 1:
@@ -183,6 +189,13 @@ def _check_block_input(
     check.finite("adapter.scale", adapter.scale)
     if adapter.activation not in ACTIVATIONS:
         raise ValueError(unknown_name("adapter.activation", adapter.activation, ACTIVATIONS))
+
+
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be a gist_kernels.{kind.__name__}, not {type(value).__name__}"
+        )
 
 
 def _check_frozen(

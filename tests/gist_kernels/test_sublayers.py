@@ -209,6 +209,19 @@ def test_any_shape(batch, tokens, heads, head_dim, rank, hidden, data):
     compare("mlp", torch.float64, {}, **shape)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_queries": 2}, {"grad_tokens": (1, 1)}])
+def test_an_empty_batch(options):
+    x, norm, attention, mlp, adapter = arguments(torch.float32, batch=0)
+    x.requires_grad_()
+    adapter.up_weight.requires_grad_()
+    attended = gk.adapter_attention(x, norm, attention, adapter, **options)
+    assert attended.shape == (0, options.get("num_queries", 19), 48)
+    for out in (attended, gk.adapter_mlp(x, norm, mlp, adapter)):
+        d_x, d_up = torch.autograd.grad(out.sum(), (x, adapter.up_weight))
+        assert d_x.shape == x.shape
+        assert d_up.abs().sum() == 0
+
+
 def test_inputs_may_be_strided_and_gradients_expanded():
     x, norm, attention, mlp, adapter = arguments(torch.float32)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -342,6 +355,9 @@ def test_compiles_without_a_graph_break():
         (lambda a: a | {"num_queries": 0}, ValueError, r"num_queries must be .* \[1, 19\]"),
         (lambda a: a | {"num_queries": 20}, ValueError, "num_queries"),
         (lambda a: a | {"grad_tokens": (18, 2)}, ValueError, "grad_tokens"),
+        (lambda a: a | {"grad_tokens": 1}, TypeError, "grad_tokens must be"),
+        (lambda a: a | {"norm": None}, TypeError, "norm must be a gist_kernels.NormWeights"),
+        (lambda a: a | {"adapter": 4}, TypeError, "adapter must be a gist_kernels.AdapterWeights"),
         (lambda a: a | {"drop_path": torch.ones(2)}, ValueError, "drop_path"),
         (
             lambda a: a | {"attention": a["attention"]._replace(num_heads=5)},
