@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from gist_kernels.cpu import memory
 
 Call = Callable[[], object]
 
@@ -24,7 +27,7 @@ class Case:
     """Contenders that compute the same thing at one size."""
 
     sizes: dict[str, int]
-    """What was varied, by name: the axes of plots and slopes."""
+    """By name: the axis of plots."""
     dtype: torch.dtype
     calls: dict[str, Call]
     """The first one is ours: ratios are to it."""
@@ -35,6 +38,8 @@ class Case:
     ``{"ours": ("copy", 1.5)}`` is held against 1.5 times the time of the call "copy"."""
     least_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes that a contender can't avoid to move, where that is its floor."""
+    varied: str | None = None
+    """Which of the sizes is the one that cases differ in: slopes are fitted along it."""
     graphs: bool = False
     """On a GPU, time each call also as a CUDA graph."""
 
@@ -51,6 +56,7 @@ def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
         results |= {f"{name}, graph": result for name, result in replayed.items()}
     return {
         "sizes": case.sizes,
+        **({"varied": case.varied} if case.varied else {}),
         "dtype": str(case.dtype).removeprefix("torch."),
         "parity": failure or "ok",
         "results": results,
@@ -140,7 +146,11 @@ def graphed(call: Call) -> Call:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """What a call takes beyond what was there before; None where the system doesn't tell."""
+    """What a call takes beyond what was there before; None where the system doesn't tell.
+
+    On a CPU that is resident memory. What the process had freed and kept for itself is given back
+    first: a call that used it again would seem to take none.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -157,9 +167,18 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1])
 
+    _give_back_freed_memory()
+    reset.write_text("5")
     before = kibibytes("VmRSS")
     call()
     return max(0, kibibytes("VmHWM") - before) * 1024
+
+
+def _give_back_freed_memory() -> None:
+    memory.release()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library
+    if trim is not None:
+        trim(0)
 
 
 def quantiles(times: list[float]) -> dict[str, float]:

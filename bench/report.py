@@ -14,10 +14,10 @@ Run = dict[str, Any]
 
 
 def size_text(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in sizes.items() if name != "varied")
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
-# "New" is memory beyond what the process held already: on a CPU, what was freed is used again.
+# "New" is memory that one call takes beyond what the process holds before it.
 def print_head(run: Run, to: TextIO | None = None) -> None:
     print(f"\n# {run['benchmark']}", file=to)
     print(", ".join(f"{key} {value}" for key, value in run["machine"].items()), file=to)
@@ -25,7 +25,7 @@ def print_head(run: Run, to: TextIO | None = None) -> None:
     for name, reason in run["absent"].items():
         print(f"{name} takes no part: {reason}", file=to)
     columns = ("median ms", "20 %", "80 %", "x ours", "of floor", "new MB")
-    print(f"{'':<24}{'':<28}" + "".join(f"{column:>11}" for column in columns), file=to)
+    print(f"{'':<26}{'':<28}" + "".join(f"{column:>11}" for column in columns), file=to)
 
 
 def print_case(case: dict[str, Any], to: TextIO | None = None) -> None:
@@ -38,7 +38,7 @@ def print_case(case: dict[str, Any], to: TextIO | None = None) -> None:
         peak = result.get("peak_bytes")
         cells.append("" if peak is None else f"{peak / 1e6:.1f}")
         line = "".join(f"{cell:>11}" for cell in cells)
-        print(f"{size_text(case['sizes']):<24}{name:<28}{line}", file=to, flush=True)
+        print(f"{size_text(case['sizes']):<26}{name:<28}{line}", file=to, flush=True)
 
 
 def save(run: Run, folder: Path) -> Path:
@@ -123,17 +123,18 @@ def markdown(runs: list[Run]) -> str:
 
 def slopes(run: Run) -> list[dict[str, Any]]:
     """Of cases that vary one size: time = overhead + slope * size, fitted to relative errors."""
-    groups: dict[str, list[tuple[int, float]]] = {}
+    groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for case in run["cases"]:
-        sizes = dict(case["sizes"])
-        varied = sizes.pop("varied", None)
-        if varied is None:
+        axis = case.get("varied")
+        if axis is None:
             continue
-        axis = next(name for name, size in sizes.items() if size == varied)
-        fixed = ", ".join(f"{name} {size}" for name, size in sizes.items() if name != axis)
-        ours = next(iter(case["results"].values()))
-        groups.setdefault(f"{axis} ({fixed})", []).append((varied, ours["median"]))
-    return [{"axis": axis, **_fit(points)} for axis, points in groups.items()]
+        fixed = ", ".join(f"{name} {n}" for name, n in case["sizes"].items() if name != axis)
+        for name, result in case["results"].items():
+            points = groups.setdefault((name, f"{axis} ({fixed})"), [])
+            points.append((case["sizes"][axis], result["median"]))
+    return [
+        {"contender": name, "axis": axis, **_fit(points)} for (name, axis), points in groups.items()
+    ]
 
 
 def _fit(points: list[tuple[int, float]]) -> dict[str, float]:
@@ -156,9 +157,11 @@ def _fit(points: list[tuple[int, float]]) -> dict[str, float]:
 
 
 def slope_text(slope: dict[str, Any]) -> str:
-    return (
-        f"Against {slope['axis']}: {1e6 * slope['overhead_seconds']:.1f} us "
-        f"+ {1e9 * slope['seconds_per_unit']:.3g} ns each; the size takes over at "
-        f"{slope['takes_over_at']:.3g}; at the end, time grows with its power "
-        f"{slope['exponent_at_the_end']:.2f}."
-    )
+    """In words; the fitted line only where the cost does not grow faster than that size."""
+    text = f"{slope['contender']} against {slope['axis']}: "
+    if slope["exponent_at_the_end"] < 1.25 and slope["overhead_seconds"] > 0:
+        text += (
+            f"{1e6 * slope['overhead_seconds']:.1f} us + {1e9 * slope['seconds_per_unit']:.3g} ns "
+            f"each; the size takes over at {slope['takes_over_at']:.3g}; "
+        )
+    return text + f"at the end, time grows with its power {slope['exponent_at_the_end']:.2f}."

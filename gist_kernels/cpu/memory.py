@@ -33,6 +33,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(lent, dtype=dtype, count=count).view(shape)
 
 
+def release() -> None:
+    """Give back what is unused."""
+    _unused.clear()
+
+
 def _keep(block: mmap.mmap) -> None:
     _unused.append(block)
     del _unused[:-_MOST_UNUSED]

@@ -62,15 +62,43 @@ def test_peak_memory_is_that_of_the_call():
     assert 60e6 < peak < 90e6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_peak_memory_counts_what_was_freed_and_is_used_again():
+    def call():
+        kept = [torch.ones(1 << 20, dtype=torch.int8) for _ in range(64)]
+        return len(kept)
+
+    call()
+    assert 60e6 < measure.peak_bytes(call, CPU) < 90e6
+
+
+@pytest.mark.parametrize("varied", ["N", "r"])
+def test_a_sublayers_case_measures_what_it_says(varied):
+    from bench import scaling
+
+    small = scaling.sublayers(varied, {"B": 2, "N": 5, "D": 128, "r": 3}, torch.float32, CPU)
+    assert small.parity() is None
+    for call in small.calls.values():
+        d_x, d_down, *_ = call()
+        assert (d_x.shape, d_down.shape) == ((2, 5, 128), (3, 128))
+
+
 def test_slopes_find_overhead_and_cost():
     cases = [
         {
-            "sizes": {"B": n, "C": 1000, "varied": n},
-            "results": {"ours": {"median": 2e-5 + 3e-9 * n}},
+            "sizes": {"B": n, "C": 1000},
+            "varied": "B",
+            "results": {"ours": {"median": 2e-5 + 3e-9 * n}, "theirs": {"median": 1e-9 * n**2}},
         }
         for n in (1, 10, 1000, 10**5, 10**7)
     ]
-    (slope,) = report.slopes({"cases": cases})
+    slope, square = report.slopes({"cases": [*cases, {"sizes": {"B": 3}, "results": {}}]})
+    assert (square["contender"], slope["contender"]) == ("theirs", "ours")
+    assert square["exponent_at_the_end"] == pytest.approx(2)
+    assert "20.0 us + 3 ns each; the size takes over at 6.67e+03" in report.slope_text(slope)
+    assert report.slope_text(square) == (
+        "theirs against B (C 1000): at the end, time grows with its power 2.00."
+    )
     assert slope["axis"] == "B (C 1000)"
     assert slope["overhead_seconds"] == pytest.approx(2e-5)
     assert slope["seconds_per_unit"] == pytest.approx(3e-9)
