@@ -12,6 +12,7 @@ from torch import nn
 import gist_kernels
 from gist import blocks
 from gist.config import GistConfig
+from gist.embedding import embed_patches
 from gist.token import GistToken
 
 # Parameters that come after the patches' embedding.
@@ -99,7 +100,9 @@ class GistModel(nn.Module):
         embedding = (p for name, p in backbone.named_parameters() if not name.startswith(_LATER))
         frozen = not images.requires_grad and not any(p.requires_grad for p in embedding)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            x = backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images)))
+            x = backbone.patch_drop(
+                backbone._pos_embed(embed_patches(backbone.patch_embed, images))
+            )
             x = backbone.norm_pre(x)
         last = len(backbone.blocks) - 1
         for index, (block, adapter) in enumerate(self._blocks()):

@@ -55,22 +55,32 @@ def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_for
     model = wrapped(kind, CONFIGS[config], **options).train()
     exact = copy.deepcopy(model).double()
     model.backbone.to(dtype)
-    pixels = images(4)
-    fused = results(model, pixels.to(dtype))
+    draws = images(6 * 4).split(4)
+    fused = [results(model, pixels.to(dtype)) for pixels in draws]
     assert name == "qk_norm" or "fused" in gist.explain(model)
     own_forward()
-    plain = results(model, pixels.to(dtype))
+    plain = [results(model, pixels.to(dtype)) for pixels in draws]
     if name == "drop_path":  # its draws differ between dtypes
-        torch.testing.assert_close(fused[0], plain[0], rtol=0.05, atol=0.05)
+        torch.testing.assert_close(fused[0][0], plain[0][0], rtol=0.05, atol=0.05)
         return
-    truth = results(exact, pixels.double())
-    compared = {"logits": (fused[0], plain[0], truth[0])}
-    assert fused[1].keys() == plain[1].keys() == truth[1].keys()
-    compared |= {name: (fused[1][name], plain[1][name], truth[1][name]) for name in truth[1]}
-    for key, (ours, general, true) in compared.items():
-        size, own, other = (t.double().norm().item() for t in (true, ours - true, general - true))
-        eps = torch.finfo(dtype).eps
-        assert own <= 1.5 * other + 4 * eps * size, (key, own, other, size)
+    fused, plain, truth = (
+        {"logits": torch.stack([logits for logits, _ in found])}
+        | {name: torch.stack([of[name] for _, of in found]) for name in found[0][1]}
+        for found in (fused, plain, [results(exact, pixels.double()) for pixels in draws])
+    )
+    assert fused.keys() == plain.keys() == truth.keys()
+
+    def errors(found):
+        """Relative, of the logits and of each parameter's gradient, over all draws."""
+        pairs = ((found[key].double(), true) for key, true in truth.items())
+        return torch.stack([(given - true).norm() / true.norm() for given, true in pairs])
+
+    # Either path rounds in a dozen chained places: which one is closer to the truth in a single
+    # tensor is luck, and only in all of them together a matter of the path.
+    ours, general = errors(fused), errors(plain)
+    assert ours.norm() <= 1.5 * general.norm(), (ours, general)
+    few = 8 * torch.finfo(dtype).eps
+    assert (ours <= 2 * general + few).all(), dict(zip(truth, ours - general, strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
