@@ -10,20 +10,52 @@
 from gist.checkpoint import load, save
 from gist.config import GistConfig
 from gist.loss import GistLoss
-from gist.methods import Adapter, Method
-from gist.model import GistModel, GistOutput, ParameterCount, count_parameters, explain, wrap
+from gist.merge import merge
+from gist.methods import (
+    SSF,
+    VPT,
+    Adapter,
+    AdaptFormer,
+    BitFit,
+    FacT,
+    Full,
+    LayerNormTuning,
+    LoRA,
+    Method,
+    RepAdapter,
+)
+from gist.model import (
+    GistModel,
+    GistOutput,
+    ParameterCount,
+    available_methods,
+    count_parameters,
+    explain,
+    wrap,
+)
 
 __all__ = [
+    "SSF",
+    "VPT",
+    "AdaptFormer",
     "Adapter",
+    "BitFit",
+    "FacT",
+    "Full",
     "GistConfig",
     "GistLoss",
     "GistModel",
     "GistOutput",
+    "LayerNormTuning",
+    "LoRA",
     "Method",
     "ParameterCount",
+    "RepAdapter",
+    "available_methods",
     "count_parameters",
     "explain",
     "load",
+    "merge",
     "save",
     "wrap",
 ]

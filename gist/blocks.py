@@ -6,7 +6,8 @@ compute with the adapter beside each. What they don't compute is left to the blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import gist_kernels as gk
-from gist.methods.adapter import ParallelAdapter
+from gist.methods.base import Attached, FusedParts
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -24,16 +25,16 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 
-def refusal(block: nn.Module, adapter: nn.Module | None, token: nn.Module | None) -> str | None:
-    """Why a block goes its own way, or None where it is fused.
+def plan(
+    block: nn.Module, index: int, attached: Sequence[Attached], owned: Collection[int]
+) -> FusedParts | str:
+    """What the methods add to a block that runs fused, or why it goes its own way.
 
-    ``adapter`` is the block's, ``token`` the model's; hooks of any other owner are run by the
-    block's own forward alone.
+    ``attached`` are the model's methods, ``owned`` the ids of the modules that belong to them or to
+    the token: hooks of any other owner are run by the block's own forward alone.
     """
     if type(block) is not Block:
         return f"it is a {type(block).__name__}"
-    if not (adapter is None or isinstance(adapter, ParallelAdapter)):
-        return f"its method is a {type(adapter).__name__}"
     part: Any
     for part in (block.norm1, block.norm2):
         if not (type(part) in (nn.LayerNorm, LayerNorm) and len(part.normalized_shape) == 1):
@@ -49,22 +50,29 @@ def refusal(block: nn.Module, adapter: nn.Module | None, token: nn.Module | None
         return inner
     if any(parameter.requires_grad for parameter in block.parameters()):
         return "it has trainable weights of its own"
-    if any(_owner(hook) not in (adapter, token) for hook in _hooks(block)):
+    if any(id(owner(hook)) not in owned for hook in _hooks(block)):
         return "it carries hooks that are not gist's"
-    return None
+    parts = FusedParts(None, None)
+    for method in attached:
+        found = method.fused(index)
+        if isinstance(found, str):
+            return found
+        if any(a is not None and b is not None for a, b in zip(parts, found, strict=True)):
+            return "it has two adapters beside one sublayer"
+        parts = FusedParts(parts.attention or found.attention, parts.mlp or found.mlp)
+    return parts
 
 
 def run(
     block: Any,
-    adapter: Any,
+    parts: FusedParts,
     x: torch.Tensor,
     *,
     num_queries: int | None,
     grad_tokens: tuple[int, int] | None,
 ) -> torch.Tensor:
-    """A timm Block and its ParallelAdapter or None, which :func:`refusal` says nothing against:
-    (B, N, D) tokens to as many, or to the first ones alone."""
-    weights = None if adapter is None else adapter.weights()
+    """A timm Block with what :func:`plan` gave: (B, N, D) tokens to as many, or to the first ones
+    alone."""
     attn, mlp = block.attn, block.mlp
     x = gk.adapter_attention(
         x,
@@ -73,7 +81,7 @@ def run(
             attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
             attn.num_heads, attn.scale, _layer_scale(block.ls1),
         ),
-        weights,
+        parts.attention,
         num_queries=num_queries,
         drop_path=_drop_path(block.drop_path1, x),
         grad_tokens=grad_tokens,
@@ -87,7 +95,7 @@ def run(
             mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
             activation, _layer_scale(block.ls2),
         ),
-        weights,
+        parts.mlp,
         drop_path=_drop_path(block.drop_path2, x),
     )  # fmt: skip
 
@@ -135,7 +143,10 @@ def _hooks(module: nn.Module) -> Iterator[object]:
         yield from part._backward_pre_hooks.values()
 
 
-def _owner(hook: object) -> object:
+def owner(hook: object) -> object:
+    """The module whose method a hook is, or the hook."""
+    if isinstance(hook, partial):
+        hook = hook.func
     return getattr(hook, "__self__", hook)
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
+from gist.backbones.anatomy import anatomy_of
 from gist.config import GistConfig
 from gist.files import write_atomically
 from gist.model import GistModel, wrap
@@ -44,7 +45,7 @@ def save(model: GistModel, directory: str | os.PathLike[str], **extra: Any) -> N
         "format": FORMAT,
         "gist": model.config.to_dict(),
         "num_classes": model.num_classes,
-        "backbone": _describe(model.backbone),
+        "backbone": _describe(model.backbone, model.config),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
         **extra,
@@ -54,7 +55,7 @@ def save(model: GistModel, directory: str | os.PathLike[str], **extra: Any) -> N
 
 
 def load(
-    backbone: VisionTransformer,
+    backbone: nn.Module,
     directory: str | os.PathLike[str],
     *,
     check_weights: bool = True,
@@ -65,7 +66,8 @@ def load(
     classes differs.
 
     Args:
-        backbone: the timm model it was trained on, not wrapped.
+        backbone: the model it was trained on, not wrapped; one adapted by HF PEFT, adapted again
+            by the same config.
         directory: where :func:`save` wrote.
         check_weights: refuse a backbone whose frozen weights differ from those trained with. Set
             False for one that differs on purpose, such as a bfloat16 copy.
@@ -93,10 +95,12 @@ def load(
         raise ValueError(
             f"{directory / WEIGHTS_FILE} is damaged or not the one that {CONFIG_FILE} describes"
         )
-    _check_match(_describe(backbone), saved["backbone"], check_weights)
-    if backbone.num_classes != saved["num_classes"]:
-        backbone.reset_classifier(saved["num_classes"])
-    model = wrap(backbone, GistConfig.from_dict(saved["gist"]))
+    config = GistConfig.from_dict(saved["gist"])
+    anatomy = anatomy_of(backbone)
+    _check_match(_describe(backbone, config), saved["backbone"], check_weights)
+    if anatomy.num_classes != saved["num_classes"]:
+        anatomy.reset_classifier(saved["num_classes"])
+    model = wrap(backbone, config)
     state = safetensors.torch.load(weights)
     expected = model.trainable_state_dict().keys()
     if state.keys() != expected:
@@ -108,24 +112,32 @@ def load(
     return model.eval()
 
 
-def _describe(backbone: VisionTransformer) -> dict[str, Any]:
+def _describe(backbone: nn.Module, config: GistConfig) -> dict[str, Any]:
+    anatomy = anatomy_of(backbone)
     # A backbone made without timm.create_model has no pretrained_cfg.
-    origin: Any = getattr(backbone, "pretrained_cfg", None) or {}
+    origin: Any = getattr(anatomy.model, "pretrained_cfg", None) or {}
     return {
-        "architecture": origin.get("architecture", type(backbone).__name__),
-        "embed_dim": backbone.embed_dim,
-        "depth": len(backbone.blocks),
-        "num_prefix_tokens": backbone.num_prefix_tokens,
-        "global_pool": backbone.global_pool,
-        "fingerprint": _fingerprint(backbone),
+        "architecture": origin.get("architecture", type(anatomy.model).__name__),
+        "embed_dim": anatomy.embed_dim,
+        "depth": len(anatomy.blocks),
+        "num_prefix_tokens": anatomy.num_prefix_tokens,
+        "global_pool": anatomy.pooling,
+        "fingerprint": _fingerprint(backbone, config),
     }
 
 
-def _fingerprint(backbone: VisionTransformer) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of everything but the classifier."""
+def _fingerprint(backbone: nn.Module, config: GistConfig) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of everything that is not trained."""
+    anatomy = anatomy_of(backbone)
+    trained = {id(p) for method in config.methods for p in method.trained(anatomy)}
+    trained |= {id(p) for head in anatomy.heads for p in head.parameters()}
+    if anatomy.model is not backbone:
+        trained |= {id(p) for p in backbone.parameters() if p.requires_grad}
+    own = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    left_out = {own[parameter] for parameter in trained if parameter in own}
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
-        if not name.startswith("head."):
+        if name not in left_out:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -1,12 +1,16 @@
-"""What to train: the PEFT method and the Gist token."""
+"""What to train: the PEFT methods and the Gist token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gist.methods import Adapter, Method, method_type
+from gist.methods.base import check_count, check_rate
+from gist_kernels.suggest import unknown_name
+
+TOKEN_INITS = ("uniform", "normal", "zeros", "class")
 
 
 @dataclass(frozen=True)
@@ -14,36 +18,66 @@ class GistConfig:
     """How :func:`gist.wrap` adapts a backbone.
 
     Args:
-        method: a PEFT method's config such as :class:`gist.Adapter`, or None to train the head
-            (and the Gist token) alone.
+        method: a PEFT method's config such as :class:`gist.Adapter` or :class:`gist.LoRA`, several
+            of different kinds, or None to train the head (and the Gist token) alone.
         gist: add the Gist token and give two heads' logits in training. False is the same PEFT
             method without knowledge interaction: the baseline.
         token_dropout: dropout on the Gist token, drawn anew for each image, in [0, 1).
+        num_tokens: Gist tokens; the mean of several is classified.
+        token_init: "uniform" in [-0.5, 0.5] as released, "normal" with standard deviation 0.02,
+            "zeros", or "class", the class token with its position.
+        separate_head: a classifier of its own for the Gist token, which starts as a copy of the
+            shared one.
     """
 
-    method: Method | None = field(default_factory=Adapter)
+    method: Method | Sequence[Method] | None = field(default_factory=Adapter)
     gist: bool = True
     token_dropout: float = 0.1
+    num_tokens: int = 1
+    token_init: str = "uniform"
+    separate_head: bool = False
 
     def __post_init__(self) -> None:
-        if self.method is not None and not isinstance(self.method, Method):
+        given = self.method
+        methods = () if given is None else (given,) if isinstance(given, Method) else given
+        if not isinstance(methods, Sequence) or not all(isinstance(m, Method) for m in methods):
             raise TypeError(
-                "method must be a PEFT method's config, such as gist.Adapter(rank=4), or None; "
-                f"it is {self.method!r}"
+                "method must be a PEFT method's config, such as gist.Adapter(rank=4), several, or "
+                f"None; it is {given!r}"
             )
-        if not 0 <= self.token_dropout < 1:
-            raise ValueError(f"token_dropout must be in [0, 1); it is {self.token_dropout}")
+        names = [method.name for method in methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"method must not name a method twice; it has {', '.join(names)}")
+        if not isinstance(given, Method):
+            only = methods[0] if len(methods) == 1 else None
+            object.__setattr__(self, "method", only or tuple(methods) or None)
+        check_rate("token_dropout", self.token_dropout)
+        check_count("num_tokens", self.num_tokens)
+        if self.token_init not in TOKEN_INITS:
+            raise ValueError(unknown_name("token_init", self.token_init, TOKEN_INITS))
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """All of them."""
+        if self.method is None:
+            return ()
+        return (self.method,) if isinstance(self.method, Method) else tuple(self.method)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, the inverse of :meth:`from_dict`."""
-        method = None if self.method is None else {"name": self.method.name, **asdict(self.method)}
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "method": method}
+        described: Any = [{"name": m.name, **m.settings()} for m in self.methods]
+        if len(described) < 2:
+            described = described[0] if described else None
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "method": described}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GistConfig:
         """Raises ValueError for an unknown method, TypeError for an unknown field."""
-        method = values["method"]
-        if method is not None:
-            method = dict(method)
-            method = method_type(method.pop("name"))(**method)
-        return cls(**{**values, "method": method})
+        described = values["method"]
+        if isinstance(described, Mapping):
+            described = [described]
+        methods = []
+        for method in described or ():
+            settings = dict(method)
+            methods.append(method_type(settings.pop("name"))(**settings))
+        return cls(**{**values, "method": methods or None})

@@ -1,8 +1,11 @@
-"""GistModel: a frozen timm VisionTransformer, a PEFT method, a Gist token and a shared head."""
+"""GistModel: a frozen vision transformer, PEFT methods, a Gist token and a shared head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +14,10 @@ from torch import nn
 
 import gist_kernels
 from gist import blocks
+from gist.backbones.anatomy import Anatomy, anatomy_of
 from gist.config import GistConfig
 from gist.embedding import embed_patches
+from gist.methods import METHODS, Attached
 from gist.token import GistToken
 
 # Parameters that come after the patches' embedding.
@@ -59,32 +64,54 @@ class GistModel(nn.Module):
         config: the :class:`gist.GistConfig`.
     """
 
-    def __init__(self, backbone: VisionTransformer, config: GistConfig) -> None:
+    def __init__(self, backbone: nn.Module, config: GistConfig) -> None:
         super().__init__()
-        _check_backbone(backbone, config)
+        anatomy = anatomy_of(backbone)
+        _check(anatomy, config)
         self.config = config
-        # The method first: it may refuse the backbone, which is then still untouched.
-        self.method = config.method.attach(backbone) if config.method is not None else None
-        self.token = GistToken(backbone, config.token_dropout) if config.gist else None
-        if self.token is not None:
-            self.token.attach(backbone)
-        self.backbone = backbone.requires_grad_(False)
-        self.backbone.head.requires_grad_(True)
+        trained = [p for method in config.methods for p in method.trained(anatomy)]
+        if anatomy.model is not backbone:  # HF PEFT's, which has chosen what it trains
+            trained += [p for p in backbone.parameters() if p.requires_grad]
+        # The methods first: they may refuse the backbone, which is then still untouched.
+        for method in config.methods:
+            method.num_parameters(anatomy)
+        attached = {method.name: method.attach(anatomy) for method in config.methods}
+        modules = {name: module for name, module in attached.items() if module is not None}
+        several = len(config.methods) > 1
+        self.method: nn.Module | None = (
+            nn.ModuleDict(modules) if several else next(iter(modules.values()), None)
+        )
+        self.token = None
+        if config.gist:
+            self.token = GistToken(
+                anatomy, config.token_dropout, config.num_tokens, config.token_init
+            )
+            self.token.attach(anatomy)
+        self.backbone: Any = backbone.requires_grad_(False)
+        self.gist_head: nn.Module | None = None
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._train_heads()
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What the library knows of the backbone."""
+        return anatomy_of(self.backbone)
 
     @property
     def num_classes(self) -> int:
-        return self.backbone.num_classes
+        return self.anatomy.num_classes
 
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches in :meth:`forward_features`, the Gist token included."""
-        return self.backbone.num_prefix_tokens + (self.token is not None)
+        return self.anatomy.num_prefix_tokens + (0 if self.token is None else self.token.count)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class."""
         read = None
-        if self.backbone.global_pool == "token":
-            read = 1 if self.token is None else 2
+        if self.anatomy.reads_prefix_alone:
+            read = 1 if self.token is None else 1 + self.token.count
         return self.forward_head(self._features(images, read))
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
@@ -94,59 +121,85 @@ class GistModel(nn.Module):
     def _features(self, images: torch.Tensor, read: int | None) -> torch.Tensor:
         """The first ``read`` tokens after the final norm, or all. What only others would need of
         the last block is not computed, nor what leads back to patches that nothing trains."""
-        backbone = self.backbone
-        if _general_path(backbone, images.device.type) is not None:
-            return backbone.forward_features(images)
+        anatomy, attached, token = self.anatomy, self._attached(), self.token
+        if _general_path(anatomy, images.device.type) is not None:
+            return anatomy.features(images)
+        backbone = anatomy.model
         embedding = (p for name, p in backbone.named_parameters() if not name.startswith(_LATER))
-        frozen = not images.requires_grad and not any(p.requires_grad for p in embedding)
+        frozen = not (
+            images.requires_grad
+            or any(p.requires_grad for p in embedding)
+            or any(method.reaches_embedding for method in attached)
+        )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             x = backbone.patch_drop(
                 backbone._pos_embed(embed_patches(backbone.patch_embed, images))
             )
             x = backbone.norm_pre(x)
+        # Of the first block's input only the Gist token's gradient leads anywhere then.
+        grad_tokens = None
+        if frozen and token is not None and not any(method.appended_tokens for method in attached):
+            grad_tokens = token.index, token.count
+        owned = self._owned(attached)
         last = len(backbone.blocks) - 1
-        for index, (block, adapter) in enumerate(self._blocks()):
-            if blocks.refusal(block, adapter, self.token) is not None:
+        for index, block in enumerate(backbone.blocks):
+            parts = blocks.plan(block, index, attached, owned)
+            if isinstance(parts, str):
                 x = block(x)
                 continue
-            if index == 0 and self.token is not None:
-                x = self.token(x)
+            if index == 0 and token is not None:
+                x = token(x)
+            for method in attached:
+                x = method.before_block(index, x)
             x = blocks.run(
-                block, adapter, x,
+                block, parts, x,
                 num_queries=read if index == last else None,
-                grad_tokens=(GistToken.index, 1) if index == 0 and frozen else None,
+                grad_tokens=grad_tokens if index == 0 else None,
             )  # fmt: skip
+            if index == last and read is None:
+                for method in attached:
+                    x = method.after_blocks(x)
         return backbone.norm(x)
 
-    def _blocks(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-        """Each block with its part of the method."""
-        parts: Any = self.method
-        if parts is None:
-            parts = [None] * len(self.backbone.blocks)
-        return zip(self.backbone.blocks, parts, strict=True)
+    def _attached(self) -> list[Attached]:
+        """The modules of the methods that have one."""
+        method: Any = self.method
+        if method is None:
+            return []
+        return list(method.values()) if len(self.config.methods) > 1 else [method]
+
+    def _owned(self, attached: Iterable[nn.Module]) -> set[int]:
+        """The ids of the modules whose hooks are gist's."""
+        return {id(self.token)} | {id(part) for module in attached for part in module.modules()}
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, N, D) tokens of :meth:`forward_features` to logits."""
-        backbone, token = self.backbone, self.token
+        anatomy, token = self.anatomy, self.token
         if token is None:
-            return backbone.forward_head(features)
-        by_class_token = backbone.global_pool == "token"
+            return anatomy.classify(anatomy.pool(features))
+        of_backbone = features if anatomy.reads_prefix_alone else token.remove(features)
+        pooled = anatomy.pool(of_backbone)
         if not self.training:
-            return backbone.forward_head(features if by_class_token else token.remove(features))
-        if by_class_token:
-            pooled = features[:, :2]
-        else:
-            by_backbone = backbone.pool(token.remove(features))
-            pooled = torch.stack((by_backbone, features[:, token.index]), dim=1)
-        logits = backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
+            return anatomy.classify(pooled)
+        of_token = anatomy.pool_token(token.pick(features), of_backbone)
+        if self.gist_head is not None:
+            return GistOutput(anatomy.classify(pooled), anatomy.classify(of_token, self.gist_head))
+        logits = anatomy.classify(torch.stack((pooled, of_token), dim=1))
         return GistOutput(*gist_kernels.split_heads(logits))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new, trainable one for ``num_classes`` classes."""
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; it is {num_classes}")
-        self.backbone.reset_classifier(num_classes)
-        self.backbone.head.requires_grad_(True)
+        self.anatomy.reset_classifier(num_classes)
+        self._train_heads()
+
+    def _train_heads(self) -> None:
+        heads = self.anatomy.heads
+        for parameter in _head_parameters(heads):
+            parameter.requires_grad_(True)
+        if self.config.gist and self.config.separate_head:
+            self.gist_head = copy.deepcopy(heads[0])
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimiser factory should not decay: the token, as timm's own."""
@@ -157,36 +210,79 @@ class GistModel(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
 
-def wrap(backbone: VisionTransformer, config: GistConfig | None = None) -> GistModel:
-    """Adapt a timm VisionTransformer, in place: freeze it, attach the method and the Gist token.
+def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
+    """Adapt a vision transformer, in place: freeze it, attach the methods and the Gist token.
 
-    The backbone's modules and their ``forward`` stay; method and token join by hooks. All its
-    parameters are frozen but those of the classifier, ``backbone.head``.
+    The backbone's modules and their ``forward`` stay; methods and token join by hooks. All its
+    parameters are frozen but those of the classifier and those that a method trains.
 
     Args:
-        backbone: a timm VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) with a
-            classifier; with a class token too when ``config.gist`` is set.
+        backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
+            transformers' ViT or DINOv2 for image classification, with a classifier. One adapted by
+            HF PEFT is taken with what it trains, as a rule with ``GistConfig(method=None)``.
         config: what to train; the default is ``GistConfig()``, the released adapter with GIST.
 
     Raises:
-        TypeError: not a timm VisionTransformer.
-        ValueError: a backbone without classifier, class token or supported blocks or pooling, or
-            one that is wrapped already. The backbone is unchanged then.
+        TypeError: a model without a sequence of tokens, or of another library.
+        ValueError: a backbone without classifier or supported blocks or pooling, or one that is
+            wrapped already. The backbone is unchanged then.
     """
-    return GistModel(backbone, config if config is not None else GistConfig())
+    model = GistModel(backbone, config if config is not None else GistConfig())
+    counted = count_parameters(model)
+    if not (counted.method or counted.token) and (
+        model.config.method is not None or model.anatomy.model is not backbone
+    ):
+        warnings.warn("nothing but the classifier is trainable", UserWarning, stacklevel=2)
+    return model
+
+
+def remove_hooks(model: GistModel) -> None:
+    """Take methods and token off the backbone, which is then as it was before :func:`wrap`."""
+    owned = model._owned(model._attached())
+    for part in model.backbone.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if id(blocks.owner(hook)) in owned]:
+                del hooks[key]
+    if model.token is not None:
+        for module in model.anatomy.prefix_counters:
+            module.num_prefix_tokens -= model.token.count
+
+
+def available_methods(backbone: nn.Module) -> dict[str, int]:
+    """The PEFT methods that fit a backbone, with how many parameters each trains by default.
+
+    Args:
+        backbone: what :func:`wrap` takes, or a :class:`GistModel`.
+
+    >>> gist.available_methods(timm.create_model("vit_base_patch16_224"))["adapter"]
+    82992
+    """
+    anatomy = anatomy_of(backbone.backbone if isinstance(backbone, GistModel) else backbone)
+    counts = {}
+    for name, method in METHODS.items():
+        # One that doesn't fit says so, when asked for, by a ValueError of its own.
+        with contextlib.suppress(ValueError):
+            counts[name] = method().num_parameters(anatomy)
+    return counts
 
 
 def count_parameters(model: GistModel) -> ParameterCount:
-    """Count a model's parameters by method, token, head and frozen backbone."""
+    """Count a model's parameters by method, token, head and frozen backbone.
+
+    What a method trains of the backbone's own counts as the method's.
+    """
 
     def size(module: nn.Module | None) -> int:
         return 0 if module is None else sum(p.numel() for p in module.parameters())
 
+    heads = _head_parameters(model.anatomy.heads)
+    of_heads = {id(parameter) for parameter in heads}
+    of_backbone = [p for p in model.backbone.parameters() if id(p) not in of_heads]
     return ParameterCount(
-        method=size(model.method),
+        method=size(model.method) + sum(p.numel() for p in of_backbone if p.requires_grad),
         token=size(model.token),
-        head=size(model.backbone.head),
-        frozen=size(model.backbone) - size(model.backbone.head),
+        head=sum(p.numel() for p in heads) + size(model.gist_head),
+        frozen=sum(p.numel() for p in of_backbone if not p.requires_grad),
     )
 
 
@@ -198,18 +294,19 @@ def explain(model: GistModel) -> str:
     >>> print(gist.explain(model))
     blocks 0 to 11: fused sublayers, served by 'cpu'
     """
-    backbone = model.backbone
-    like = next(backbone.parameters())
-    whole = _general_path(backbone, like.device.type)
+    anatomy = model.anatomy
+    like = next(anatomy.model.parameters())
+    whole = _general_path(anatomy, like.device.type)
     if whole is not None:
-        return f"blocks 0 to {len(backbone.blocks) - 1}: the backbone's own forward, for {whole}"
+        return f"blocks 0 to {len(anatomy.blocks) - 1}: the backbone's own forward, for {whole}"
     serving = gist_kernels.backend.serving("adapter_attention", like.device.type, like.dtype)
+    attached = model._attached()
     lines: list[tuple[int, int, str]] = []
-    for index, (block, adapter) in enumerate(model._blocks()):
-        reason = blocks.refusal(block, adapter, model.token)
+    for index, block in enumerate(anatomy.blocks):
+        parts = blocks.plan(block, index, attached, model._owned(attached))
         how = f"fused sublayers, served by {serving!r}"
-        if reason is not None:
-            how = f"the block's own forward, for {reason}"
+        if isinstance(parts, str):
+            how = f"the block's own forward, for {parts}"
         if lines and lines[-1][2] == how:
             lines[-1] = (lines[-1][0], index, how)
         else:
@@ -220,48 +317,34 @@ def explain(model: GistModel) -> str:
     )
 
 
-def _general_path(backbone: VisionTransformer, device_type: str) -> str | None:
+def _general_path(anatomy: Anatomy, device_type: str) -> str | None:
     """Why no block is fused: the backbone's own forward runs as a whole."""
+    model = anatomy.model
     if torch.compiler.is_compiling():
         return "it is traced by torch.compile or torch.export"
     if torch.is_autocast_enabled(device_type):
         return "autocast is on"
-    if backbone.grad_checkpointing:
+    if not isinstance(model, VisionTransformer):
+        return f"it is a {type(model).__name__}"
+    if model.grad_checkpointing:
         return "it checkpoints its activations"
-    if type(backbone).forward_features is not VisionTransformer.forward_features:
-        return f"{type(backbone).__name__} has a forward_features of its own"
+    if type(model).forward_features is not VisionTransformer.forward_features:
+        return f"{type(model).__name__} has a forward_features of its own"
     return None
 
 
-def _check_backbone(backbone: VisionTransformer, config: GistConfig) -> None:
-    if not isinstance(backbone, VisionTransformer):
-        raise TypeError(
-            "backbone must be a timm VisionTransformer, such as "
-            f"timm.create_model('vit_base_patch16_224'); it is a {type(backbone).__name__}"
-        )
-    if getattr(backbone, "head_dist", None) is not None:
-        raise ValueError("backbone has a second, distillation head, which is not supported yet")
-    if not isinstance(backbone.head, nn.Linear):
-        raise ValueError(
-            "backbone has no linear classifier; create it with num_classes=..., or call "
-            "backbone.reset_classifier(num_classes)"
-        )
-    if not backbone.global_pool:
-        raise ValueError("backbone has no pooling (global_pool=''); use global_pool='token'")
-    # Whatever wrap attaches hangs on a block or within one.
-    if any(part._forward_hooks or part._forward_pre_hooks for part in backbone.blocks.modules()):
-        raise ValueError(
-            "backbone carries hooks on its blocks already (is it wrapped?); wrap a fresh one"
-        )
-    if not config.gist:
-        return
-    if not backbone.has_class_token:
-        raise ValueError(
-            "backbone has no class token, whose logits the Gist token's interact with; "
-            "use GistConfig(gist=False) for the PEFT method alone"
-        )
-    if backbone.attn_pool is not None:
-        raise ValueError(
-            f"backbone pools by attention (global_pool={backbone.global_pool!r}), for which the "
-            "Gist token's logits are not defined; use global_pool='token' or 'avg'"
-        )
+def _head_parameters(heads: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The trained ones: of a head that HF PEFT keeps beside the original, its copy."""
+    return [
+        parameter
+        for head in heads
+        for parameter in getattr(head, "modules_to_save", head).parameters()
+    ]
+
+
+def _check(anatomy: Anatomy, config: GistConfig) -> None:
+    reason = anatomy.refusal(config.gist)
+    if reason is not None:
+        raise ValueError(f"backbone {reason}")
+    if config.gist and config.separate_head and len(anatomy.heads) > 1:
+        raise ValueError("separate_head is not defined for a backbone with two heads")

@@ -3,39 +3,65 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from gist.backbones.anatomy import Anatomy
 from gist.methods.base import new_parameters
 
 
 class GistToken(nn.Module):
-    """A (1, 1, D) token, inserted at index 1 of the sequence that enters the first block.
+    """(1, K, D) tokens, one as a rule, inserted after the class token before the first block.
 
-    It comes after position embedding and patch dropout, so it has no position and is never
-    dropped as a whole. It starts uniform in [-0.5, 0.5], as released (arXiv:2312.07255).
+    They come after position embedding and patch dropout, so they have no position and are never
+    dropped as a whole. Where among the others they stand makes no difference to blocks without
+    positions of their own; behind the class token all prefix tokens are contiguous.
+
+    Attributes:
+        index: where the first one stands: 1, or 0 where there is no class token.
+        count: K.
     """
 
-    index = 1
-
-    def __init__(self, backbone: VisionTransformer, dropout: float) -> None:
+    def __init__(self, anatomy: Anatomy, dropout: float, count: int = 1, init: str = "uniform"):
         super().__init__()
-        token = torch.empty(1, 1, backbone.embed_dim, **new_parameters(backbone))
-        self.weight = nn.Parameter(token.uniform_(-0.5, 0.5))
+        self.index, self.count = int(anatomy.has_class_token), count
+        token = torch.empty(1, count, anatomy.embed_dim, **new_parameters(anatomy.model))
+        if init == "uniform":
+            token.uniform_(-0.5, 0.5)  # as released (arXiv:2312.07255)
+        elif init == "normal":
+            token.normal_(0, 0.02)
+        elif init == "zeros":
+            token.zero_()
+        else:
+            position = anatomy.class_position
+            if position is None:
+                raise ValueError("token_init='class' needs a backbone with a class token")
+            token.copy_(position.detach().expand_as(token))
+        self.weight = nn.Parameter(token)
         self.dropout = nn.Dropout(dropout)
 
-    def attach(self, backbone: VisionTransformer) -> None:
-        backbone.blocks[0].register_forward_pre_hook(self._before_first_block)
+    def extra_repr(self) -> str:
+        return f"count={self.count}, index={self.index}"
+
+    def attach(self, anatomy: Anatomy) -> None:
+        anatomy.blocks[0].register_forward_pre_hook(self._before_first_block)
+        for module in anatomy.prefix_counters:
+            module.num_prefix_tokens += self.count
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) without the Gist token to (B, N + 1, D) with it."""
+        """(B, N, D) without the Gist token to (B, N + K, D) with it."""
         gist = self.weight.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         before, after = tokens.tensor_split((self.index,), dim=1)
         return torch.cat((before, self.dropout(gist), after), dim=1)
 
     def remove(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N + 1, D) with the Gist token to (B, N, D) without it."""
-        return torch.cat((tokens[:, : self.index], tokens[:, self.index + 1 :]), dim=1)
+        """(B, N + K, D) with the Gist token to (B, N, D) without it."""
+        return torch.cat((tokens[:, : self.index], tokens[:, self.index + self.count :]), dim=1)
+
+    def pick(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N + K, D) to the Gist token, or the mean of several, (B, D)."""
+        if self.count == 1:
+            return tokens[:, self.index]
+        return tokens[:, self.index : self.index + self.count].mean(1)
 
     def _before_first_block(
         self, block: nn.Module, args: tuple[torch.Tensor, ...]

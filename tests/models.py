@@ -39,9 +39,8 @@ def wrapped(name: str = "vit", config: gist.GistConfig | None = None, **options)
     config = config or gist.GistConfig(gist.Adapter(rank=4, scale=0.7), token_dropout=0.0)
     model = gist.wrap(backbone(name, **options), config)
     with torch.no_grad():
-        for adapter in model.method or ():
-            for parameter in adapter.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
+        for parameter in model.method.parameters() if model.method is not None else ():
+            parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 

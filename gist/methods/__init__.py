@@ -1,10 +1,22 @@
-"""PEFT methods, one file each: a config dataclass that attaches its modules to a backbone."""
+"""PEFT methods, one file each: a config dataclass that attaches its module to a backbone."""
 
 from gist.methods.adapter import Adapter
-from gist.methods.base import Method
+from gist.methods.adaptformer import AdaptFormer
+from gist.methods.base import Attached, FusedParts, Method
+from gist.methods.fact import FacT
+from gist.methods.lora import LoRA
+from gist.methods.repadapter import RepAdapter
+from gist.methods.selective import BitFit, Full, LayerNormTuning
+from gist.methods.ssf import SSF
+from gist.methods.vpt import VPT
 from gist_kernels.suggest import unknown_name
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Adapter,)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Adapter, AdaptFormer, LoRA, VPT, SSF, FacT, RepAdapter, BitFit, LayerNormTuning, Full,
+    )
+}  # fmt: skip
 
 
 def method_type(name: str) -> type[Method]:
@@ -14,4 +26,20 @@ def method_type(name: str) -> type[Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Adapter", "Method", "method_type"]
+__all__ = [
+    "METHODS",
+    "SSF",
+    "VPT",
+    "AdaptFormer",
+    "Adapter",
+    "Attached",
+    "BitFit",
+    "FacT",
+    "Full",
+    "FusedParts",
+    "LayerNormTuning",
+    "LoRA",
+    "Method",
+    "RepAdapter",
+    "method_type",
+]

@@ -1,26 +1,35 @@
-"""The adapter as GIST releases it: one bottleneck a block, used by both of its sublayers."""
+"""The adapter as GIST releases it, and the two forms that others use."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import gist_kernels
-from gist.methods.base import Method, new_parameters
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist.backbones.anatomy import Anatomy
+from gist.methods.base import (
+    Attached,
+    FusedParts,
+    Method,
+    check_activation,
+    check_count,
+    check_finite,
+    new_parameters,
+    unique,
+)
 from gist_kernels.suggest import unknown_name
+
+PLACEMENTS = ("shared", "parallel", "sequential")
 
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Parallel bottleneck adapter, shared by a block's two sublayers (arXiv:2312.07255).
+    """Bottleneck adapter; by default one a block, parallel to both sublayers (arXiv:2312.07255).
 
-    With ``A(x) = scale * (up(act(down(x))))`` every block computes::
+    With ``A(x) = scale * (up(act(down(x))))`` and ``placement="shared"`` every block computes::
 
         x = x + drop_path(attn(norm1(x))) + A(x)
         x = x + drop_path(mlp(norm2(x))) + A(x)
@@ -28,48 +37,72 @@ class Adapter(Method):
     A reads the residual stream before its norm, and drop-path never drops it. Weights start
     truncated-normal with standard deviation 0.02, biases at 0, as the ViT's own linears do.
 
-    Parameters: ``depth * (2 * D * rank + rank + D)``; 82,992 for ViT-B/16 at rank 4.
+    ``placement="parallel"`` is the same with an adapter of its own for each sublayer;
+    ``"sequential"`` is that of Houlsby et al. (arXiv:1902.00751), after each sublayer's last linear
+    layer: ``h = h + A(h)``, published with rank 64, scale 1 and a start near 0.
+
+    Parameters: ``depth * (2 * D * rank + rank + D)``, twice as many unless shared; 82,992 for
+    ViT-B/16 at rank 4.
 
     Args:
         rank: bottleneck width, at least 1.
         scale: factor on the update.
         activation: one of those of :func:`gist_kernels.adapter`.
+        placement: "shared", "parallel" or "sequential".
     """
 
     name: ClassVar[str] = "adapter"
     rank: int = 4
     scale: float = 0.1
     activation: str = "gelu"
+    placement: str = "shared"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1; it is {self.rank!r}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be finite; it is {self.scale}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(unknown_name("activation", self.activation, ACTIVATIONS))
+        check_count("rank", self.rank)
+        check_finite("scale", self.scale)
+        check_activation(self.activation)
+        if self.placement not in PLACEMENTS:
+            raise ValueError(unknown_name("placement", self.placement, PLACEMENTS))
 
-    def attach(self, backbone: VisionTransformer) -> nn.Module:
-        blocks = []
-        for index, block in enumerate(backbone.blocks):
-            if not isinstance(block, Block):
-                raise ValueError(
-                    f"the adapter attaches to timm's pre-norm Block; blocks.{index} of this "
-                    f"backbone is a {type(block).__name__}"
-                )
-            blocks.append(block)
-        adapters = [ParallelAdapter(self, backbone) for _ in blocks]
-        for adapter, block in zip(adapters, blocks, strict=True):
-            adapter.attach(block)
-        return nn.ModuleList(adapters)
+    def attach(self, anatomy: Anatomy) -> Attached:
+        blocks = [anatomy.parts(index) for index in range(len(anatomy.blocks))]
+        if self.placement == "sequential":
+            last = [
+                [anatomy.projection(index, name).layer for name in ("proj", "fc2")]
+                for index in range(len(blocks))
+            ]
+        adapters = Adapters(self.placement)
+        for index, parts in enumerate(blocks):
+            if self.placement == "shared":
+                shared = Bottleneck(self, anatomy)
+                shared.attach_parallel(parts.norms, parts.exits)
+                adapters.append(shared)
+                continue
+            pair = {name: Bottleneck(self, anatomy) for name in ("attention", "mlp")}
+            for place, bottleneck in enumerate(pair.values()):
+                if self.placement == "sequential":
+                    nn.init.trunc_normal_(bottleneck.down.weight, std=0.01)
+                    nn.init.trunc_normal_(bottleneck.up.weight, std=0.01)
+                    last[index][place].register_forward_hook(bottleneck.after)
+                else:
+                    bottleneck.attach_parallel(
+                        parts.norms[place : place + 1], parts.exits[place : place + 1]
+                    )
+            adapters.append(nn.ModuleDict(pair))
+        return adapters
+
+    def num_parameters(self, anatomy: Anatomy) -> int:
+        width = anatomy.embed_dim
+        each = 2 * width * self.rank + self.rank + width
+        return len(anatomy.blocks) * each * (1 if self.placement == "shared" else 2)
 
 
-class ParallelAdapter(nn.Module):
-    """One bottleneck parallel to both sublayers of one block."""
+class Bottleneck(nn.Module):
+    """``scale * up(act(down(x)))``: the update of one sublayer, or of both of a block."""
 
-    def __init__(self, config: Adapter, backbone: VisionTransformer) -> None:
+    def __init__(self, config: Any, anatomy: Anatomy) -> None:
         super().__init__()
-        width, options = backbone.embed_dim, new_parameters(backbone)
+        width, options = anatomy.embed_dim, new_parameters(anatomy.model)
         self.scale, self.activation = config.scale, config.activation
         self.down = nn.Linear(width, config.rank, **options)
         self.up = nn.Linear(config.rank, width, **options)
@@ -98,16 +131,37 @@ class ParallelAdapter(nn.Module):
             down.weight, down.bias, up.weight, up.bias, self.scale, self.activation
         )
 
-    def attach(self, block: Block) -> None:
-        """Join both sublayers: x is seen where it enters the norm, A(x) added after drop-path."""
-        for norm, drop_path in ((block.norm1, block.drop_path1), (block.norm2, block.drop_path2)):
+    def attach_parallel(self, norms: tuple[nn.Module, ...], exits: tuple[nn.Module, ...]) -> None:
+        """x is seen where it enters a norm, A(x) added to what leaves the sublayer."""
+        for norm in norms:
             norm.register_forward_hook(self._at_entry)
-            drop_path.register_forward_hook(self._at_exit)
+        for leaves in unique(exits):
+            leaves.register_forward_hook(self._at_exit)
+
+    def after(self, linear: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        """Hook: the update of a layer's own output, added to it."""
+        return output + self(output)
 
     def _at_entry(self, norm: nn.Module, args: tuple[torch.Tensor], output: object) -> None:
         self._update = self(args[0])
 
-    def _at_exit(self, drop_path: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    def _at_exit(self, leaves: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        # One exit module may serve both sublayers, of which this is in one alone.
         update, self._update = self._update, None
-        assert update is not None, "a sublayer's exit was reached without its entry"
-        return output + update
+        return output if update is None else output + update
+
+
+class Adapters(nn.ModuleList, Attached):
+    """For each block a :class:`Bottleneck`, or one for "attention" and one for "mlp"."""
+
+    def __init__(self, placement: str) -> None:
+        super().__init__()
+        self.placement = placement
+
+    def fused(self, index: int) -> FusedParts | str:
+        if self.placement == "sequential":
+            return "its adapters come after the sublayers, not beside them"
+        part: Any = self[index]
+        if isinstance(part, Bottleneck):
+            return FusedParts(part.weights(), part.weights())
+        return FusedParts(part["attention"].weights(), part["mlp"].weights())

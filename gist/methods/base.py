@@ -1,14 +1,61 @@
-"""What every PEFT method's config offers."""
+"""What every PEFT method offers: a config, and a module that joins a backbone by hooks."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from gist.backbones.anatomy import Anatomy
+from gist_kernels import AdapterWeights
+from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.suggest import unknown_name
+
+
+class FusedParts(NamedTuple):
+    """What a method adds to a block, as the fused sublayers take it."""
+
+    attention: AdapterWeights | None
+    mlp: AdapterWeights | None
+
+
+class Attached(nn.Module):
+    """Owner of a method's new parameters, joined to a backbone by hooks.
+
+    Hooks must be bound methods of this module or of its children, or partials of them:
+    ``copy.deepcopy`` then binds the copy's hooks to the copy's parameters. No module's ``forward``
+    is replaced.
+    """
+
+    reaches_embedding = False
+    """Whether it has parameters before the first block."""
+    appended_tokens = 0
+    """Tokens that it adds at the end of the sequence, within the blocks."""
+
+    def fused(self, index: int) -> FusedParts | str:
+        """Its part in a block that runs as fused sublayers, or why the block can't."""
+        return f"its method is {type(self).__name__}, which runs by hooks"
+
+    def before_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What enters a block that runs as fused sublayers."""
+        return x
+
+    def after_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """What leaves the last one, if that runs as fused sublayers."""
+        return x
+
+    def merge(self, anatomy: Anatomy) -> None:
+        """Put the method into the backbone's own weights, without hooks.
+
+        Raises:
+            ValueError: it can't be expressed by them.
+        """
+        raise ValueError(f"{type(self).__name__} can't be merged into the backbone's weights")
 
 
 @dataclass(frozen=True)
@@ -17,16 +64,29 @@ class Method(ABC):
 
     name: ClassVar[str]
 
-    @abstractmethod
-    def attach(self, backbone: VisionTransformer) -> nn.Module:
-        """Attach to ``backbone`` by hooks and return a module that owns the new parameters.
-
-        Hooks must be bound methods of that module or of its children: ``copy.deepcopy`` then
-        binds the copy's hooks to the copy's parameters. No module's ``forward`` is replaced.
+    def attach(self, anatomy: Anatomy) -> Attached | None:
+        """Join a backbone, and return the module with the new parameters, None if there are none.
 
         Raises:
             ValueError: the backbone lacks what the method attaches to. Nothing is attached then.
         """
+        return None
+
+    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
+        """Parameters of the backbone itself that the method trains."""
+        return ()
+
+    @abstractmethod
+    def num_parameters(self, anatomy: Anatomy) -> int:
+        """How many parameters it trains, the classifier's left out, by its formula.
+
+        Raises:
+            ValueError: as :meth:`attach`.
+        """
+
+    def settings(self) -> Mapping[str, Any]:
+        """Its fields as a checkpoint has them."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def new_parameters(backbone: nn.Module) -> dict[str, Any]:
@@ -34,3 +94,29 @@ def new_parameters(backbone: nn.Module) -> dict[str, Any]:
     where small steps of an optimiser would be rounded away."""
     like = next(backbone.parameters())
     return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+
+
+def check_count(name: str, value: object, at_least: int = 1) -> None:
+    """ValueError unless ``value`` is an integer of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}; it is {value!r}")
+
+
+def check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; it is {value}")
+
+
+def check_rate(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1); it is {value}")
+
+
+def check_activation(name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(unknown_name("activation", name, ACTIVATIONS))
+
+
+def unique(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Each module once, in order."""
+    return list({id(module): module for module in modules}.values())

@@ -23,7 +23,7 @@ def own_forward(monkeypatch):
     """Lets every block run by its own forward."""
 
     def switch_off():
-        monkeypatch.setattr(blocks, "refusal", lambda *_: "a test wants it so")
+        monkeypatch.setattr(blocks, "plan", lambda *_: "a test wants it so")
 
     return switch_off
 
@@ -43,6 +43,14 @@ CONFIGS = {
     "token alone": gist.GistConfig(None, token_dropout=0.0),
     "adapter alone": gist.GistConfig(gist.Adapter(rank=4, scale=0.7), gist=False),
     "head alone": gist.GistConfig(None, gist=False),
+    "parallel adapters": gist.GistConfig(
+        gist.Adapter(rank=4, scale=0.7, placement="parallel"), token_dropout=0.0
+    ),
+    "adaptformer": gist.GistConfig(gist.AdaptFormer(rank=8, dropout=0.0), token_dropout=0.0),
+    "prompts": gist.GistConfig(gist.VPT(num_tokens=3), token_dropout=0.0),
+    "shallow prompts, adapter, two tokens": gist.GistConfig(
+        (gist.VPT(num_tokens=3, deep=False), gist.Adapter(rank=4)), token_dropout=0.0, num_tokens=2
+    ),
 }
 
 

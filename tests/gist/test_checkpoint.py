@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_only_what_was_trained_is_written(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["classes"] == ["a", "b", "c", "d", "e"]
     assert config["gist"]["method"] == {
-        "name": "adapter", "rank": 3, "scale": 0.5, "activation": "gelu",
+        "name": "adapter", "rank": 3, "scale": 0.5, "activation": "gelu", "placement": "shared",
     }  # fmt: skip
 
 
@@ -137,3 +138,23 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
     assert torch.equal(gist.load(backbone(), tmp_path)(PIXELS), expected)
+
+
+def filled(model):
+    """Every parameter from a formula in exact arithmetic, the same on every machine."""
+    with torch.no_grad():
+        for k, (_, parameter) in enumerate(sorted(model.named_parameters())):
+            values = torch.arange(parameter.numel(), dtype=torch.float64) * 37 + 11 * k
+            parameter.copy_((((values % 101) - 50) / 512).view(parameter.shape))
+    return model
+
+
+def test_a_file_of_version_0_1_0_is_read():
+    config = gist.GistConfig(gist.Adapter(rank=2, scale=0.5), token_dropout=0.2)
+    model = filled(gist.wrap(backbone(), config)).eval()
+    fresh = backbone()
+    fresh.load_state_dict(model.backbone.state_dict())
+    fresh.reset_classifier(5)
+    loaded = gist.load(fresh, Path(__file__).parent / "saved" / "0.1.0")
+    assert loaded.config == config
+    assert torch.equal(loaded(PIXELS), model(PIXELS))

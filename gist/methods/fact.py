@@ -1,0 +1,157 @@
+"""FacT: one small tensor network for the updates of all linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gist.backbones.anatomy import Anatomy
+from gist.methods.base import (
+    Attached,
+    Method,
+    check_count,
+    check_finite,
+    check_rate,
+    new_parameters,
+)
+from gist_kernels.suggest import unknown_name
+
+FORMS = ("tt", "tk")
+
+
+@dataclass(frozen=True)
+class FacT(Method):
+    """Factor tuning (arXiv:2212.03145): all linear layers' updates as one factorised tensor.
+
+    Every layer is cut into D x D matrices (a block of MLP ratio 4 has twelve: q, k, v, proj, four
+    of fc1, four of fc2), and the update of the k-th is ``scale * U S_k V^T``, with U and V, both
+    (D, rank), shared by all. In the tensor-train form ("tt") each S_k is free; in the Tucker form
+    ("tk") it is ``sum_r P_kr C_r`` of a core C, (rank, rank, rank). U, S, P and C start uniform as
+    linear layers do, V at 0.
+
+    Parameters: of K matrices, 12 a block, ``2 * D * rank + K * rank**2`` (tt) or
+    ``2 * D * rank + K * rank + rank**3`` (tk).
+
+    Args:
+        form: "tt" or "tk".
+        rank: None for the publication's: 16 (tt), 32 (tk).
+        scale: factor on the update; the publication chooses it for each task of 0.01 to 100.
+        dropout: of the low-rank features, in [0, 1).
+    """
+
+    name: ClassVar[str] = "fact"
+    form: str = "tt"
+    rank: int | None = None
+    scale: float = 1.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(unknown_name("form", self.form, FORMS))
+        if self.rank is None:
+            object.__setattr__(self, "rank", 16 if self.form == "tt" else 32)
+        check_count("rank", self.rank)
+        check_finite("scale", self.scale)
+        check_rate("dropout", self.dropout)
+
+    def attach(self, anatomy: Anatomy) -> Attached:
+        pieces, count = _pieces(anatomy)
+        factors = Factors(self, anatomy, count)
+        for layer, of_layer in pieces.items():
+            layer.register_forward_hook(partial(factors.update, tuple(of_layer)))
+        return factors
+
+    def num_parameters(self, anatomy: Anatomy) -> int:
+        rank, count = self.rank or 0, _pieces(anatomy)[1]
+        cores = count * rank**2 if self.form == "tt" else count * rank + rank**3
+        return 2 * anatomy.embed_dim * rank + cores
+
+
+class _Piece(NamedTuple):
+    """The k-th D x D matrix: inputs and outputs from these columns on."""
+
+    k: int
+    inputs: int
+    outputs: int
+
+
+def _pieces(anatomy: Anatomy) -> tuple[dict[nn.Linear, list[_Piece]], int]:
+    """The matrices of each layer, and how many there are."""
+    width, count = anatomy.embed_dim, 0
+    pieces: dict[nn.Linear, list[_Piece]] = {}
+    for index in range(len(anatomy.blocks)):
+        for name in ("q", "k", "v", "proj", "fc1", "fc2"):
+            projection = anatomy.projection(index, name)
+            if projection.in_features % width or projection.out_features % width:
+                raise ValueError(
+                    f"FacT needs layers of multiples of {width} features; {name!r} of block "
+                    f"{index} has {projection.in_features} and {projection.out_features}"
+                )
+            for start in range(0, projection.in_features, width):
+                for stop in range(projection.start, projection.stop, width):
+                    pieces.setdefault(projection.layer, []).append(_Piece(count, start, stop))
+                    count += 1
+    return pieces, count
+
+
+class Factors(Attached):
+    """The shared factors ``u``, ``v`` (D, rank) and the cores."""
+
+    def __init__(self, config: FacT, anatomy: Anatomy, count: int) -> None:
+        super().__init__()
+        rank, width, options = config.rank or 0, anatomy.embed_dim, new_parameters(anatomy.model)
+        self.scale, self.dropout = config.scale, config.dropout
+
+        def uniform(*shape: int, fan_in: int) -> nn.Parameter:
+            bound = fan_in**-0.5
+            return nn.Parameter(torch.empty(*shape, **options).uniform_(-bound, bound))
+
+        self.u = uniform(width, rank, fan_in=width)
+        self.v = nn.Parameter(torch.zeros(width, rank, **options))
+        if config.form == "tt":
+            self.cores = uniform(count, rank, rank, fan_in=rank)
+        else:
+            self.core = uniform(rank, rank, rank, fan_in=rank)
+            self.mixture = uniform(count, rank, fan_in=rank)
+
+    def core_of(self, k: int) -> torch.Tensor:
+        """S_k, (rank, rank)."""
+        if hasattr(self, "cores"):
+            return self.cores[k]
+        return torch.einsum("r,rij->ij", self.mixture[k], self.core)
+
+    def update(
+        self,
+        pieces: Sequence[_Piece],
+        layer: nn.Linear,
+        args: tuple[torch.Tensor],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hook: a layer's output with the updates of its matrices."""
+        x, width = args[0], len(self.u)
+        u, v = self.u.to(x.dtype), self.v.to(x.dtype)
+        by_input = {
+            start: x[..., start : start + width] @ u for start in {p.inputs for p in pieces}
+        }
+        by_output: dict[int, torch.Tensor] = {}
+        for piece in pieces:
+            low = by_input[piece.inputs] @ self.core_of(piece.k).to(x.dtype)
+            low = F.dropout(low, self.dropout, self.training)
+            by_output[piece.outputs] = by_output.get(piece.outputs, 0) + low
+        # A layer's matrices cover all its outputs, in order.
+        updates = torch.stack([by_output[start] for start in sorted(by_output)], dim=-2) @ v.T
+        return output + self.scale * updates.flatten(-2)
+
+    def merge(self, anatomy: Anatomy) -> None:
+        width = len(self.u)
+        for layer, of_layer in _pieces(anatomy)[0].items():
+            for k, inputs, outputs in of_layer:
+                update = self.u.double() @ self.core_of(k).double() @ self.v.double().T
+                part = layer.weight[outputs : outputs + width, inputs : inputs + width]
+                part.copy_(part.double() + self.scale * update.T)

@@ -1,0 +1,134 @@
+"""LoRA: low-rank updates of linear layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gist.backbones.anatomy import Anatomy
+from gist.methods.base import (
+    Attached,
+    Method,
+    check_count,
+    check_finite,
+    check_rate,
+    new_parameters,
+)
+from gist_kernels.suggest import unknown_name
+
+TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank updates of linear layers (arXiv:2106.09685): ``y = W x + alpha / rank * B A x``.
+
+    A starts Kaiming-uniform and B at 0. The publication adapts the queries and values.
+
+    Parameters: ``depth * rank * (in + out)`` of each target.
+
+    Args:
+        rank: of each update, at least 1.
+        alpha: scale times rank.
+        targets: any of "q", "k", "v", "proj", "fc1", "fc2".
+        dropout: of the update's input, in [0, 1).
+    """
+
+    name: ClassVar[str] = "lora"
+    rank: int = 8
+    alpha: float = 8.0
+    targets: Sequence[str] = ("q", "v")
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank)
+        check_finite("alpha", self.alpha)
+        check_rate("dropout", self.dropout)
+        object.__setattr__(self, "targets", tuple(self.targets))
+        for target in self.targets:
+            if target not in TARGETS:
+                raise ValueError(unknown_name("target", target, TARGETS))
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets must name each layer once, one at least; {self.targets!r}")
+
+    def attach(self, anatomy: Anatomy) -> Attached:
+        found = [
+            {target: anatomy.projection(index, target) for target in self.targets}
+            for index in range(len(anatomy.blocks))
+        ]
+        updates = LowRankUpdates(self)
+        for index, projections in enumerate(found):
+            of_block = {}
+            of_layer: dict[nn.Linear, list[tuple[str, int]]] = {}
+            for target, projection in projections.items():
+                of_block[target] = LowRank(
+                    projection.in_features, projection.out_features, self.rank, anatomy
+                )
+                of_layer.setdefault(projection.layer, []).append((target, projection.start))
+            updates.append(nn.ModuleDict(of_block))
+            for layer, places in of_layer.items():
+                layer.register_forward_hook(partial(updates.update, index, tuple(places)))
+        return updates
+
+    def num_parameters(self, anatomy: Anatomy) -> int:
+        return sum(
+            self.rank * (projection.in_features + projection.out_features)
+            for index in range(len(anatomy.blocks))
+            for projection in (anatomy.projection(index, target) for target in self.targets)
+        )
+
+
+class LowRank(nn.Module):
+    """The factors of one update: ``down`` (rank, in), A, and ``up`` (out, rank), B."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, anatomy: Anatomy) -> None:
+        super().__init__()
+        options = new_parameters(anatomy.model)
+        self.down = nn.Parameter(torch.empty(rank, inputs, **options))
+        self.up = nn.Parameter(torch.zeros(outputs, rank, **options))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        return f"{self.down.shape[1]} -> {self.down.shape[0]} -> {self.up.shape[0]}"
+
+
+class LowRankUpdates(nn.ModuleList, Attached):
+    """For each block its targets' :class:`LowRank`, by their names."""
+
+    def __init__(self, config: LoRA) -> None:
+        super().__init__()
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+
+    def update(
+        self,
+        index: int,
+        places: Sequence[tuple[str, int]],
+        layer: nn.Linear,
+        args: tuple[torch.Tensor],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hook: a layer's output with its targets' updates, each from its column on."""
+        x = F.dropout(args[0], self.dropout, self.training) if self.dropout else args[0]
+        of_block: Any = self[index]
+        for target, start in places:
+            factors = of_block[target]
+            low = F.linear(x, factors.down.to(x.dtype))
+            update = self.scale * F.linear(low, factors.up.to(x.dtype))
+            rest = output.shape[-1] - start - update.shape[-1]
+            output = output + F.pad(update, (start, rest)) if start or rest else output + update
+        return output
+
+    def merge(self, anatomy: Anatomy) -> None:
+        for index, of_block in enumerate(self):
+            for target, factors in of_block.items():  # type: ignore[operator]
+                layer, start, stop = anatomy.projection(index, target)
+                weight = layer.weight
+                update = self.scale * (factors.up.double() @ factors.down.double())
+                weight[start:stop] = (weight[start:stop].double() + update).to(weight.dtype)

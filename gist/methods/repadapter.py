@@ -1,0 +1,131 @@
+"""RepAdapter: linear adapters before each sublayer, which vanish into its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gist.backbones.anatomy import Anatomy
+from gist.methods.base import (
+    Attached,
+    Method,
+    check_count,
+    check_finite,
+    check_rate,
+    new_parameters,
+)
+
+_PLACES = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class RepAdapter(Method):
+    """Linear adapters between norm and sublayer (arXiv:2302.08106)::
+
+        n = norm(x);  n = n + scale * up(dropout(down(n)));  x = x + drop_path(sublayer(n))
+
+    ``up`` is group-wise: output group g reads its share of the bottleneck alone. Without a
+    nonlinearity both fold into the linear layer that follows (:func:`gist.merge`). Down starts
+    Xavier-uniform, up and both biases at 0.
+
+    Parameters: ``2 * depth * (D * rank + rank + D * rank / groups + D)``.
+
+    Args:
+        rank: bottleneck width, a multiple of ``groups``.
+        groups: of ``up``; D is a multiple of it.
+        scale: factor on the update; the publication chooses it for each task of 0.1 to 10.
+        dropout: of the bottleneck, in [0, 1).
+    """
+
+    name: ClassVar[str] = "repadapter"
+    rank: int = 8
+    groups: int = 2
+    scale: float = 1.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_count("groups", self.groups)
+        check_count("rank", self.rank)
+        if self.rank % self.groups:
+            raise ValueError(f"rank, {self.rank}, must be a multiple of groups, {self.groups}")
+        check_finite("scale", self.scale)
+        check_rate("dropout", self.dropout)
+
+    def attach(self, anatomy: Anatomy) -> Attached:
+        if anatomy.embed_dim % self.groups:
+            raise ValueError(
+                f"groups, {self.groups}, must divide the backbone's width, {anatomy.embed_dim}"
+            )
+        norms = [anatomy.parts(index).norms for index in range(len(anatomy.blocks))]
+        adapters = LinearAdapters(self)
+        for index, of_block in enumerate(norms):
+            pair = {place: GroupedLinear(self, anatomy) for place in _PLACES}
+            adapters.append(nn.ModuleDict(pair))
+            for place, norm in zip(_PLACES, of_block, strict=True):
+                norm.register_forward_hook(partial(adapters.adapt, index, place))
+        return adapters
+
+    def num_parameters(self, anatomy: Anatomy) -> int:
+        width, rank = anatomy.embed_dim, self.rank
+        each = width * rank + rank + width * rank // self.groups + width
+        return 2 * len(anatomy.blocks) * each
+
+
+class GroupedLinear(nn.Module):
+    """``up(down(n))``: (rank, D) down, and up as (groups, D / groups, rank / groups)."""
+
+    def __init__(self, config: RepAdapter, anatomy: Anatomy) -> None:
+        super().__init__()
+        width, rank, groups = anatomy.embed_dim, config.rank, config.groups
+        options = new_parameters(anatomy.model)
+        self.down = nn.Linear(width, rank, **options)
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        self.up_weight = nn.Parameter(
+            torch.zeros(groups, width // groups, rank // groups, **options)
+        )
+        self.up_bias = nn.Parameter(torch.zeros(width, **options))
+
+    def forward(self, n: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        down_weight, down_bias = self.down.weight.to(n.dtype), self.down.bias.to(n.dtype)
+        low = F.dropout(F.linear(n, down_weight, down_bias), dropout)
+        low = low.unflatten(-1, (len(self.up_weight), -1))
+        up = torch.einsum("...gr,gdr->...gd", low, self.up_weight.to(n.dtype))
+        return up.flatten(-2) + self.up_bias.to(n.dtype)
+
+
+class LinearAdapters(nn.ModuleList, Attached):
+    """For each block a :class:`GroupedLinear` for "attention" and one for "mlp"."""
+
+    def __init__(self, config: RepAdapter) -> None:
+        super().__init__()
+        self.scale, self.dropout = config.scale, config.dropout
+
+    def adapt(
+        self, index: int, place: str, norm: nn.Module, args: object, output: torch.Tensor
+    ) -> torch.Tensor:
+        """Hook: a norm's output, adapted."""
+        of_block: Any = self[index]
+        return output + self.scale * of_block[place](output, self.dropout * self.training)
+
+    def merge(self, anatomy: Anatomy) -> None:
+        for index, of_block in enumerate(self):
+            for place, names in (("attention", ("q", "k", "v")), ("mlp", ("fc1",))):
+                adapter: Any = of_block[place]  # type: ignore[index]
+                down, bias = adapter.down.weight.double(), adapter.down.bias.double()
+                up = torch.block_diag(*adapter.up_weight.double())
+                matrix = torch.eye(len(up), dtype=up.dtype, device=up.device)
+                matrix = matrix + self.scale * up @ down
+                shift = self.scale * (up @ bias + adapter.up_bias.double())
+                for name in names:
+                    layer, start, stop = anatomy.projection(index, name)
+                    if layer.bias is None:
+                        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
+                    weight = layer.weight[start:stop].double()
+                    layer.bias[start:stop] += (weight @ shift).to(layer.bias.dtype)
+                    layer.weight[start:stop] = (weight @ matrix).to(layer.weight.dtype)

@@ -1,0 +1,69 @@
+"""Methods without new parameters: they train some of the backbone's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from gist.backbones.anatomy import Anatomy
+from gist.methods.base import Method
+
+
+class _Selective(Method):
+    def num_parameters(self, anatomy: Anatomy) -> int:
+        return sum(parameter.numel() for parameter in self.trained(anatomy))
+
+
+@dataclass(frozen=True)
+class BitFit(_Selective):
+    """Train every bias of the backbone (arXiv:2106.10199).
+
+    Parameters: ``depth * 11 * D + 2 * D`` for a plain ViT: of the patch embedding, both norms, qkv,
+    proj, fc1 (4 D) and fc2 of each block, and the final norm; 102,912 for ViT-B/16.
+    """
+
+    name: ClassVar[str] = "bitfit"
+
+    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
+        heads = {id(p) for head in anatomy.heads for p in head.parameters()}
+        return [
+            parameter
+            for name, parameter in anatomy.model.named_parameters()
+            if name.rpartition(".")[2] in ("bias", "q_bias", "v_bias")
+            and id(parameter) not in heads
+        ]
+
+
+@dataclass(frozen=True)
+class LayerNormTuning(_Selective):
+    """Train scale and shift of every norm (arXiv:2312.11420).
+
+    Parameters: ``(2 * depth + 1) * 2 * D`` for a plain ViT; 38,400 for ViT-B/16.
+    """
+
+    name: ClassVar[str] = "layernorm"
+
+    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
+        norms = (m for m in anatomy.model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)))
+        return [parameter for norm in norms for parameter in norm.parameters()]
+
+
+@dataclass(frozen=True)
+class Full(_Selective):
+    """Train the whole backbone: the upper baseline, and no PEFT.
+
+    Parameters: all but the classifier's, and a mask token, which classification never reads.
+    """
+
+    name: ClassVar[str] = "full"
+
+    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
+        heads = {id(p) for head in anatomy.heads for p in head.parameters()}
+        return [
+            parameter
+            for name, parameter in anatomy.model.named_parameters()
+            if id(parameter) not in heads and not name.endswith("mask_token")
+        ]

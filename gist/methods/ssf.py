@@ -1,0 +1,104 @@
+"""SSF: scaling and shifting deep features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from gist.backbones.anatomy import Anatomy
+from gist.methods.base import Attached, Method, new_parameters
+
+_LINEARS = ("qkv", "proj", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class SSF(Method):
+    """A scale and a shift for each feature after every operation (arXiv:2210.08823)::
+
+        y = scale * operation(x) + shift
+
+    Operations are the patch embedding, each block's two norms and its linear layers (the packed
+    qkv counts as one), and the final norm. Scales start at 1, shifts at 0, both with normal noise
+    of standard deviation 0.02, as released.
+
+    Parameters: two for each output feature of those: ``depth * 22 * D + 4 * D`` where the MLP's
+    width is four times D; 205,824 for ViT-B/16.
+    """
+
+    name: ClassVar[str] = "ssf"
+
+    def attach(self, anatomy: Anatomy) -> Attached:
+        places = list(_places(anatomy))
+        features = Features()
+        options = new_parameters(anatomy.model)
+        for name, _, width in places:
+            features[name] = ScaleShift(width, options)
+        for name, module, _ in places:
+            module.register_forward_hook(partial(features.scaled, name))
+        return features
+
+    def num_parameters(self, anatomy: Anatomy) -> int:
+        return sum(2 * width for _, _, width in _places(anatomy))
+
+
+def _places(anatomy: Anatomy) -> Iterator[tuple[str, nn.Module, int]]:
+    """Name, module and width of every operation."""
+    width = anatomy.embed_dim
+    yield "patch_embed", anatomy.patch_projection, width
+    for index in range(len(anatomy.blocks)):
+        for name, norm in zip(("norm1", "norm2"), anatomy.parts(index).norms, strict=True):
+            yield f"{index}_{name}", norm, width
+        seen: set[int] = set()
+        for name in ("q", "k", "v", "proj", "fc1", "fc2"):
+            layer = anatomy.projection(index, name).layer
+            if id(layer) not in seen:
+                seen.add(id(layer))
+                packed = name == "q" and layer is anatomy.projection(index, "v").layer
+                yield f"{index}_{'qkv' if packed else name}", layer, layer.out_features
+    yield "norm", anatomy.final_norm, width
+
+
+class ScaleShift(nn.Module):
+    """``scale * y + shift`` over (..., width) features."""
+
+    def __init__(self, width: int, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width, **options).normal_(1, 0.02))
+        self.shift = nn.Parameter(torch.empty(width, **options).normal_(0, 0.02))
+
+    def forward(self, y: torch.Tensor, channels_first: bool = False) -> torch.Tensor:
+        scale, shift = self.scale.to(y.dtype), self.shift.to(y.dtype)
+        if channels_first:
+            scale, shift = scale[:, None, None], shift[:, None, None]
+        return torch.addcmul(shift, scale, y)
+
+
+class Features(nn.ModuleDict, Attached):
+    """A :class:`ScaleShift` for each operation, by its name."""
+
+    reaches_embedding = True
+
+    def scaled(
+        self, name: str, module: nn.Module, args: object, output: torch.Tensor
+    ) -> torch.Tensor:
+        """Hook: an operation's output, scaled and shifted."""
+        return self[name](output, isinstance(module, nn.Conv2d))
+
+    def merge(self, anatomy: Anatomy) -> None:
+        for name, module, _ in list(_places(anatomy)):
+            _fold(module, self[name])
+
+
+def _fold(module: Any, by: Any) -> None:
+    """Scale and shift into a layer's or a norm's own weight and bias."""
+    if module.bias is None:
+        module.bias = nn.Parameter(torch.zeros_like(by.shift, dtype=module.weight.dtype))
+    scale, weight = by.scale.double(), module.weight
+    shape = (-1,) + (1,) * (weight.ndim - 1)
+    weight.copy_(scale.view(shape) * weight.double())
+    module.bias.copy_(scale * module.bias.double() + by.shift.double())

@@ -1,0 +1,112 @@
+"""VPT: visual prompt tuning, shallow and deep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gist.backbones.anatomy import Anatomy, TimmEva
+from gist.methods.base import (
+    Attached,
+    FusedParts,
+    Method,
+    check_count,
+    check_rate,
+    new_parameters,
+)
+
+
+@dataclass(frozen=True)
+class VPT(Method):
+    """Trained prompt tokens among the patches (arXiv:2203.12119).
+
+    Shallow prompts enter before the first block and pass through all; deep ones are replaced by new
+    ones before each block. They stand at the end of the sequence, where the publication has them
+    after the class token: blocks without positions of their own treat all places alike. They leave
+    before the final norm, so that no pooling sees them. They start uniform within
+    ``sqrt(6 / (3 * p * p + D))`` for patches of p x p pixels.
+
+    Parameters: ``num_tokens * D``, times ``depth`` if deep.
+
+    Args:
+        num_tokens: prompts a block, at least 1; the publication chooses among 1, 5, 10, 50, 100
+            and 200 for each task, its code's default is 5.
+        deep: VPT-Deep rather than VPT-Shallow.
+        dropout: of the prompts, drawn anew for each image, in [0, 1).
+    """
+
+    name: ClassVar[str] = "vpt"
+    num_tokens: int = 5
+    deep: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("num_tokens", self.num_tokens)
+        check_rate("dropout", self.dropout)
+
+    def attach(self, anatomy: Anatomy) -> Attached:
+        self.num_parameters(anatomy)
+        prompts = Prompts(self, anatomy)
+        for index in range(len(anatomy.blocks) if self.deep else 1):
+            anatomy.blocks[index].register_forward_pre_hook(partial(prompts.enter, index))
+        anatomy.blocks[-1].register_forward_hook(prompts.leave)
+        return prompts
+
+    def num_parameters(self, anatomy: Anatomy) -> int:
+        if isinstance(anatomy, TimmEva):
+            raise ValueError(
+                "VPT's prompts have no place among the rotary positions of a "
+                f"{type(anatomy.model).__name__}; use another method"
+            )
+        return self.num_tokens * anatomy.embed_dim * (len(anatomy.blocks) if self.deep else 1)
+
+
+class Prompts(Attached):
+    """(depth or 1, num_tokens, D) prompts."""
+
+    def __init__(self, config: VPT, anatomy: Anatomy) -> None:
+        super().__init__()
+        height, width = anatomy.patch_projection.kernel_size
+        bound = math.sqrt(6 / (3 * height * width + anatomy.embed_dim))
+        prompts = torch.empty(
+            len(anatomy.blocks) if config.deep else 1,
+            config.num_tokens,
+            anatomy.embed_dim,
+            **new_parameters(anatomy.model),
+        )
+        self.prompts = nn.Parameter(prompts.uniform_(-bound, bound))
+        self.dropout = config.dropout
+        self.appended_tokens = config.num_tokens
+
+    def extra_repr(self) -> str:
+        return f"prompts={tuple(self.prompts.shape)}, dropout={self.dropout}"
+
+    def fused(self, index: int) -> FusedParts | str:
+        return FusedParts(None, None)
+
+    def before_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if index >= len(self.prompts):
+            return x
+        prompts = self.prompts[index].to(x.dtype).expand(len(x), -1, -1)
+        prompts = F.dropout(prompts, self.dropout, self.training)
+        kept = x if index == 0 else self.after_blocks(x)
+        return torch.cat((kept, prompts), dim=1)
+
+    def after_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, : -self.appended_tokens]
+
+    def enter(
+        self, index: int, block: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Hook before a block: its prompts join, in place of the last ones."""
+        return (self.before_block(index, args[0]), *args[1:])
+
+    def leave(self, block: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        """Hook after the last block: the prompts leave."""
+        return self.after_blocks(output)
