@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import gist_kernels as gk
-from gist.methods.base import Attached, FusedParts
+from gist.methods.base import Attached, Change, FusedParts
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -48,18 +48,24 @@ def plan(
     inner = _attention_refusal(block.attn) or _mlp_refusal(block.mlp)
     if inner is not None:
         return inner
-    if any(parameter.requires_grad for parameter in block.parameters()):
-        return "it has trainable weights of its own"
+    if any(weight.requires_grad for weight in _frozen(block)):
+        return "it has trainable matrices of its own"
     if any(id(owner(hook)) not in owned for hook in _hooks(block)):
         return "it carries hooks that are not gist's"
-    parts = FusedParts(None, None)
+    parts = FusedParts()
     for method in attached:
         found = method.fused(index)
         if isinstance(found, str):
             return found
-        if any(a is not None and b is not None for a, b in zip(parts, found, strict=True)):
+        if any(a is not None and b is not None for a, b in zip(parts[:2], found[:2], strict=True)):
             return "it has two adapters beside one sublayer"
-        parts = FusedParts(parts.attention or found.attention, parts.mlp or found.mlp)
+        if parts.changes.keys() & found.changes.keys():
+            return "two methods change one of its layers"
+        parts = FusedParts(
+            parts.attention or found.attention,
+            parts.mlp or found.mlp,
+            {**parts.changes, **found.changes},
+        )
     return parts
 
 
@@ -73,31 +79,58 @@ def run(
 ) -> torch.Tensor:
     """A timm Block with what :func:`plan` gave: (B, N, D) tokens to as many, or to the first ones
     alone."""
-    attn, mlp = block.attn, block.mlp
+    attn, mlp, changes = block.attn, block.mlp, parts.changes
+    qkv, of_qkv = _linear(attn.qkv, changes.get("qkv"))
+    proj, of_proj = _linear(attn.proj, changes.get("proj"))
     x = gk.adapter_attention(
         x,
-        _norm(block.norm1),
+        _norm(block.norm1, changes.get("norm1")),
         gk.AttentionWeights(
-            attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            attn.num_heads, attn.scale, _layer_scale(block.ls1),
+            *qkv, *proj, attn.num_heads, attn.scale, _layer_scale(block.ls1), of_qkv, of_proj
         ),
         parts.attention,
         num_queries=num_queries,
         drop_path=_drop_path(block.drop_path1, x),
         grad_tokens=grad_tokens,
-    )  # fmt: skip
+    )
     activation = _activation(mlp.act)
     assert activation is not None
+    fc1, of_fc1 = _linear(mlp.fc1, changes.get("fc1"))
+    fc2, of_fc2 = _linear(mlp.fc2, changes.get("fc2"))
     return gk.adapter_mlp(
         x,
-        _norm(block.norm2),
-        gk.MlpWeights(
-            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            activation, _layer_scale(block.ls2),
-        ),
+        _norm(block.norm2, changes.get("norm2")),
+        gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), of_fc1, of_fc2),
         parts.mlp,
         drop_path=_drop_path(block.drop_path2, x),
-    )  # fmt: skip
+    )
+
+
+def _frozen(block: Any) -> Iterator[torch.Tensor]:
+    """The weights whose gradients the fused sublayers don't compute."""
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        yield layer.weight
+    for scale in (block.ls1, block.ls2):
+        if isinstance(scale, LayerScale):
+            yield scale.gamma
+
+
+def _linear(
+    layer: nn.Linear, change: Change | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], gk.LinearUpdate | None]:
+    """A layer's weight and bias, and what is trained beside them."""
+    if change is None:
+        return (layer.weight, layer.bias), None
+    bias = _shifted(layer.bias, change, layer.weight.dtype)
+    return (layer.weight, bias), gk.LinearUpdate(change.scale, change.down, change.up)
+
+
+def _shifted(bias: torch.Tensor | None, change: Change, dtype: torch.dtype) -> torch.Tensor | None:
+    """``scale * bias + shift``."""
+    scale, shift = (None if t is None else t.to(dtype) for t in change[:2])
+    if bias is None or scale is None:
+        return bias if shift is None else shift if bias is None else bias + shift
+    return scale * bias if shift is None else torch.addcmul(shift, scale, bias)
 
 
 def _attention_refusal(attn: Any) -> str | None:
@@ -150,8 +183,12 @@ def owner(hook: object) -> object:
     return getattr(hook, "__self__", hook)
 
 
-def _norm(norm: Any) -> gk.NormWeights:
-    return gk.NormWeights(norm.weight, norm.bias, norm.eps)
+def _norm(norm: Any, change: Change | None) -> gk.NormWeights:
+    weight, bias = norm.weight, norm.bias
+    if change is not None and weight is not None:
+        bias = _shifted(bias, change, weight.dtype)
+        weight = weight if change.scale is None else change.scale.to(weight.dtype) * weight
+    return gk.NormWeights(weight, bias, norm.eps)
 
 
 def _layer_scale(scale: nn.Module) -> torch.Tensor | None:

@@ -14,7 +14,13 @@ from gist_kernels.loss import (
     gist_loss_and_grad,
     split_heads,
 )
-from gist_kernels.options import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
+from gist_kernels.options import (
+    AdapterWeights,
+    AttentionWeights,
+    LinearUpdate,
+    MlpWeights,
+    NormWeights,
+)
 from gist_kernels.sublayers import adapter_attention, adapter_mlp, prefix_attention
 
 __version__ = "0.1.0"
@@ -24,6 +30,7 @@ __all__ = [
     "AttentionWeights",
     "BackendInfo",
     "GistLossTerms",
+    "LinearUpdate",
     "MlpWeights",
     "NormWeights",
     "adapter",

@@ -1,24 +1,31 @@
 """The adapter, and a transformer block's sublayers with it, as one autograd node each.
 
 A sublayer's node computes ``x + drop_path(layer_scale(sublayer(norm(x)))) + adapter(x)`` for frozen
-norm and sublayer. Kernels that read x anyway carry the adapter along: forward, the one that
+weight matrices. Kernels that read x anyway carry the adapter along: forward, the one that
 normalises x also writes ``x + adapter(x)``, onto which the sublayer's last product is added;
 backward, the one that goes back through the norm also adds the adapter's part of the gradient of x
-and sums up the gradients of the adapter's weights. Nothing that only the gradient of a frozen
-weight would need is computed or kept.
+and sums up the gradients of the adapter's weights. What else may be trained is small: the norm's
+and the linear layers' biases, and low-rank updates and scales of the latter. Nothing that only the
+gradient of a frozen weight would need is computed or kept.
 
 Backends differ in their :class:`SublayerKernels`; the equations are here alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from gist_kernels.ops import needs_dispatcher
-from gist_kernels.options import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
+from gist_kernels.options import (
+    AdapterWeights,
+    AttentionWeights,
+    LinearUpdate,
+    MlpWeights,
+    NormWeights,
+)
 from gist_kernels.reference import OPERATIONS as REFERENCE
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -83,11 +90,13 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
                 x, norm, weights, adapter,
                 num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens,
             )  # fmt: skip
-        sublayer = _Sublayer(kernels, norm, weights, weights[2:4], drop_path, adapter)
-        need_grad, trainable = torch.is_grad_enabled(), (adapter or _NO_ADAPTER)[:4]
+        first = _Product.of(kernels, *weights[:2], weights.qkv_update)
+        last = _Product.of(kernels, *weights[2:4], weights.proj_update)
+        sublayer = _Sublayer(kernels, norm, weights, first, last, drop_path, adapter)
+        need_grad, tensors = torch.is_grad_enabled(), sublayer.tensors()
         if num_queries is None or num_queries >= x.shape[1]:
-            return _AttentionNode.apply(sublayer, need_grad, grad_tokens, *trainable, x)
-        return _PrefixNode.apply(sublayer, need_grad, num_queries, *trainable, x)
+            return _AttentionNode.apply(sublayer, need_grad, grad_tokens, *tensors, x)
+        return _PrefixNode.apply(sublayer, need_grad, num_queries, *tensors, x)
 
     def adapter_mlp(
         x: torch.Tensor,
@@ -99,8 +108,10 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
     ) -> torch.Tensor:
         if needs_dispatcher(x):
             return REFERENCE["adapter_mlp"](x, norm, weights, adapter, drop_path=drop_path)
-        sublayer = _Sublayer(kernels, norm, weights, weights[2:4], drop_path, adapter)
-        return _MlpNode.apply(sublayer, *(adapter or _NO_ADAPTER)[:4], x)
+        first = _Product.of(kernels, *weights[:2], weights.fc1_update)
+        last = _Product.of(kernels, *weights[2:4], weights.fc2_update)
+        sublayer = _Sublayer(kernels, norm, weights, first, last, drop_path, adapter)
+        return _MlpNode.apply(sublayer, *sublayer.tensors(), x)
 
     def prefix_attention(
         qkv: torch.Tensor, num_heads: int, *, num_queries: int | None, scale: float | None
@@ -123,52 +134,191 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
 _NO_ADAPTER = (None, None, None, None)
 
 
+class _Product(NamedTuple):
+    """A linear layer of (M, I) rows: a frozen weight, and what may be trained beside it."""
+
+    kernels: SublayerKernels
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        kernels: SublayerKernels,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        update: LinearUpdate | None,
+    ) -> _Product:
+        return cls(kernels, weight, bias, *(update or LinearUpdate()))
+
+    def outputs(self, rows: slice) -> _Product:
+        """Some of its outputs."""
+        weight, bias, scale, up = (
+            None if t is None else t[rows] for t in (self.weight, self.bias, self.scale, self.up)
+        )
+        assert weight is not None
+        return self._replace(weight=weight, bias=bias, scale=scale, up=up)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """``y``, and for backward ``W x`` before its scale, and ``down x``, if there are such."""
+        linear, unscaled, low = self.kernels.linear, None, None
+        if self.scale is None:
+            y = linear(x, self.weight, self.bias)
+        else:
+            unscaled = linear(x, self.weight, None)
+            y = unscaled * self.scale.to(x.dtype)
+            y = y if self.bias is None else y.add_(self.bias)
+        if self.down is not None and self.up is not None:
+            low = linear(x, self.down.to(x.dtype), None)
+            y = self.kernels.add_linear(y, low, self.up.to(x.dtype))
+        return y, unscaled, low
+
+    def backward(
+        self,
+        d_y: torch.Tensor,
+        x: Callable[[], torch.Tensor],
+        kept: Sequence[torch.Tensor | None],
+        needs: Sequence[bool],
+        need_dx: bool = True,
+    ) -> Any:
+        """``d_x``, and a list of the gradients of bias, scale, down and up. ``x`` is called where
+        ``down`` is trained."""
+        unscaled, low = kept
+        linear, d_x, d_bias, d_scale, d_down, d_up = self.kernels.linear, *(None,) * 5
+        if need_dx:
+            scaled = d_y if self.scale is None else d_y * self.scale.to(d_y.dtype)
+            d_x = linear(scaled, self.weight.t(), None)
+        if needs[0] and self.bias is not None:
+            d_bias = _column_sums(d_y, self.bias)
+        if needs[1] and self.scale is not None and unscaled is not None:
+            d_scale = _column_sums(d_y * unscaled, self.scale)
+        if self.down is not None and self.up is not None:
+            d_low = linear(d_y, self.up.to(d_y.dtype).t(), None)
+            if needs[2]:
+                d_down = (d_low.t() @ x()).to(self.down.dtype)
+            if needs[3]:
+                assert low is not None
+                d_up = (d_y.t() @ low).to(self.up.dtype)
+            if need_dx:
+                d_x = self.kernels.add_linear(d_x, d_low, self.down.to(d_y.dtype).t())
+        return d_x, [d_bias, d_scale, d_down, d_up]
+
+
 class _Sublayer(NamedTuple):
-    """What a node is given beside the tensors that may need gradients."""
+    """What a node is given beside x."""
 
     kernels: SublayerKernels
     norm: NormWeights
     weights: Any
-    """AttentionWeights or MlpWeights."""
-    last: tuple[torch.Tensor, torch.Tensor | None]
-    """Weight and bias of its last product."""
+    """AttentionWeights or MlpWeights, for what is not in the products."""
+    first: _Product
+    last: _Product
     drop_path: torch.Tensor | None
     adapter: AdapterWeights | None
 
-    def with_saved(self, trainable: Any) -> AdapterWeights | None:
-        """The adapter, of tensors that autograd has seen to be unchanged since forward."""
-        if self.adapter is None:
-            return None
-        return AdapterWeights._make((*trainable, *self.adapter[4:]))
+    def tensors(self) -> Tensors:
+        """All that may be trained: 4 of the adapter, 2 of the norm, 4 of each product."""
+        adapter = _NO_ADAPTER if self.adapter is None else self.adapter[:4]
+        return *adapter, *self.norm[:2], *self.first[2:], *self.last[2:]
+
+    def with_saved(self, tensors: Any) -> _Sublayer:
+        """The same, of tensors that autograd has seen to be unchanged since forward."""
+        adapter = self.adapter
+        return self._replace(
+            adapter=adapter and AdapterWeights._make((*tensors[:4], *adapter[4:])),
+            norm=NormWeights._make((*tensors[4:6], self.norm.eps)),
+            first=_Product._make((*self.first[:2], *tensors[6:10])),
+            last=_Product._make((*self.last[:2], *tensors[10:14])),
+        )
 
     def factors(self) -> list[torch.Tensor]:
         """What scales the last product, bias included."""
         return [f for f in (self.weights.layer_scale, self.drop_path) if f is not None]
 
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the first product reads, once more."""
+        return self.kernels.adapter_forward(x, None, self.norm, None, None)[0]
+
     def adapted(self, x: torch.Tensor, norm: NormWeights | None) -> Any:
         """``adapter_forward`` onto x itself, with the bias of the product that will be added."""
-        bias = None if self.factors() else self.last[1]
+        bias = None if self.factors() or self.last.scale is not None else self.last.bias
         return self.kernels.adapter_forward(x, x, norm, self.adapter, bias)
 
     def add_product(
         self, x: torch.Tensor, adapted: torch.Tensor | None, inner: torch.Tensor
-    ) -> torch.Tensor:
-        """The last product, of (B, N, I) ``inner``, added to what ``adapted`` gave."""
-        weight, bias = self.last
-        shape = *inner.shape[:2], len(weight)
+    ) -> Any:
+        """The last product, of (B, N, I) ``inner``, added to what ``adapted`` gave; and what it
+        keeps for backward."""
+        last, rows = self.last, _rows(inner)
+        shape = *inner.shape[:2], len(last.weight)
         factors = self.factors()
-        if adapted is not None and not factors:
-            return self.kernels.add_linear(adapted, _rows(inner), weight).view(shape)
-        update = self.kernels.linear(_rows(inner), weight, bias).view(shape)
+        if adapted is not None and not factors and last.scale is None:
+            out, low = self.kernels.add_linear(adapted, rows, last.weight), None
+            if last.down is not None and last.up is not None:
+                low = self.kernels.linear(rows, last.down.to(rows.dtype), None)
+                out = self.kernels.add_linear(out, low, last.up.to(rows.dtype))
+            return out.view(shape), None, low
+        update, *kept = last.forward(rows)
+        update = update.view(shape)
         for factor in factors:
             update = update * factor
-        return update.add_((x if adapted is None else adapted).view_as(update))
+        return update.add_((x if adapted is None else adapted).view_as(update)), *kept
 
-    def before_product(self, d_out: torch.Tensor) -> torch.Tensor:
-        """The gradient of ``inner``, from that of the sublayer, (B, N, D)."""
+    def before_product(
+        self,
+        d_out: torch.Tensor,
+        inner: Callable[[], torch.Tensor],
+        kept: Any,
+        needs: Sequence[bool],
+        need_dx: bool = True,
+    ) -> Any:
+        """The gradient of ``inner``, from that of the sublayer, (B, N, D), and those of what the
+        last product trains."""
         for factor in self.factors():
             d_out = d_out * factor
-        return self.kernels.linear(_rows(d_out), self.last[0].t(), None)
+        return self.last.backward(_rows(d_out), inner, kept, needs, need_dx)
+
+    def through_norm(
+        self,
+        d_product: torch.Tensor,
+        kept: Any,
+        needs: Sequence[bool],
+        d_out: torch.Tensor,
+        x: torch.Tensor,
+        z: torch.Tensor | None,
+        stats: torch.Tensor,
+    ) -> Any:
+        """From the gradient of the first product, and of the sublayer's output, to that of x, and
+        a list of those of adapter, norm and first product."""
+        d_normed, of_first = self.first.backward(
+            _rows(d_product), lambda: self.normed(x), kept, needs[6:10]
+        )
+        of_norm = self.of_norm(d_normed, x, stats, needs[4:6])
+        d_x, *of_adapter = self.kernels.adapter_backward(
+            d_out, d_normed, x, self.norm, stats, self.adapter, z, pass_through=True
+        )
+        return d_x, [*of_adapter, *of_norm, *of_first]
+
+    def of_norm(
+        self, d_normed: torch.Tensor, x: torch.Tensor, stats: torch.Tensor, needs: Sequence[bool]
+    ) -> list[torch.Tensor | None]:
+        """The gradients of the norm's weight and bias."""
+        weight, bias, _ = self.norm
+        d_weight = d_bias = None
+        if needs[0] and weight is not None:
+            centred = x.to(stats.dtype).sub(stats[:, :1]).mul_(stats[:, 1:])
+            d_weight = _column_sums(centred.mul_(d_normed), weight)
+        if needs[1] and bias is not None:
+            d_bias = _column_sums(d_normed, bias)
+        return [d_weight, d_bias]
+
+
+def _column_sums(d: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Over the rows, in float32 at least."""
+    return d.sum(0, dtype=torch.promote_types(d.dtype, torch.float32)).to(like.dtype)
 
 
 class _AdapterNode(torch.autograd.Function):
@@ -203,6 +353,10 @@ class _AdapterNode(torch.autograd.Function):
         return None, *of_weights, d_x, d_out if need_residual else None
 
 
+_TRAINED = 14
+"""How many tensors a node is given before x."""
+
+
 class _AttentionNode(torch.autograd.Function):
     """Of all tokens; the gradient of x may be left at that of ``grad_tokens``."""
 
@@ -215,57 +369,63 @@ class _AttentionNode(torch.autograd.Function):
         *tensors: Any,
     ) -> torch.Tensor:
         kernels, norm, weights = sublayer[:3]
-        *trainable, x = tensors
+        x = tensors[-1]
         rows = _rows(x)
         normed, out, z, stats = sublayer.adapted(rows, norm)
-        qkv = kernels.linear(normed, weights.qkv_weight, weights.qkv_bias)
+        qkv, *of_first = sublayer.first.forward(normed)
         qkv = qkv.view(*x.shape[:2], qkv.shape[1])
         attended, lse, ctx.graph = kernels.attention_forward(
             *qkv.chunk(3, dim=-1), weights.num_heads, weights.scale, need_grad
         )
+        result, *of_last = sublayer.add_product(rows, out, attended)
         ctx.sublayer, ctx.grad_tokens = sublayer, grad_tokens
-        ctx.save_for_backward(*trainable, x, z, stats, qkv, attended, lse)
-        return sublayer.add_product(rows, out, attended)
+        ctx.save_for_backward(*tensors, z, stats, qkv, attended, lse, *of_first, *of_last)
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
-        sublayer = ctx.sublayer
-        kernels, norm, weights = sublayer[:3]
-        *trainable, x, z, stats, qkv, attended, lse = ctx.saved_tensors
-        adapter = sublayer.with_saved(trainable)
-        rows = _rows(d_out), _rows(x), z, stats
-        if not ctx.needs_input_grad[7]:
-            return None, None, None, *_of_adapter_alone(kernels, adapter, *rows), None
+        saved = ctx.saved_tensors
+        sublayer = ctx.sublayer.with_saved(saved)
+        kernels, _, weights = sublayer[:3]
+        x, z, stats, qkv, attended, lse = saved[_TRAINED : _TRAINED + 6]
+        of_first, of_last = saved[-4:-2], saved[-2:]
+        needs = ctx.needs_input_grad[3:]
+        inner_trained, rows = any(needs[4:10]), (_rows(d_out), _rows(x), z, stats)
+        d_attended, last = sublayer.before_product(
+            d_out, lambda: _rows(attended), of_last, needs[10:14],
+            need_dx=needs[_TRAINED] or inner_trained,
+        )  # fmt: skip
+        if d_attended is None:
+            adapter = _of_adapter_alone(kernels, sublayer.adapter, *rows)
+            return None, None, None, *adapter, *(None,) * 6, *last, None
 
-        d_attended = sublayer.before_product(d_out).view(attended.shape)
-        if ctx.grad_tokens is None or lse is None:
+        d_attended = d_attended.view(attended.shape)
+        if ctx.grad_tokens is None or lse is None or inner_trained:
             d_qkv = torch.empty_like(qkv)
             kernels.attention_backward(
                 d_attended, *qkv.chunk(3, dim=-1), attended, lse, ctx.graph,
                 weights.num_heads, weights.scale, *d_qkv.chunk(3, dim=-1),
             )  # fmt: skip
-            d_x, *of_adapter = _through_norm(
-                kernels, norm, weights.qkv_weight, d_qkv, adapter, *rows
-            )
+            d_x, inner = sublayer.through_norm(d_qkv, of_first, needs, *rows)
             d_x = d_x.view(x.shape)
             if ctx.grad_tokens is not None:
                 start, count = ctx.grad_tokens
                 d_x[:, :start] = 0
                 d_x[:, start + count :] = 0
-            return None, None, None, *of_adapter, d_x
+            return None, None, None, *inner, *last, d_x
 
         start, count = ctx.grad_tokens
         tokens = slice(start, start + count)
         d_qkv = _token_gradients(d_attended, qkv, attended, lse, weights, tokens)
-        of_adapter = _of_adapter_alone(kernels, adapter, *rows)
+        adapter = _of_adapter_alone(kernels, sublayer.adapter, *rows)
         some: Any = [
             None if t is None else _rows(t.view(*x.shape[:2], t.shape[1])[:, tokens]) for t in rows
         ]
-        d_tokens, *_ = _through_norm(kernels, norm, weights.qkv_weight, d_qkv, adapter, *some)
+        d_tokens, _ = sublayer.through_norm(d_qkv, (None, None), needs, *some)
         d_x = torch.zeros_like(x)
         d_x[:, tokens] = d_tokens.view(x.shape[0], count, x.shape[2])
-        return None, None, None, *of_adapter, d_x
+        return None, None, None, *adapter, *(None,) * 6, *last, d_x
 
 
 class _PrefixNode(torch.autograd.Function):
@@ -277,83 +437,104 @@ class _PrefixNode(torch.autograd.Function):
         ctx: Any, sublayer: _Sublayer, need_grad: bool, num_queries: int, *tensors: Any
     ) -> torch.Tensor:
         kernels, norm, weights = sublayer[:3]
-        *trainable, x = tensors
+        x = tensors[-1]
         read = _rows(x[:, :num_queries])
         normed, _, _, stats = kernels.adapter_forward(_rows(x), None, norm, None, None)
         _, out, z, _ = sublayer.adapted(read, None)
-        of_queries, of_keys = _split(weights)
-        first = _rows(normed.view(x.shape)[:, :num_queries])
-        q, kv = kernels.linear(first, *of_queries), kernels.linear(normed, *of_keys)
+        of_queries, of_keys = _split(sublayer.first)
+        q, *of_q = of_queries.forward(_rows(normed.view(x.shape)[:, :num_queries]))
+        kv, *of_kv = of_keys.forward(normed)
         q = q.view(len(x), num_queries, q.shape[1])
         kv = kv.view(*x.shape[:2], kv.shape[1])
         attended, lse, ctx.graph = kernels.attention_forward(
             q, *kv.chunk(2, dim=-1), weights.num_heads, weights.scale, need_grad
         )
+        result, *of_last = sublayer.add_product(read, out, attended)
         ctx.sublayer, ctx.num_queries = sublayer, num_queries
-        ctx.save_for_backward(*trainable, x, z, stats, q, kv, attended, lse)
-        return sublayer.add_product(read, out, attended)
+        ctx.save_for_backward(*tensors, z, stats, q, kv, attended, lse, *of_q, *of_kv, *of_last)
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
-        sublayer = ctx.sublayer
-        kernels, norm, weights = sublayer[:3]
-        *trainable, x, z, stats, q, kv, attended, lse = ctx.saved_tensors
-        adapter, read = sublayer.with_saved(trainable), _rows(x[:, : ctx.num_queries])
-        d_read = _rows(d_out)
-        if not ctx.needs_input_grad[7]:
+        saved, num_queries = ctx.saved_tensors, ctx.num_queries
+        sublayer = ctx.sublayer.with_saved(saved)
+        kernels, norm, weights, _, _, _, adapter = sublayer
+        x, z, stats, q, kv, attended, lse = saved[_TRAINED : _TRAINED + 7]
+        of_q, of_kv, of_last = saved[-6:-4], saved[-4:-2], saved[-2:]
+        needs = ctx.needs_input_grad[3:]
+        rows, read, d_read = _rows(x), _rows(x[:, :num_queries]), _rows(d_out)
+        d_attended, last = sublayer.before_product(
+            d_out, lambda: _rows(attended), of_last, needs[10:14],
+            need_dx=needs[_TRAINED] or any(needs[4:10]),
+        )  # fmt: skip
+        if d_attended is None:
             of_adapter = _of_adapter_alone(kernels, adapter, d_read, read, z, None)
-            return None, None, None, *of_adapter, None
+            return None, None, None, *of_adapter, *(None,) * 6, *last, None
 
-        d_attended = sublayer.before_product(d_out).view(attended.shape)
         d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
         kernels.attention_backward(
-            d_attended, q, *kv.chunk(2, dim=-1), attended, lse, ctx.graph,
+            d_attended.view(attended.shape), q, *kv.chunk(2, dim=-1), attended, lse, ctx.graph,
             weights.num_heads, weights.scale, d_q, *d_kv.chunk(2, dim=-1),
         )  # fmt: skip
-        (query_weight, _), (key_weight, _) = _split(weights)
-        d_normed = kernels.linear(_rows(d_kv), key_weight.t(), None)
-        first = d_normed.view(x.shape)[:, : ctx.num_queries]
-        first += kernels.linear(_rows(d_q), query_weight.t(), None).view(first.shape)
+        of_queries, of_keys = _split(sublayer.first)
+        d_normed, for_keys = of_keys.backward(
+            _rows(d_kv), lambda: sublayer.normed(rows), of_kv, needs[6:10]
+        )
+        first = d_normed.view(x.shape)[:, :num_queries]
+        d_first, for_queries = of_queries.backward(
+            _rows(d_q), lambda: sublayer.normed(read), of_q, needs[6:10]
+        )
+        first += d_first.view(first.shape)
+        of_first = _join(for_queries, for_keys)
+        of_norm = sublayer.of_norm(d_normed, rows, stats, needs[4:6])
         d_x, *_ = kernels.adapter_backward(
-            None, d_normed, _rows(x), norm, stats, None, None, pass_through=False
+            None, d_normed, rows, norm, stats, None, None, pass_through=False
         )
         d_x, of_adapter = d_x.view(x.shape), _NO_ADAPTER
         if adapter is not None:
             d_read, *of_adapter = kernels.adapter_backward(
                 d_read, None, read, None, None, adapter, z, pass_through=True
             )
-        d_x[:, : ctx.num_queries] += d_read.view(first.shape)
-        return None, None, None, *of_adapter, d_x
+        d_x[:, :num_queries] += d_read.view(first.shape)
+        return None, None, None, *of_adapter, *of_norm, *of_first, *last, d_x
 
 
 class _MlpNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sublayer: _Sublayer, *tensors: Any) -> torch.Tensor:
         kernels, norm, weights = sublayer[:3]
-        ctx.sublayer = sublayer
-        *trainable, x = tensors
+        x = tensors[-1]
         rows = _rows(x)
         normed, out, z, stats = sublayer.adapted(rows, norm)
-        u = kernels.linear(normed, weights.fc1_weight, weights.fc1_bias)
+        u, *of_first = sublayer.first.forward(normed)
         hidden = kernels.activation(u, weights.activation)
-        ctx.save_for_backward(*trainable, x, z, stats, u)
-        return sublayer.add_product(rows, out, hidden.view(*x.shape[:2], hidden.shape[1]))
+        hidden = hidden.view(*x.shape[:2], hidden.shape[1])
+        result, *of_last = sublayer.add_product(rows, out, hidden)
+        ctx.sublayer = sublayer
+        ctx.save_for_backward(*tensors, z, stats, u, *of_first, *of_last)
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
-        sublayer = ctx.sublayer
-        kernels, norm, weights = sublayer[:3]
-        *trainable, x, z, stats, u = ctx.saved_tensors
-        adapter = sublayer.with_saved(trainable)
+        saved = ctx.saved_tensors
+        sublayer = ctx.sublayer.with_saved(saved)
+        kernels, _, weights = sublayer[:3]
+        x, z, stats, u = saved[_TRAINED : _TRAINED + 4]
+        of_first, of_last = saved[-4:-2], saved[-2:]
+        needs = ctx.needs_input_grad[1:]
         rows = _rows(d_out), _rows(x), z, stats
-        if not ctx.needs_input_grad[5]:
-            return None, *_of_adapter_alone(kernels, adapter, *rows), None
-        d_hidden = sublayer.before_product(d_out)
+        d_hidden, last = sublayer.before_product(
+            d_out, lambda: kernels.activation(u, weights.activation), of_last, needs[10:14],
+            need_dx=needs[_TRAINED] or any(needs[4:10]),
+        )  # fmt: skip
+        if d_hidden is None:
+            adapter = _of_adapter_alone(kernels, sublayer.adapter, *rows)
+            return None, *adapter, *(None,) * 6, *last, None
         d_u = kernels.activation_backward(d_hidden, u, weights.activation)
-        d_x, *of_adapter = _through_norm(kernels, norm, weights.fc1_weight, d_u, adapter, *rows)
-        return None, *of_adapter, d_x.view(x.shape)
+        d_x, inner = sublayer.through_norm(d_u, of_first, needs, *rows)
+        return None, *inner, *last, d_x.view(x.shape)
 
 
 class _PackedAttentionNode(torch.autograd.Function):
@@ -400,13 +581,19 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _split(weights: AttentionWeights) -> Any:
-    """Weight and bias of the queries, and of the keys and values."""
-    weight, bias = weights.qkv_weight, weights.qkv_bias
-    inner = weight.shape[0] // 3
-    if bias is None:
-        return (weight[:inner], None), (weight[inner:], None)
-    return (weight[:inner], bias[:inner]), (weight[inner:], bias[inner:])
+def _split(first: _Product) -> tuple[_Product, _Product]:
+    """Of the queries, and of the keys and values."""
+    inner = first.weight.shape[0] // 3
+    return first.outputs(slice(0, inner)), first.outputs(slice(inner, None))
+
+
+def _join(of_queries: Any, of_keys: Any) -> Tensors:
+    """The gradients of a product that :func:`_split` has split."""
+    bias, scale, up = (
+        None if of_keys[i] is None else torch.cat((of_queries[i], of_keys[i])) for i in (0, 1, 3)
+    )
+    down = None if of_keys[2] is None else of_queries[2] + of_keys[2]
+    return bias, scale, down, up
 
 
 def _of_adapter_alone(
@@ -424,23 +611,6 @@ def _of_adapter_alone(
         d_out, None, x, None, None, adapter, z, pass_through=False, need_dx=False
     )
     return tuple(of_adapter)
-
-
-def _through_norm(
-    kernels: SublayerKernels,
-    norm: NormWeights,
-    weight: torch.Tensor,
-    d_product: torch.Tensor,
-    adapter: AdapterWeights | None,
-    d_out: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor | None,
-    stats: torch.Tensor,
-) -> Any:
-    """From the gradient of the sublayer's first product, and of its output, to that of x and of
-    the adapter's tensors."""
-    d_normed = kernels.linear(_rows(d_product), weight.t(), None)
-    return kernels.adapter_backward(d_out, d_normed, x, norm, stats, adapter, z, pass_through=True)
 
 
 def _token_gradients(

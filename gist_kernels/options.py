@@ -25,7 +25,7 @@ class LossOptions(NamedTuple):
 
 
 class NormWeights(NamedTuple):
-    """A frozen LayerNorm over D features."""
+    """A LayerNorm over D features."""
 
     weight: torch.Tensor | None
     """(D,), or None for 1."""
@@ -50,8 +50,26 @@ class AdapterWeights(NamedTuple):
     """A key of ``reference.adapter.ACTIVATIONS``."""
 
 
+class LinearUpdate(NamedTuple):
+    """What is trained beside a frozen linear layer W, b of I features to O::
+
+        y = scale * (W x) + b + up (down x)
+
+    LoRA (arXiv:2106.09685) is a down and an up that has its factor alpha / rank in it; SSF
+    (arXiv:2210.08823) a scale, whose shift is in the bias.
+    """
+
+    scale: torch.Tensor | None = None
+    """(O,), or None for 1."""
+    down: torch.Tensor | None = None
+    """(r, I)."""
+    up: torch.Tensor | None = None
+    """(O, r), None where down is."""
+
+
 class AttentionWeights(NamedTuple):
-    """A frozen multi-head self-attention on D features, H heads of Dh features each."""
+    """Multi-head self-attention on D features, H heads of Dh features each. Frozen but for biases
+    and updates."""
 
     qkv_weight: torch.Tensor
     """(3 H Dh, D): queries', keys' and values' rows one after the other."""
@@ -66,10 +84,13 @@ class AttentionWeights(NamedTuple):
     """Factor on the scores; None for ``Dh ** -0.5``."""
     layer_scale: torch.Tensor | None = None
     """(D,), factor on the projection's output."""
+    qkv_update: LinearUpdate | None = None
+    proj_update: LinearUpdate | None = None
 
 
 class MlpWeights(NamedTuple):
-    """A frozen two-layer perceptron on D features with F hidden ones."""
+    """A two-layer perceptron on D features with F hidden ones. Frozen but for biases and
+    updates."""
 
     fc1_weight: torch.Tensor
     """(F, D)."""
@@ -83,3 +104,5 @@ class MlpWeights(NamedTuple):
     """A key of ``reference.adapter.ACTIVATIONS``."""
     layer_scale: torch.Tensor | None = None
     """(D,), factor on the second layer's output."""
+    fc1_update: LinearUpdate | None = None
+    fc2_update: LinearUpdate | None = None

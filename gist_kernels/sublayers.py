@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from gist_kernels import backend, check
-from gist_kernels.options import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
+from gist_kernels.options import (
+    AdapterWeights,
+    AttentionWeights,
+    LinearUpdate,
+    MlpWeights,
+    NormWeights,
+)
 from gist_kernels.reference.adapter import ACTIVATIONS
 from gist_kernels.suggest import unknown_name
 
@@ -24,8 +30,8 @@ def adapter_attention(
 
         x + drop_path * (layer_scale * attention(norm(x))) + adapter(x)
 
-    as GIST places it (arXiv:2312.07255). Differentiable in x and in the adapter's tensors; norm
-    and attention are frozen.
+    as GIST places it (arXiv:2312.07255). Differentiable in x and in the tensors of adapter, norm,
+    biases and updates; matrices and layer scale are frozen.
 
     Args:
         x: (B, N, D), floating point.
@@ -58,10 +64,12 @@ def adapter_attention(
         )
     if attention.scale is not None:
         check.finite("attention.scale", attention.scale)
-    _check_frozen("attention", attention, x, {
+    _check_weights("attention", attention, x, {
         "qkv_weight": (3 * inner, width), "qkv_bias": (3 * inner,),
         "proj_weight": (width, inner), "proj_bias": (width,), "layer_scale": (width,),
     })  # fmt: skip
+    _check_update("attention.qkv_update", attention.qkv_update, x, width, 3 * inner)
+    _check_update("attention.proj_update", attention.proj_update, x, inner, width)
     _check_count("num_queries", num_queries, x.shape[1])
     if grad_tokens is not None:
         if not isinstance(grad_tokens, tuple) or len(grad_tokens) != 2:
@@ -98,10 +106,12 @@ def adapter_mlp(
     if mlp.activation not in ACTIVATIONS:
         raise ValueError(unknown_name("mlp.activation", mlp.activation, ACTIVATIONS))
     width, hidden = x.shape[2], mlp.fc1_weight.shape[0]
-    _check_frozen("mlp", mlp, x, {
+    _check_weights("mlp", mlp, x, {
         "fc1_weight": (hidden, width), "fc1_bias": (hidden,),
         "fc2_weight": (width, hidden), "fc2_bias": (width,), "layer_scale": (width,),
     })  # fmt: skip
+    _check_update("mlp.fc1_update", mlp.fc1_update, x, width, hidden)
+    _check_update("mlp.fc2_update", mlp.fc2_update, x, hidden, width)
     result: torch.Tensor = backend.select("adapter_mlp", x)(
         x, norm, mlp, adapter, drop_path=drop_path
     )
@@ -168,7 +178,7 @@ def _check_block_input(
         raise ValueError(f"x must have at least one feature; it has shape {tuple(x.shape)}")
     _check_kind("norm", norm, NormWeights)
     check.positive("norm.eps", norm.eps)
-    _check_frozen("norm", norm, x, {"weight": (width,), "bias": (width,)})
+    _check_weights("norm", norm, x, {"weight": (width,), "bias": (width,)})
     if drop_path is not None:
         check.shape("drop_path", drop_path, (x.shape[0], 1, 1), "(B, 1, 1)")
         check.alike("drop_path", drop_path, "x", x)
@@ -198,7 +208,7 @@ def _check_kind(name: str, value: object, kind: type) -> None:
         )
 
 
-def _check_frozen(
+def _check_weights(
     group: str,
     weights: NormWeights | AttentionWeights | MlpWeights,
     x: torch.Tensor,
@@ -210,8 +220,29 @@ def _check_frozen(
             continue
         check.shape(f"{group}.{name}", tensor, shape, "that fits x and the other weights")
         check.alike(f"{group}.{name}", tensor, "x", x)
-        if tensor.requires_grad and torch.is_grad_enabled():
+        frozen = name == "layer_scale" or len(shape) > 1
+        if frozen and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{group}.{name} requires a gradient, and is taken as frozen; pass it detached, "
                 "or compose the sublayer of PyTorch's operators"
             )
+
+
+def _check_update(
+    name: str, update: LinearUpdate | None, x: torch.Tensor, inputs: int, outputs: int
+) -> None:
+    if update is None:
+        return
+    _check_kind(name, update, LinearUpdate)
+    if (update.down is None) != (update.up is None):
+        raise ValueError(f"{name} must have both down and up, or neither")
+    shapes: dict[str, tuple[int | None, ...]] = {"scale": (outputs,)}
+    if update.down is not None:
+        check.shape(f"{name}.down", update.down, (None, inputs), "(rank, in)")
+        shapes["up"] = (outputs, update.down.shape[0])
+        check.alike(f"{name}.down", update.down, "x", x, any_float=True)
+    for key, shape in shapes.items():
+        tensor = getattr(update, key)
+        if tensor is not None:
+            check.shape(f"{name}.{key}", tensor, shape, "that fits the layer")
+            check.alike(f"{name}.{key}", tensor, "x", x, any_float=True)

@@ -95,4 +95,4 @@ class MlpAdapters(nn.ModuleList, Attached):
         bottleneck: Any = self[index]
         if bottleneck.drops:
             return "its adapter has dropout"
-        return FusedParts(None, bottleneck.weights())
+        return FusedParts(mlp=bottleneck.weights())

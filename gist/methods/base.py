@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,11 +18,24 @@ from gist_kernels.reference.adapter import ACTIVATIONS
 from gist_kernels.suggest import unknown_name
 
 
+class Change(NamedTuple):
+    """What a method does to a layer's or a norm's output: ``scale * y + shift + up (down x)``."""
+
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    """(r, in), of a linear layer alone, as up, (out, r)."""
+    up: torch.Tensor | None = None
+
+
 class FusedParts(NamedTuple):
     """What a method adds to a block, as the fused sublayers take it."""
 
-    attention: AdapterWeights | None
-    mlp: AdapterWeights | None
+    attention: AdapterWeights | None = None
+    """The adapter beside it."""
+    mlp: AdapterWeights | None = None
+    changes: Mapping[str, Change] = MappingProxyType({})
+    """By the names norm1, norm2, qkv, proj, fc1 and fc2."""
 
 
 class Attached(nn.Module):

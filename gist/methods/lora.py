@@ -15,6 +15,8 @@ from torch import nn
 from gist.backbones.anatomy import Anatomy
 from gist.methods.base import (
     Attached,
+    Change,
+    FusedParts,
     Method,
     check_count,
     check_finite,
@@ -124,6 +126,24 @@ class LowRankUpdates(nn.ModuleList, Attached):
             rest = output.shape[-1] - start - update.shape[-1]
             output = output + F.pad(update, (start, rest)) if start or rest else output + update
         return output
+
+    def fused(self, index: int) -> FusedParts | str:
+        if self.dropout and self.training:
+            return "its update has dropout"
+        of_block: Any = self[index]
+        changes = {
+            name: Change(down=of_block[name].down, up=self.scale * of_block[name].up)
+            for name in ("proj", "fc1", "fc2")
+            if name in of_block
+        }
+        packed = [(i, of_block[name]) for i, name in enumerate("qkv") if name in of_block]
+        if packed:
+            # Each one's outputs are a third of the packed layer's.
+            up = [F.pad(f.up, (0, 0, i * len(f.up), (2 - i) * len(f.up))) for i, f in packed]
+            changes["qkv"] = Change(
+                down=torch.cat([f.down for _, f in packed]), up=self.scale * torch.cat(up, dim=1)
+            )
+        return FusedParts(changes=changes)
 
     def merge(self, anatomy: Anatomy) -> None:
         for index, of_block in enumerate(self):

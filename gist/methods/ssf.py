@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gist.backbones.anatomy import Anatomy
-from gist.methods.base import Attached, Method, new_parameters
+from gist.methods.base import Attached, Change, FusedParts, Method, new_parameters
 
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 
@@ -88,6 +88,11 @@ class Features(nn.ModuleDict, Attached):
     ) -> torch.Tensor:
         """Hook: an operation's output, scaled and shifted."""
         return self[name](output, isinstance(module, nn.Conv2d))
+
+    def fused(self, index: int) -> FusedParts | str:
+        names = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
+        parts: dict[str, Any] = {name: self[f"{index}_{name}"] for name in names}
+        return FusedParts(changes={n: Change(part.scale, part.shift) for n, part in parts.items()})
 
     def merge(self, anatomy: Anatomy) -> None:
         for name, module, _ in list(_places(anatomy)):

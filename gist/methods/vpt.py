@@ -88,7 +88,7 @@ class Prompts(Attached):
         return f"prompts={tuple(self.prompts.shape)}, dropout={self.dropout}"
 
     def fused(self, index: int) -> FusedParts | str:
-        return FusedParts(None, None)
+        return FusedParts()
 
     def before_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if index >= len(self.prompts):

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gist_kernels.options import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
+from gist_kernels.options import (
+    AdapterWeights,
+    AttentionWeights,
+    LinearUpdate,
+    MlpWeights,
+    NormWeights,
+)
 from gist_kernels.reference.adapter import ACTIVATIONS
 from gist_kernels.reference.adapter import adapter as bottleneck
 
@@ -47,7 +53,7 @@ def adapter_attention(
     normed = F.layer_norm(x, x.shape[-1:], *norm)
     q, k, v = _projections(normed, weights, num_queries)
     out = attention(q, k, v, weights.num_heads, weights.scale)
-    out = F.linear(out, weights.proj_weight, weights.proj_bias)
+    out = linear(out, weights.proj_weight, weights.proj_bias, weights.proj_update)
     return _join(x[:, :num_queries], out, weights.layer_scale, adapter, drop_path)
 
 
@@ -61,27 +67,53 @@ def adapter_mlp(
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""
     normed = F.layer_norm(x, x.shape[-1:], *norm)
-    hidden = ACTIVATIONS[weights.activation](F.linear(normed, weights.fc1_weight, weights.fc1_bias))
-    out = F.linear(hidden, weights.fc2_weight, weights.fc2_bias)
+    u = linear(normed, weights.fc1_weight, weights.fc1_bias, weights.fc1_update)
+    hidden = ACTIVATIONS[weights.activation](u)
+    out = linear(hidden, weights.fc2_weight, weights.fc2_bias, weights.fc2_update)
     return _join(x, out, weights.layer_scale, adapter, drop_path)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: LinearUpdate | None,
+) -> torch.Tensor:
+    """A linear layer with what is trained beside it."""
+    if update is None:
+        return F.linear(x, weight, bias)
+    scale, down, up = (None if t is None else t.to(x.dtype) for t in update)
+    if scale is None:
+        out = F.linear(x, weight, bias)
+    else:
+        out = F.linear(x, weight) * scale
+        out = out if bias is None else out + bias
+    return out if down is None or up is None else out + F.linear(F.linear(x, down), up)
 
 
 def _projections(
     normed: torch.Tensor, weights: AttentionWeights, num_queries: int | None
 ) -> tuple[torch.Tensor, ...]:
     """Queries of the first tokens, keys and values of all."""
-    weight, bias = weights.qkv_weight, weights.qkv_bias
+    qkv = weights.qkv_weight, weights.qkv_bias, weights.qkv_update
     if num_queries is None:
-        return F.linear(normed, weight, bias).chunk(3, dim=-1)
-    inner = weight.shape[0] // 3
-    of_queries, of_keys = (
-        F.linear(part, weight[rows], None if bias is None else bias[rows])
-        for part, rows in (
-            (normed[:, :num_queries], slice(0, inner)),
-            (normed, slice(inner, None)),
-        )
-    )
+        return linear(normed, *qkv).chunk(3, dim=-1)
+    inner = weights.qkv_weight.shape[0] // 3
+    of_queries = linear(normed[:, :num_queries], *some_rows(*qkv, slice(0, inner)))
+    of_keys = linear(normed, *some_rows(*qkv, slice(inner, None)))
     return of_queries, *of_keys.chunk(2, dim=-1)
+
+
+def some_rows(
+    weight: torch.Tensor, bias: torch.Tensor | None, update: LinearUpdate | None, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor | None, LinearUpdate | None]:
+    """Some of a layer's outputs."""
+    if update is not None:
+        scale, down, up = update
+        update = LinearUpdate(
+            None if scale is None else scale[rows], down, None if up is None else up[rows]
+        )
+    return weight[rows], None if bias is None else bias[rows], update
 
 
 def _join(
