@@ -93,7 +93,7 @@ class Prompts(Attached):
     def before_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if index >= len(self.prompts):
             return x
-        prompts = self.prompts[index].to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.prompts[index].to(x.dtype).expand(x.shape[0], -1, -1)
         prompts = F.dropout(prompts, self.dropout, self.training)
         kept = x if index == 0 else self.after_blocks(x)
         return torch.cat((kept, prompts), dim=1)
