@@ -47,7 +47,11 @@ def _is_plain(module: Any) -> bool:
 def _fits(module: Any, images: torch.Tensor) -> bool:
     if images.ndim != 4 or images.device.type != "cpu" or torch.is_grad_enabled():
         return False
-    if images.dtype is not torch.float32 or module.proj.weight.dtype is not torch.float32:
+    if (
+        torch.is_autocast_enabled("cpu")
+        or images.dtype is not torch.float32
+        or module.proj.weight.dtype is not torch.float32
+    ):
         return False
     if gk.backend.serving("adapter_mlp", "cpu", images.dtype) != "cpu":
         return False

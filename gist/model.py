@@ -122,7 +122,7 @@ class GistModel(nn.Module):
         """The first ``read`` tokens after the final norm, or all. What only others would need of
         the last block is not computed, nor what leads back to patches that nothing trains."""
         anatomy, attached, token = self.anatomy, self._attached(), self.token
-        if _general_path(anatomy, images.device.type) is not None:
+        if _general_path(anatomy) is not None:
             return anatomy.features(images)
         backbone = anatomy.model
         embedding = (p for name, p in backbone.named_parameters() if not name.startswith(_LATER))
@@ -136,6 +136,8 @@ class GistModel(nn.Module):
                 backbone._pos_embed(embed_patches(backbone.patch_embed, images))
             )
             x = backbone.norm_pre(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(next(backbone.parameters()).dtype)  # where no wide position has been added
         # Of the first block's input only the Gist token's gradient leads anywhere then.
         grad_tokens = None
         if frozen and token is not None and not any(method.appended_tokens for method in attached):
@@ -296,7 +298,7 @@ def explain(model: GistModel) -> str:
     """
     anatomy = model.anatomy
     like = next(anatomy.model.parameters())
-    whole = _general_path(anatomy, like.device.type)
+    whole = _general_path(anatomy)
     if whole is not None:
         return f"blocks 0 to {len(anatomy.blocks) - 1}: the backbone's own forward, for {whole}"
     serving = gist_kernels.backend.serving("adapter_attention", like.device.type, like.dtype)
@@ -317,13 +319,11 @@ def explain(model: GistModel) -> str:
     )
 
 
-def _general_path(anatomy: Anatomy, device_type: str) -> str | None:
+def _general_path(anatomy: Anatomy) -> str | None:
     """Why no block is fused: the backbone's own forward runs as a whole."""
     model = anatomy.model
     if torch.compiler.is_compiling():
         return "it is traced by torch.compile or torch.export"
-    if torch.is_autocast_enabled(device_type):
-        return "autocast is on"
     if not isinstance(model, VisionTransformer):
         return f"it is a {type(model).__name__}"
     if model.grad_checkpointing:

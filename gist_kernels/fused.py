@@ -8,6 +8,9 @@ and sums up the gradients of the adapter's weights. What else may be trained is 
 and the linear layers' biases, and low-rank updates and scales of the latter. Nothing that only the
 gradient of a frozen weight would need is computed or kept.
 
+Under autocast the products and the attention are in its half type, with frozen weights converted
+once and kept; the residual stream, norm and adapter stay in the type of x.
+
 Backends differ in their :class:`SublayerKernels`; the equations are here alone.
 """
 
@@ -17,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gist_kernels.ops import needs_dispatcher
 from gist_kernels.options import (
@@ -90,8 +94,9 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
                 x, norm, weights, adapter,
                 num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens,
             )  # fmt: skip
-        first = _Product.of(kernels, *weights[:2], weights.qkv_update)
-        last = _Product.of(kernels, *weights[2:4], weights.proj_update)
+        dtype = _product_dtype(x)
+        first = _Product.of(kernels, dtype, *weights[:2], weights.qkv_update)
+        last = _Product.of(kernels, dtype, *weights[2:4], weights.proj_update)
         sublayer = _Sublayer(kernels, norm, weights, first, last, drop_path, adapter)
         need_grad, tensors = torch.is_grad_enabled(), sublayer.tensors()
         if num_queries is None or num_queries >= x.shape[1]:
@@ -108,8 +113,9 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
     ) -> torch.Tensor:
         if needs_dispatcher(x):
             return REFERENCE["adapter_mlp"](x, norm, weights, adapter, drop_path=drop_path)
-        first = _Product.of(kernels, *weights[:2], weights.fc1_update)
-        last = _Product.of(kernels, *weights[2:4], weights.fc2_update)
+        dtype = _product_dtype(x)
+        first = _Product.of(kernels, dtype, *weights[:2], weights.fc1_update)
+        last = _Product.of(kernels, dtype, *weights[2:4], weights.fc2_update)
         sublayer = _Sublayer(kernels, norm, weights, first, last, drop_path, adapter)
         return _MlpNode.apply(sublayer, *sublayer.tensors(), x)
 
@@ -134,6 +140,30 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
 _NO_ADAPTER = (None, None, None, None)
 
 
+_converted: Any = WeakIdKeyDictionary()
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the products of a sublayer are computed in: x's dtype, or autocast's."""
+    device = x.device.type
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _in_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A frozen weight in the compute dtype, converted once unless it changes. Autocast itself
+    keeps the copies of trained weights alone."""
+    if weight.dtype is dtype:
+        return weight
+    version = -1 if weight.is_inference() else weight._version
+    state = version, weight.data_ptr(), dtype
+    found = _converted.get(weight)
+    if found is None or found[0] != state:
+        found = _converted[weight] = state, weight.detach().to(dtype)
+    return found[1]
+
+
 class _Product(NamedTuple):
     """A linear layer of (M, I) rows: a frozen weight, and what may be trained beside it."""
 
@@ -148,11 +178,12 @@ class _Product(NamedTuple):
     def of(
         cls,
         kernels: SublayerKernels,
+        dtype: torch.dtype,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         update: LinearUpdate | None,
     ) -> _Product:
-        return cls(kernels, weight, bias, *(update or LinearUpdate()))
+        return cls(kernels, _in_dtype(weight, dtype), bias, *(update or LinearUpdate()))
 
     def outputs(self, rows: slice) -> _Product:
         """Some of its outputs."""
@@ -162,18 +193,25 @@ class _Product(NamedTuple):
         assert weight is not None
         return self._replace(weight=weight, bias=bias, scale=scale, up=up)
 
+    def small(self) -> Any:
+        """Bias, scale, down and up in the weight's dtype."""
+        return [None if t is None else t.to(self.weight.dtype) for t in self[2:]]
+
     def forward(self, x: torch.Tensor) -> Any:
-        """``y``, and for backward ``W x`` before its scale, and ``down x``, if there are such."""
+        """``y`` in the weight's dtype, and for backward ``W x`` before its scale, and ``down x``,
+        if there are such."""
         linear, unscaled, low = self.kernels.linear, None, None
-        if self.scale is None:
-            y = linear(x, self.weight, self.bias)
+        bias, scale, down, up = self.small()
+        x = x.to(self.weight.dtype)
+        if scale is None:
+            y = linear(x, self.weight, bias)
         else:
             unscaled = linear(x, self.weight, None)
-            y = unscaled * self.scale.to(x.dtype)
-            y = y if self.bias is None else y.add_(self.bias)
-        if self.down is not None and self.up is not None:
-            low = linear(x, self.down.to(x.dtype), None)
-            y = self.kernels.add_linear(y, low, self.up.to(x.dtype))
+            y = unscaled * scale
+            y = y if bias is None else y.add_(bias)
+        if down is not None:
+            low = linear(x, down, None)
+            y = self.kernels.add_linear(y, low, up)
         return y, unscaled, low
 
     def backward(
@@ -184,26 +222,27 @@ class _Product(NamedTuple):
         needs: Sequence[bool],
         need_dx: bool = True,
     ) -> Any:
-        """``d_x``, and a list of the gradients of bias, scale, down and up. ``x`` is called where
-        ``down`` is trained."""
+        """``d_x`` in the weight's dtype, and a list of the gradients of bias, scale, down and up.
+        ``x`` is called where ``down`` is trained."""
         unscaled, low = kept
         linear, d_x, d_bias, d_scale, d_down, d_up = self.kernels.linear, *(None,) * 5
-        if need_dx:
-            scaled = d_y if self.scale is None else d_y * self.scale.to(d_y.dtype)
-            d_x = linear(scaled, self.weight.t(), None)
+        _, scale, down, up = self.small()
         if needs[0] and self.bias is not None:
             d_bias = _column_sums(d_y, self.bias)
         if needs[1] and self.scale is not None and unscaled is not None:
             d_scale = _column_sums(d_y * unscaled, self.scale)
+        d_y = d_y.to(self.weight.dtype)
+        if need_dx:
+            d_x = linear(d_y if scale is None else d_y * scale, self.weight.t(), None)
         if self.down is not None and self.up is not None:
-            d_low = linear(d_y, self.up.to(d_y.dtype).t(), None)
+            d_low = linear(d_y, up.t(), None)
             if needs[2]:
-                d_down = (d_low.t() @ x()).to(self.down.dtype)
+                d_down = (d_low.t() @ x().to(d_low.dtype)).to(self.down.dtype)
             if needs[3]:
                 assert low is not None
                 d_up = (d_y.t() @ low).to(self.up.dtype)
             if need_dx:
-                d_x = self.kernels.add_linear(d_x, d_low, self.down.to(d_y.dtype).t())
+                d_x = self.kernels.add_linear(d_x, d_low, down.t())
         return d_x, [d_bias, d_scale, d_down, d_up]
 
 
@@ -252,20 +291,23 @@ class _Sublayer(NamedTuple):
     ) -> Any:
         """The last product, of (B, N, I) ``inner``, added to what ``adapted`` gave; and what it
         keeps for backward."""
-        last, rows = self.last, _rows(inner)
+        last, rows, factors = self.last, _rows(inner), self.factors()
         shape = *inner.shape[:2], len(last.weight)
-        factors = self.factors()
         if adapted is not None and not factors and last.scale is None:
-            out, low = self.kernels.add_linear(adapted, rows, last.weight), None
-            if last.down is not None and last.up is not None:
-                low = self.kernels.linear(rows, last.down.to(rows.dtype), None)
-                out = self.kernels.add_linear(out, low, last.up.to(rows.dtype))
-            return out.view(shape), None, low
+            last = last._replace(bias=None)  # which adapted has
+            if adapted.dtype is rows.dtype:
+                out, low = self.kernels.add_linear(adapted, rows, last.weight), None
+                _, _, down, up = last.small()
+                if down is not None:
+                    low = self.kernels.linear(rows, down, None)
+                    out = self.kernels.add_linear(out, low, up)
+                return out.view(shape), None, low
         update, *kept = last.forward(rows)
         update = update.view(shape)
         for factor in factors:
             update = update * factor
-        return update.add_((x if adapted is None else adapted).view_as(update)), *kept
+        out = (x if adapted is None else adapted).view(shape)
+        return (update.add_(out) if update.dtype is out.dtype else out + update), *kept
 
     def before_product(
         self,
@@ -296,6 +338,7 @@ class _Sublayer(NamedTuple):
         d_normed, of_first = self.first.backward(
             _rows(d_product), lambda: self.normed(x), kept, needs[6:10]
         )
+        d_normed = d_normed.to(x.dtype)
         of_norm = self.of_norm(d_normed, x, stats, needs[4:6])
         d_x, *of_adapter = self.kernels.adapter_backward(
             d_out, d_normed, x, self.norm, stats, self.adapter, z, pass_through=True
@@ -486,7 +529,7 @@ class _PrefixNode(torch.autograd.Function):
             _rows(d_q), lambda: sublayer.normed(read), of_q, needs[6:10]
         )
         first += d_first.view(first.shape)
-        of_first = _join(for_queries, for_keys)
+        d_normed, of_first = d_normed.to(x.dtype), _join(for_queries, for_keys)
         of_norm = sublayer.of_norm(d_normed, rows, stats, needs[4:6])
         d_x, *_ = kernels.adapter_backward(
             None, d_normed, rows, norm, stats, None, None, pass_through=False

@@ -28,14 +28,21 @@ def own_forward(monkeypatch):
     return switch_off
 
 
-def results(model, pixels, seed=3):
+def logits_of(model, pixels, seed=3):
     torch.manual_seed(seed)
     out = model(pixels)
-    logits = out if isinstance(out, torch.Tensor) else torch.stack(out)
+    return out if isinstance(out, torch.Tensor) else torch.stack(out)
+
+
+def gradients_of(model, logits):
     model.zero_grad()
     logits.square().sum().backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), gradients
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def results(model, pixels):
+    logits = logits_of(model, pixels)
+    return logits.detach(), gradients_of(model, logits)
 
 
 PLAIN_CONFIGS = {
@@ -64,7 +71,7 @@ CONFIGS = PLAIN_CONFIGS | {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
 @pytest.mark.parametrize(
     ("name", "config"),
     [(name, config) for name in [*BACKBONES, "drop_path"] for config in PLAIN_CONFIGS]
@@ -80,8 +87,16 @@ def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_for
     kind = "vit" if name == "drop_path" else name
     model = wrapped(kind, CONFIGS[config], **options).train()
     exact = copy.deepcopy(model).double()
+    draws = images(7 * 4).split(4)
+    autocast = dtype == "autocast"
+    dtype = torch.float32 if autocast else dtype
     model.backbone.to(dtype)
-    draws = images(6 * 4).split(4)
+
+    def results(model, pixels, autocast=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = logits_of(model, pixels)
+        return out.detach(), gradients_of(model, out)
+
     fused = [results(model, pixels.to(dtype)) for pixels in draws]
     assert name == "qk_norm" or "fused" in gist.explain(model)
     own_forward()
@@ -89,7 +104,7 @@ def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_for
     if name == "drop_path":  # its draws differ between dtypes
         torch.testing.assert_close(fused[0][0], plain[0][0], rtol=0.05, atol=0.05)
         return
-    truth = [results(exact, pixels.double()) for pixels in draws]
+    truth = [results(exact, pixels.double(), autocast=False) for pixels in draws]
 
     def errors(found):
         """Relative, of the logits and of each parameter's gradient, (draws, tensors)."""
@@ -105,8 +120,8 @@ def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_for
     ours, general = errors(fused), errors(plain)
     assert len(ours) == len(general) == len(draws)
     ratios = ours.norm(dim=1) / general.norm(dim=1)
-    assert ratios.log().mean().exp() <= 1.5, ratios
-    few = 8 * torch.finfo(dtype).eps
+    assert ratios.median() <= 1.5, ratios
+    few = 8 * torch.finfo(torch.bfloat16 if autocast else dtype).eps
     ours, general = ours.square().mean(0).sqrt(), general.square().mean(0).sqrt()
     assert (ours <= 2 * general + few).all(), (ours, general)
 
@@ -201,9 +216,8 @@ def test_a_block_that_does_not_match_says_why(change, reason):
 
 def test_whole_models_that_take_the_general_path():
     model = wrapped().train()
-    assert gist.explain(model) == "blocks 0 to 2: fused sublayers, served by 'cpu'"
     with torch.autocast("cpu", torch.bfloat16):
-        assert "for autocast is on" in gist.explain(model)
+        assert gist.explain(model) == "blocks 0 to 2: fused sublayers, served by 'cpu'"
     model.backbone.set_grad_checkpointing()
     assert "checkpoints" in gist.explain(model)
 

@@ -7,6 +7,7 @@ import torch
 from sublayer_cases import DROPPED, arguments, check, converted, exact_attention, exact_mlp, normal
 
 import gist_kernels as gk
+from gist_kernels import fused
 from gist_kernels.gpu import DEVICE_TYPES
 
 KINDS = {
@@ -39,7 +40,7 @@ def folded(weight, change):
     return weight if change.down is None else weight + change.up @ change.down
 
 
-def compare(name, kind, options, dtype, draws=6, **how):
+def compare(name, kind, options, dtype, draws=6, eps=None, **how):
     """Over several draws together: in one of them alone, the larger error is a matter of luck."""
     torch.manual_seed(0)
     found = [draw(name, kind, options, dtype, **how) for _ in range(draws)]
@@ -52,7 +53,7 @@ def compare(name, kind, options, dtype, draws=6, **how):
             torch.testing.assert_close(ours[key], value, rtol=1e-10, atol=1e-10, msg=key)
             torch.testing.assert_close(reference[key], value, rtol=1e-10, atol=1e-10, msg=key)
     else:
-        check(ours, reference, truth, dtype)
+        check(ours, reference, truth, dtype, eps)
 
 
 def draw(name, kind, options, dtype, backend="auto", device="cpu", **shape):
@@ -119,6 +120,31 @@ def draw(name, kind, options, dtype, backend="auto", device="cpu", **shape):
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_value_and_every_gradient(name, options, kind, shape, dtype):
     compare(name, kind, options, dtype, **shape)
+
+
+@pytest.mark.parametrize("shape", [{}, {"layer_scale": True}, {"with_adapter": False}])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_under_autocast(name, options, shape):
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(name, "scale and low rank", options, torch.float32, draws=16, eps=2**-8, **shape)
+
+
+def test_frozen_weights_are_converted_once_under_autocast(monkeypatch):
+    x, norm, _, mlp, adapter = arguments(torch.float32)
+    converted = []
+    monkeypatch.setattr(
+        fused, "_in_dtype",
+        lambda w, dtype, by=fused._in_dtype: converted.append(by(w, dtype)) or converted[-1],
+    )  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        first = gk.adapter_mlp(x, norm, mlp, adapter)
+        assert torch.equal(gk.adapter_mlp(x, norm, mlp, adapter), first)
+        assert [a is b for a, b in zip(converted[:2], converted[2:], strict=True)] == [True, True]
+        assert {w.dtype for w in converted} == {torch.bfloat16}
+        mlp.fc1_weight.mul_(2)
+        assert not torch.equal(gk.adapter_mlp(x, norm, mlp, adapter), first)
+    assert converted[4] is not converted[0]
+    assert converted[5] is converted[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
