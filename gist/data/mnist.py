@@ -51,7 +51,7 @@ def load_mnist_1k() -> ImageData:
     # Independent of the training seed, so that every run has the same splits.
     random = np.random.default_rng(2312_07255)
     by_class = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
-    splits, start = {}, 0
+    splits, start = dict[str, Any](), 0
     for name, count in SPLITS.items():
         chosen = np.concatenate([indices[start : start + count] for indices in by_class])
         splits[name] = Digits(pixels[chosen], labels[chosen].tolist())
