@@ -59,7 +59,7 @@ def register(commands: Any) -> None:
     group.add_argument("--select-on-test", action="store_true",
                        help="with released: report the epoch best on the test images")  # fmt: skip
     group.add_argument("--stop", choices=STOPS, default="best",
-                       help="of clean's last training: the epoch best on val, or the end")  # fmt: skip
+                       help="of clean's last training: at the best on val, or the end")  # fmt: skip
     group.add_argument("--lr", type=float, nargs="+", help="of several, the best on val is used")
     for name, kind in (("epochs", int), ("warmup-epochs", float), ("batch-size", int),
                        ("weight-decay", float), ("drop-path", float)):  # fmt: skip
@@ -97,8 +97,10 @@ def _add(commands: Any, name: str, function: Any, summary: str) -> argparse.Argu
 def _check(arguments: argparse.Namespace) -> None:
     console = _console()
     table = Table(title=str(arguments.root))
-    for heading in ("task", "train800", "val200", "all", "test", "fingerprint", "faults"):
-        table.add_column(heading, justify="left" if heading in ("task", "fingerprint") else "right")
+    table.add_column("task", no_wrap=True)
+    for heading in ("800", "200", "1000", "test", "faults"):
+        table.add_column(heading, justify="right")
+    table.add_column("fingerprint", no_wrap=True)
     faults = 0
     for task in VTAB_1K.choose(arguments.tasks):
         found = check(arguments.root, task, allow_duplicates=arguments.allow_duplicates)
@@ -107,7 +109,7 @@ def _check(arguments: argparse.Namespace) -> None:
                 console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
         faults += len(found.faults)
         counts = [f"{count:,}" for count in found.images.values()] or ["-"] * 4
-        table.add_row(task.name, *counts, found.fingerprint or "-", str(len(found.faults)))
+        table.add_row(task.name, *counts, str(len(found.faults)), found.fingerprint or "-")
     console.print(table)
     if faults:
         raise DataError(f"{faults} faults")
