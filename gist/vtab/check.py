@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from gist.data.folder import Sample, read_image
+from gist.data.split import pixel_digest
 from gist.vtab.layout import LISTS, read_lists, sha256, task_fingerprint
 from gist.vtab.tasks import Task
 
@@ -107,8 +107,7 @@ def _inspect(path: Path) -> _File:
         image = read_image(path)
     except Exception as error:  # damaged files raise whatever their decoder stumbles over
         return _File(b"", None, b"", str(error) or type(error).__name__)
-    pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-    return _File(pixels, kind, content)
+    return _File(pixel_digest(image), kind, content)
 
 
 def _duplicates(

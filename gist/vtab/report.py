@@ -129,8 +129,8 @@ class Report:
         }
         return [
             *(self._row(task, group, {task: 1.0}) for task, group in self.groups.items()),
-            self._row(f"mean of the {len(self.groups)} tasks", "", over_tasks),
-            self._row(f"mean of the {len(by_group)} groups' means", "", over_groups),
+            self._row(f"mean of {len(self.groups)} tasks", "", over_tasks),
+            self._row(f"mean of {len(by_group)} groups' means", "", over_groups),
         ]
 
     def _row(self, title: str, group: str, weights: Mapping[str, float]) -> Row:
@@ -272,7 +272,7 @@ class Report:
             cells = [row.cells[name] or (math.nan,) for row in rows]
             accuracy.plot([100 * cell[0] for cell in cells], list(places), "o", label=name)
         for number, method in enumerate(self.pairs):
-            shift = 0.3 * (number / max(1, len(self.pairs) - 1) - 0.5)
+            shift = 0.2 * ((len(self.pairs) - 1) / 2 - number)
             for row, y in zip(rows, places, strict=True):
                 gain = row.gains[method]
                 if gain is not None:
@@ -288,8 +288,9 @@ class Report:
         gains.axvline(0, color="black", linewidth=0.8)
         for axes in (accuracy, gains):
             axes.grid(alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8)
+        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=4)
+        if len(self.pairs) > 1:
+            figure.legend(*gains.get_legend_handles_labels(), loc="outside lower right", ncols=4)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
 

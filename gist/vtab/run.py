@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from timm.data import resolve_model_data_config
 
 from gist.checkpoint import save
 from gist.config import GistConfig
 from gist.data import ImageData, prepare
 from gist.model import GistModel, count_parameters
-from gist.run import Listener, RunConfig, describe_machine, run, write_json
+from gist.run import RESULTS_FILE, Listener, RunConfig, describe_machine, run, write_json
 from gist.train import Epoch, TrainConfig, evaluate
 from gist.vtab.layout import Stages
 from gist.vtab.tasks import Suite, Task
@@ -165,7 +166,8 @@ def run_suite(
                 training = _Training(folder, f"{task.name}, seed {seed}", device, workers, listener)
                 recipe = _released if plan.recipe == "released" else _clean
                 record = {"config": config, **recipe(plan, plan.runs(task, seed), stages, training)}
-                write_json(folder / RECORD_FILE, record)
+                if _is_first_process():
+                    write_json(folder / RECORD_FILE, record)
             elif record["config"] != config:
                 keys = sorted(k for k in config if record["config"].get(k) != config[k])
                 raise FileExistsError(
@@ -182,6 +184,14 @@ def read_record(folder: Path) -> Record | None:
     """What a finished task and seed left in its folder, or None."""
     path = folder / RECORD_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _is_first_process() -> bool:
+    """The one that writes, of those that a launcher started."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or (
+        distributed.get_rank() == 0
+    )
 
 
 def _describe(plan: Plan, task: Task, seed: int, stages: Stages) -> Record:
@@ -207,10 +217,17 @@ class _Stopped(Exception):  # noqa: N818
     """The epoch to stop after is done."""
 
 
-class _Watch(Listener):
-    """Keeps the model and the epochs of a run, and stops it after the epoch ``last``."""
+class _Passed(Exception):  # noqa: N818
+    """A run that was killed earlier goes on after the epoch to stop after."""
 
-    def __init__(self, inner: Listener, last: int | None) -> None:
+
+class _Watch(Listener):
+    """Keeps the model and the epochs of a run, and stops it after the epoch ``last``.
+
+    The inner listener is not told of epochs: val's images are among those trained on.
+    """
+
+    def __init__(self, inner: Listener, last: int) -> None:
         self.inner, self.last = inner, last
         self.model: GistModel | None = None
         self.history: list[Epoch] = []
@@ -223,7 +240,9 @@ class _Watch(Listener):
         self.inner.step(step, loss)
 
     def epoch(self, epoch: Epoch) -> None:
-        self.history.append(epoch)  # not told to inner: val's images are among those trained on
+        if epoch.epoch > self.last:
+            raise _Passed
+        self.history.append(epoch)
         if epoch.epoch == self.last:
             raise _Stopped
 
@@ -246,13 +265,15 @@ class _Training:
     def up_to(self, epoch: int, config: RunConfig, data: ImageData, name: str) -> _Watch:
         """A run stopped after ``epoch`` of its schedule, whatever ``data.val`` says."""
         with self._heard(name) as listener:
-            for fresh in (False, True):  # anew if an earlier, killed one has gone past the epoch
+            for fresh in (False, True):
                 watch = _Watch(listener, epoch)
-                with suppress(_Stopped):
+                try:
                     self._run(config, data, name, watch, fresh=fresh)
+                except _Stopped:
+                    return watch
+                except _Passed:  # killed between its last epoch and its record
                     continue
-                return watch
-        raise RuntimeError(f"{self.folder / name}: the run never came to epoch {epoch}")
+        raise RuntimeError(f"{self.folder / name}: the run did not stop after epoch {epoch}")
 
     def _run(
         self, config: RunConfig, data: ImageData, name: str, listener: Listener, **options: bool
@@ -291,8 +312,8 @@ def _clean(plan: Plan, runs: list[RunConfig], stages: Stages, training: _Trainin
     final = _retrain(config, stages.final, selected["epoch"], training)
     return {
         "selection": {"on": "val" if candidates else None, **selected, "candidates": candidates},
-        **circumstances,
         **final,
+        **circumstances,
         "seconds": final["seconds"] + sum(c["seconds"] for c in candidates),
     }
 
@@ -307,7 +328,10 @@ def _retrain(config: RunConfig, data: ImageData, epoch: int, training: _Training
     normalisation = resolve_model_data_config(model.backbone)
     img_size = model.backbone.patch_embed.img_size[0]
     tested = evaluate(model, prepare(data.test, img_size, normalisation), workers=training.workers)
-    save(model, training.folder / "final", classes=list(data.classes))
+    if _is_first_process():
+        directory = training.folder / "final"
+        save(model, directory, classes=list(data.classes))
+        (directory / RESULTS_FILE).unlink(missing_ok=True)  # of an interrupted attempt
     return {
         "test": asdict(tested),
         "parameters": count_parameters(model)._asdict(),

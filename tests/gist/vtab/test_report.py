@@ -91,7 +91,7 @@ def test_the_table_by_hand():
     assert gain.mean == pytest.approx(7 / 300)
     assert (gain.low, gain.high) == pytest.approx((7 / 300 - half, 7 / 300 + half), rel=1e-5)
     # Seeds' means over the tasks: plain 0.63333, 0.60667, 0.65; GIST 0.64333, 0.61667, 0.67333.
-    assert over_tasks.title == "mean of the 3 tasks"
+    assert over_tasks.title == "mean of 3 tasks"
     assert over_tasks.cells["adapter"] == pytest.approx((0.63, 0.0218581), rel=1e-5)
     assert over_tasks.cells["adapter + GIST"][0] == pytest.approx(1.93333 / 3, rel=1e-5)
     # Gains of the seeds: 0.01, 0.01, 0.02333; mean 0.0144444, standard deviation 0.00769800.
@@ -99,7 +99,7 @@ def test_the_table_by_hand():
     assert gain.mean == pytest.approx(0.0144444, rel=1e-5)
     assert (gain.low, gain.high) == pytest.approx((gain.mean - half, gain.mean + half), rel=1e-4)
     # Groups: natural (0.52 + 0.62) / 2 = 0.57, structured 0.75.
-    assert over_groups.title == "mean of the 2 groups' means"
+    assert over_groups.title == "mean of 2 groups' means"
     assert over_groups.cells["adapter"][0] == pytest.approx(0.66)
     # Gains: natural 0.02, -0.005, 0.03; structured -0.01, 0.04, 0.01; halves of their sums.
     gain = over_groups.gains["adapter"]
@@ -110,7 +110,7 @@ def test_the_table_by_hand():
 def test_markdown_says_what_was_measured():
     text = Report(records()).markdown()
     assert "| cifar | natural | 52.00 (2.00) | 54.33 (2.31) | +2.33 [-0.54, +5.20] (3) |" in text
-    assert "| mean of the 3 tasks |  | 63.00 (2.19) |" in text
+    assert "| mean of 3 tasks |  | 63.00 (2.19) |" in text
     assert "| parameters: token |  | 0 | 8 |  |" in text
     assert "| parameters: head, mean of the tasks |  | 4 | 4 |  |" in text  # (5 + 3 + 5) / 3
     assert "| time, all seeds |  | 270 s | 270 s |  |" in text

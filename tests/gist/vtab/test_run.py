@@ -82,7 +82,7 @@ def test_from_command_to_report(root, tmp_path, capsys):
     assert cli.main(["vtab", "report", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "| adapter | adapter + GIST | adapter: GIST - plain |" in printed
-    assert "| mean of the 2 tasks |" in printed
+    assert "| mean of 2 tasks |" in printed
     accuracies = [
         json.loads((tmp_path / "gist" / t / f"seed{s}" / "vtab.json").read_text())["test"][
             "accuracy"
@@ -90,7 +90,7 @@ def test_from_command_to_report(root, tmp_path, capsys):
         for t in ("cifar", "kitti")
         for s in (0, 1)
     ]
-    means = printed[printed.index("mean of the 2 tasks") :].split("|")
+    means = printed[printed.index("mean of 2 tasks") :].split("|")
     assert float(means[3].split()[0]) == pytest.approx(100 * sum(accuracies) / 4, abs=0.005)
 
 
@@ -153,6 +153,25 @@ def test_the_last_training_stops_after_the_selected_epoch(root, tmp_path, epoch)
     state = saved.trainable_state_dict()
     assert all(torch.equal(state[key], seen[epoch - 1][key]) for key in state)
     assert not all(torch.equal(state[key], seen[0][key]) for key in state)
+
+
+def test_a_last_training_that_went_too_far_before_it_was_killed_is_done_anew(
+    root, tmp_path, monkeypatch
+):
+    stages, done = load_task(root, TASKS[0]), []
+    (config,) = replace(TINY, epochs=3).runs(TASKS[0], seed=0)
+
+    def run(config, data, directory, *, listener, fresh, **options):
+        done.append(fresh)
+        if not fresh:  # goes on after epoch 2
+            listener.epoch(gist.train.Epoch(3, 0.1, 0.5, 0.7, 1.0))
+        return gist.run.run(config, data, directory, listener=listener, fresh=fresh, **options)
+
+    monkeypatch.setattr(module, "run", run)
+    training = module._Training(tmp_path, "", "cpu", 0, None)
+    watch = training.up_to(2, config, replace(stages.final, test=None), "final")
+    assert done == [False, True]
+    assert [epoch.epoch for epoch in watch.history] == [1, 2]
 
 
 def backbone():
