@@ -53,7 +53,8 @@ class Plan:
             epoch that was best on val. "end": never; with one learning rate nothing is selected
             then, and val takes no part.
         lr: candidates; the best on val is used, by accuracy, then by loss.
-        weights, pretrained, img_size, model: as :class:`gist.run.RunConfig`.
+        model, weights, pretrained, img_size: as :class:`gist.run.RunConfig`. The suite's
+            size goes with its own model; another has its own.
         warmup_epochs: None: the suite's share of the epochs.
     """
 
@@ -96,6 +97,7 @@ class Plan:
     def runs(self, task: Task, seed: int) -> list[RunConfig]:
         """What to train for one task and seed, a config for each candidate learning rate."""
         suite = self.suite
+        own = self.model in (None, suite.model)
         epochs = suite.epochs if self.epochs is None else self.epochs
         share = suite.warmup_epochs / suite.epochs
         train = TrainConfig(
@@ -116,7 +118,7 @@ class Plan:
                 train=replace(train, lr=lr),
                 weights=self.weights,
                 pretrained=self.pretrained,
-                img_size=self.img_size,
+                img_size=self.img_size or (suite.img_size if own else None),
                 drop_path=_or(self.drop_path, task.drop_path),
             )
             for lr in _or(self.lr, (task.lr,))
@@ -331,7 +333,8 @@ def _retrain(config: RunConfig, data: ImageData, epoch: int, training: _Training
     if _is_first_process():
         directory = training.folder / "final"
         save(model, directory, classes=list(data.classes))
-        (directory / RESULTS_FILE).unlink(missing_ok=True)  # of an interrupted attempt
+        for leftover in (RESULTS_FILE, "resume.pt"):  # of a run that does not know it is done
+            (directory / leftover).unlink(missing_ok=True)
     return {
         "test": asdict(tested),
         "parameters": count_parameters(model)._asdict(),

