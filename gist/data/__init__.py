@@ -7,7 +7,6 @@ from pathlib import Path
 
 from gist.data.base import DataError, ImageData, Preloaded, Transformed, prepare
 from gist.data.folder import load_folder
-from gist.data.mnist import load_mnist_1k
 from gist.data.offline import SOURCES
 from gist_kernels.suggest import unknown_name
 
@@ -49,6 +48,5 @@ __all__ = [
     "available_data",
     "load_data",
     "load_folder",
-    "load_mnist_1k",
     "prepare",
 ]

