@@ -108,7 +108,7 @@ class Report:
                     f"two results of {variant(config)}, {config['task']}, seed {config['seed']}"
                 )
             seeds[config["seed"]] = record
-        self.cells = dict(sorted(self.cells.items()))
+        self.cells = dict(sorted(self.cells.items(), key=lambda c: (c[0].removesuffix(GIST), c[0])))
         _check_comparable(self.cells)
         groups = {r["config"]["task"]: r["config"]["group"] for r in records}
         suite = SUITES.get(records[0]["config"]["suite"])
@@ -290,7 +290,7 @@ class Report:
             axes.grid(alpha=0.3)
         figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=4)
         if len(self.pairs) > 1:
-            figure.legend(*gains.get_legend_handles_labels(), loc="outside lower right", ncols=4)
+            figure.legend(*gains.get_legend_handles_labels(), loc="outside upper right", ncols=4)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
 

@@ -177,7 +177,8 @@ def test_other_images_or_rates_may_not_stand_together(gist):
 def test_settings_name_the_column_and_one_result_counts_once():
     wide = record()
     wide["config"]["gist"]["method"] = {**ADAPTER, "rank": 8}
-    assert list(Report([record(), wide]).cells) == ["adapter", "adapter (rank=8)"]
+    columns = Report([record(gist=True), wide, record()]).cells
+    assert list(columns) == ["adapter", "adapter + GIST", "adapter (rank=8)"]
     other = copy.deepcopy(record(seed=1))
     other["config"]["gist"]["token_dropout"] = 0.3
     with pytest.raises(ValueError, match="differ in gist"):
