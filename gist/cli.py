@@ -29,6 +29,7 @@ from gist.methods import METHODS, Method, method_type
 from gist.model import GistModel, count_parameters
 from gist.run import Listener, RunConfig, run, write_json
 from gist.train import PRECISIONS, Epoch, TrainConfig
+from gist.vtab.cli import register as register_vtab
 
 console = Console()
 TRAIN_DEFAULTS = TrainConfig()
@@ -273,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
     _common(demo)
 
+    register_vtab(commands)
     _command(commands, "backends", _backends, "what can run the kernels here, and why not")
     # Its options are its own: no prefix makes anything an option here.
     summary = "time the kernels against their peers"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from gist.data.base import DataError, ImageData, Preloaded, Transformed, prepare
 from gist.data.folder import load_folder
-from gist.data.mnist import load_mnist_1k
+from gist.data.offline import SOURCES
 from gist_kernels.suggest import unknown_name
 
-DATA_SETS: dict[str, Callable[[], ImageData]] = {"mnist-1k": load_mnist_1k}
+DATA_SETS: dict[str, Callable[[], ImageData]] = {n: s.load for n, s in SOURCES.items()}
 
 
 def available_data() -> list[str]:
@@ -48,6 +48,5 @@ __all__ = [
     "available_data",
     "load_data",
     "load_folder",
-    "load_mnist_1k",
     "prepare",
 ]

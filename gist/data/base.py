@@ -42,6 +42,7 @@ class ImageData:
         classes: their names; a label is an index into them.
         train, val, test: items are an RGB PIL image and an int label; test may be missing.
         fingerprint: changes with any image, label or split.
+        every_class_trained: False allows classes without a training image.
 
     Raises:
         DataError: a label that no class has, or a class without a training image.
@@ -53,6 +54,7 @@ class ImageData:
     val: Images
     test: Images | None
     fingerprint: str
+    every_class_trained: bool = True
 
     def __post_init__(self) -> None:
         faults = []
@@ -67,6 +69,8 @@ class ImageData:
             if split is not None and not labels:
                 faults.append(f"{name} has no image")
         untrained = set(range(len(self.classes))) - set(self.train.labels)
+        if not self.every_class_trained:
+            untrained = set()
         faults += [f"train has no image of class {self.classes[i]!r}" for i in sorted(untrained)]
         if faults:
             raise DataError(f"{self.name} can't be trained on:\n  " + "\n  ".join(faults))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +19,12 @@ Sample = tuple[Path, int]
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Image files with their labels, decoded when asked for."""
+    """Image files with their labels, decoded when asked for by ``read``."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
+    def __init__(
+        self, samples: Sequence[Sample], read: Callable[[Path], Image.Image] | None = None
+    ) -> None:
+        self.samples, self._read = samples, read or read_image
 
     @property
     def labels(self) -> list[int]:
@@ -33,7 +35,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return read_image(path), label
+        return self._read(path), label
 
 
 def read_image(path: Path) -> Image.Image:

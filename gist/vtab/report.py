@@ -1,0 +1,387 @@
+"""One table from many records: tasks by variants, both means, and what GIST adds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from gist.files import write_atomically
+from gist.methods import method_type
+from gist.run import write_json
+from gist.vtab.run import RECORD_FILE, Record, read_record
+from gist.vtab.tasks import SUITES
+
+CONFIDENCE = 0.95
+GIST = " + GIST"  # ends a variant's title
+
+
+def t_quantile(p: float, dof: int) -> float:
+    """Quantile of Student's t for an integer number of degrees of freedom.
+
+    The distribution function is the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4;
+    it is inverted by bisection of the angle ``atan(t / sqrt(dof))``, to about 1e-14.
+    """
+    if dof < 1:
+        raise ValueError(f"dof must be at least 1; it is {dof}")
+    if not 0 < p < 1:
+        raise ValueError(f"p must be between 0 and 1; it is {p}")
+
+    def central(angle: float) -> float:  # P(|T| < t)
+        cos2, odd = math.cos(angle) ** 2, dof % 2
+        term = total = math.cos(angle) if odd else 1.0
+        for k in range(2 + odd, dof - 1, 2):
+            term *= cos2 * (k - 1) / k
+            total += term
+        if odd:
+            return 2 / math.pi * (angle + (math.sin(angle) * total if dof > 1 else 0))
+        return math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if central(middle) < abs(2 * p - 1) else (low, middle)
+    return math.copysign(math.sqrt(dof) * math.tan((low + high) / 2), p - 0.5)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over ``n`` seeds with its 95 % interval; low and high are nan for one seed."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Student's t over independent values."""
+        n, centre = len(values), mean(values)
+        if n < 2:
+            return cls(centre, math.nan, math.nan, n)
+        half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * stdev(values) / math.sqrt(n)
+        return cls(centre, centre - half, centre + half, n)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task's accuracies or a mean of them, in [0, 1].
+
+    Attributes:
+        title: the task's name, or which mean.
+        cells: seeds' mean and standard deviation by variant; None where something is missing. A
+            mean's deviation is that of the seeds' means, nan where seeds differ between tasks.
+        gains: of each method, GIST minus plain, paired by task and seed.
+    """
+
+    title: str
+    group: str
+    cells: dict[str, tuple[float, float] | None]
+    gains: dict[str, Interval | None]
+
+
+class Report:
+    """The records of several variants, side by side.
+
+    Args:
+        records: as :func:`gist.vtab.run.run_suite` returns them.
+
+    Raises:
+        ValueError: records that may not stand in one table; it names the difference.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        if not records:
+            raise ValueError("there is no record to report on")
+        self.records = list(records)
+        self.cells: dict[str, dict[str, dict[int, Record]]] = {}
+        for record in records:
+            config = record["config"]
+            seeds = self.cells.setdefault(variant(config), {}).setdefault(config["task"], {})
+            if config["seed"] in seeds:
+                raise ValueError(
+                    f"two results of {variant(config)}, {config['task']}, seed {config['seed']}"
+                )
+            seeds[config["seed"]] = record
+        self.cells = dict(sorted(self.cells.items(), key=lambda c: (c[0].removesuffix(GIST), c[0])))
+        _check_comparable(self.cells)
+        groups = {r["config"]["task"]: r["config"]["group"] for r in records}
+        suite = SUITES.get(records[0]["config"]["suite"])
+        order = [task.name for task in suite.tasks] if suite else sorted(groups)
+        self.groups = {task: groups[task] for task in order if task in groups}
+        self.missing = [task for task in order if task not in groups]
+        # Method to the pair of variants, plain and with GIST.
+        self.pairs = {v: (v, v + GIST) for v in self.cells if v + GIST in self.cells}
+
+    def rows(self) -> list[Row]:
+        """Tasks in the suite's order, then both means."""
+        by_group: dict[str, list[str]] = {}
+        for task, group in self.groups.items():
+            by_group.setdefault(group, []).append(task)
+        over_tasks = {task: 1 / len(self.groups) for task in self.groups}
+        over_groups = {
+            task: 1 / len(by_group) / len(by_group[group]) for task, group in self.groups.items()
+        }
+        return [
+            *(self._row(task, group, {task: 1.0}) for task, group in self.groups.items()),
+            self._row(f"mean of {len(self.groups)} tasks", "", over_tasks),
+            self._row(f"mean of {len(by_group)} groups' means", "", over_groups),
+        ]
+
+    def _row(self, title: str, group: str, weights: Mapping[str, float]) -> Row:
+        """The weighted mean of tasks, for each variant and pair."""
+
+        def cell(name: str) -> tuple[float, float] | None:
+            tasks = self.cells[name]
+            if not weights.keys() <= tasks.keys():
+                return None
+            centre = sum(w * mean(map(_accuracy, tasks[t].values())) for t, w in weights.items())
+            seeds = {frozenset(tasks[task]) for task in weights}
+            if len(seeds) > 1 or len(tasks[next(iter(weights))]) < 2:
+                return centre, math.nan
+            (same,) = seeds
+            return centre, stdev(
+                sum(w * _accuracy(tasks[t][seed]) for t, w in weights.items()) for seed in same
+            )
+
+        def gain(plain: str, gist: str) -> Interval | None:
+            pair = self.cells[plain], self.cells[gist]
+            if any(task not in tasks for task in weights for tasks in pair):
+                return None
+            seeds = set.intersection(*(set(tasks[task]) for task in weights for tasks in pair))
+            if not seeds:
+                return None
+            return Interval.of(
+                [
+                    sum(
+                        w * (_accuracy(pair[1][task][seed]) - _accuracy(pair[0][task][seed]))
+                        for task, w in weights.items()
+                    )
+                    for seed in sorted(seeds)
+                ]
+            )
+
+        return Row(
+            title,
+            group,
+            {name: cell(name) for name in self.cells},
+            {method: gain(*pair) for method, pair in self.pairs.items()},
+        )
+
+    def markdown(self) -> str:
+        """The table, what it cost, and how to read it."""
+        names = list(self.cells)
+        head = ["task", "group", *names, *(f"{m}: GIST - plain" for m in self.pairs)]
+        lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+        for row in self.rows():
+            cells = [_cell(row.cells[name]) for name in names]
+            gains = [_gain(row.gains[method]) for method in self.pairs]
+            lines.append(f"| {' | '.join([row.title, row.group, *cells, *gains])} |")
+        blank = [""] * len(self.pairs)
+        for part in ("method", "token", "head"):
+            counts = [mean(r["parameters"][part] for r in self._of(name)) for name in names]
+            title = f"parameters: {part}" + (", mean of the tasks" if part == "head" else "")
+            lines.append(f"| {' | '.join([title, '', *(f'{c:,.0f}' for c in counts), *blank])} |")
+        hours = [_duration(sum(r["seconds"] for r in self._of(name))) for name in names]
+        lines.append(f"| {' | '.join(['time, all seeds', '', *hours, *blank])} |")
+        return "\n".join(lines) + "\n\n" + "\n".join(f"- {note}" for note in self._notes()) + "\n"
+
+    def _of(self, name: str) -> list[Record]:
+        return [record for seeds in self.cells[name].values() for record in seeds.values()]
+
+    def _notes(self) -> Iterable[str]:
+        yield (
+            "Test accuracy in percent: mean over the seeds, in brackets their standard deviation. "
+            "Gains in points, paired by task and seed, with the 95 % interval of Student's t over "
+            "the seeds (their number in brackets); it does not cover the choice of tasks or images."
+        )
+        for name in self.cells:
+            config = self._of(name)[0]["config"]
+            seeds = sorted({r["config"]["seed"] for r in self._of(name)})
+            weights = "timm's" if config["pretrained"] else config["weights"] or "RANDOM"
+            recipe = {
+                ("clean", "best"): "clean: epoch chosen on val, then trained on all, tested once",
+                ("clean", "end"): "clean: the whole schedule on all images, tested once",
+            }.get(
+                (config["recipe"], config["stop"]),
+                "released: the EPOCH WAS CHOSEN ON THE TEST IMAGES, which flatters it",
+            )
+            rates = max(len(r["config"]["task_settings"]["lr"]) for r in self._of(name))
+            yield (
+                f"{name}: {config['model']}, weights {weights}, "
+                f"{config['train']['epochs']} epochs, seeds {', '.join(map(str, seeds))}. "
+                f"Recipe {recipe}"
+                + (f"; {rates} learning rates tried on val." if rates > 1 else ".")
+            )
+            for task in self.groups:
+                if task not in self.cells[name]:
+                    yield f"{name} has no result of {task}: no mean."
+        if self.missing:
+            yield f"Not among these results: {', '.join(self.missing)}."
+
+    def csv(self) -> str:
+        """The rows of :meth:`rows`, not rounded, fractions of 1."""
+        text = io.StringIO()
+        head = ["task", "group"]
+        for name in self.cells:
+            head += [name, f"{name}: sd"]
+        for method in self.pairs:
+            head += [f"{method}: gain {part}" for part in ("mean", "low", "high", "seeds")]
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(head)
+        for row in self.rows():
+            line: list[Any] = [row.title, row.group]
+            for cell in row.cells.values():
+                line += cell or ("", "")
+            for gain in row.gains.values():
+                line += (gain.mean, gain.low, gain.high, gain.n) if gain else [""] * 4
+            table.writerow(line)
+        return text.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Write report.md, report.csv, report.png and records.json.
+
+        Raises:
+            ImportError: matplotlib is missing; the other files are written.
+        """
+        write_atomically(folder / "report.md", self.markdown().encode())
+        write_atomically(folder / "report.csv", self.csv().encode())
+        write_json(folder / "records.json", self.records)
+        self.plot(folder / "report.png")
+
+    def plot(self, path: Path) -> None:
+        """Draw accuracies by task, and the gains with their intervals, into a PNG.
+
+        Raises:
+            ImportError: matplotlib is missing; it names the extra that brings it.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plots need matplotlib: pip install 'gist-kernels[train]'") from error
+        rows = self.rows()
+        places = range(len(rows), 0, -1)
+        figure = Figure(figsize=(10, 1.6 + 0.32 * len(rows)), layout="constrained")
+        accuracy, gains = figure.subplots(1, 2, sharey=True)
+        for name in self.cells:
+            cells = [row.cells[name] or (math.nan,) for row in rows]
+            accuracy.plot([100 * cell[0] for cell in cells], list(places), "o", label=name)
+        for number, method in enumerate(self.pairs):
+            shift = 0.2 * ((len(self.pairs) - 1) / 2 - number)
+            for row, y in zip(rows, places, strict=True):
+                gain = row.gains[method]
+                if gain is not None:
+                    half = 100 * (gain.high - gain.mean)
+                    gains.errorbar(
+                        100 * gain.mean, y + shift, xerr=None if math.isnan(half) else half,
+                        fmt="o", color=f"C{number}", capsize=3,
+                        label=method if y == len(rows) else None,
+                    )  # fmt: skip
+        accuracy.set_yticks(list(places), [row.title for row in rows])
+        accuracy.set(xlabel="test accuracy (%)")
+        gains.set(xlabel="GIST - plain, paired (points, 95 % interval over seeds)")
+        gains.axvline(0, color="black", linewidth=0.8)
+        for axes in (accuracy, gains):
+            axes.grid(alpha=0.3)
+        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=4)
+        if len(self.pairs) > 1:
+            figure.legend(*gains.get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+
+
+def report(runs: Iterable[Path]) -> Report:
+    """A report on every record below the folders ``runs``.
+
+    Raises:
+        FileNotFoundError: a folder without records.
+        ValueError: records that may not stand in one table.
+    """
+    files: dict[Path, None] = {}
+    for folder in runs:
+        found = sorted(folder.rglob(RECORD_FILE))
+        if not found:
+            raise FileNotFoundError(f"{folder} has no finished result of gist vtab run")
+        files |= dict.fromkeys(file.resolve() for file in found)
+    records = [read_record(file.parent) for file in files]
+    return Report([record for record in records if record is not None])
+
+
+def variant(config: Mapping[str, Any]) -> str:
+    """A column's title: the method, its settings other than the defaults, and GIST."""
+    method = config["gist"]["method"]
+    if method is None:
+        name = "linear probe"
+    else:
+        default = method_type(method["name"])()
+        changed = [
+            f"{key}={value}"
+            for key, value in method.items()
+            if key != "name" and getattr(default, key) != value
+        ]
+        name = method["name"] + (f" ({', '.join(changed)})" if changed else "")
+    return name + (GIST if config["gist"]["gist"] else "")
+
+
+# What may differ within a column, and between a method with GIST and without.
+OF_A_CELL = {"task", "group", "seed", "task_settings"}
+OF_A_VARIANT = {*OF_A_CELL, "gist"}
+
+
+def _check_comparable(cells: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> None:
+    first: dict[str, Mapping[str, Any]] = {}
+    by_task: dict[tuple[str, str], Mapping[str, Any]] = {}
+    images: dict[str, tuple[str, str]] = {}
+    for name, tasks in cells.items():
+        for task, seeds in tasks.items():
+            for seed, record in seeds.items():
+                config, here = record["config"], f"{name}, {task}, seed {seed}"
+                plain = name.removesuffix(GIST)
+                settings = config["task_settings"]
+                _same(f"column {name!r}", first.setdefault(name, config), config, here, OF_A_CELL)
+                _same(
+                    f"pair {plain!r}", first.setdefault(plain, config), config, here, OF_A_VARIANT
+                )
+                known = by_task.setdefault((plain, task), settings)
+                _same(f"task {task!r} of {plain!r}", known, settings, here, set())
+                mark, where = images.setdefault(task, (settings["data_fingerprint"], here))
+                if mark != settings["data_fingerprint"]:
+                    raise ValueError(f"{here} had other images than {where}: no common table")
+
+
+def _same(
+    what: str, known: Mapping[str, Any], given: Mapping[str, Any], where: str, but: set[str]
+) -> None:
+    for key in sorted((known.keys() | given.keys()) - but):
+        if known.get(key) != given.get(key):
+            raise ValueError(
+                f"{what} can't hold results that differ in {key}: {known.get(key)!r}, and "
+                f"{given.get(key)!r} in {where}"
+            )
+
+
+def _accuracy(record: Record) -> float:
+    return record["test"]["accuracy"]
+
+
+def _cell(cell: tuple[float, float] | None) -> str:
+    if cell is None:
+        return "-"
+    centre, spread = cell
+    return f"{100 * centre:.2f}" + ("" if math.isnan(spread) else f" ({100 * spread:.2f})")
+
+
+def _gain(gain: Interval | None) -> str:
+    if gain is None:
+        return "-"
+    ends = "" if math.isnan(gain.low) else f" [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]"
+    return f"{100 * gain.mean:+.2f}{ends} ({gain.n})"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"
