@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,13 +55,23 @@ class GistLoss(nn.Module):
                 ignore_index=self.ignore_index,
             )
         return gist_kernels.gist_loss(
-            output.cls_logits,
-            output.gist_logits,
-            target,
-            temperature=self.temperature,
-            cls_weight=self.cls_weight,
-            gist_weight=self.gist_weight,
-            kl_weights=self.kl_weights,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
+            output.cls_logits, output.gist_logits, target, **self._options()
         )
+
+    def with_terms(
+        self, output: GistOutput, target: torch.Tensor
+    ) -> tuple[torch.Tensor, gist_kernels.GistLossTerms]:
+        """The loss of a GistOutput, and its four terms, unweighted and without gradient."""
+        return gist_kernels.gist_loss(
+            output.cls_logits, output.gist_logits, target, return_terms=True, **self._options()
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "cls_weight": self.cls_weight,
+            "gist_weight": self.gist_weight,
+            "kl_weights": self.kl_weights,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+        }

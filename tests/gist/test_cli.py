@@ -44,7 +44,7 @@ def test_trains_on_a_folder_and_writes_everything(folder, tmp_path, more):
     out = tmp_path / "out"
     assert train(folder, out, *more) == 0
     assert {p.name for p in out.iterdir()} == {
-        "adapter.safetensors", "config.json", "curves.png", "results.json",
+        "adapter.safetensors", "config.json", "curves.png", "log.csv", "results.json",
     }  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert results["complete"]
@@ -78,7 +78,7 @@ def test_a_finished_run_is_reused_and_another_never_overwritten(folder, tmp_path
     assert (out / "adapter.safetensors").stat().st_mtime_ns > written
 
 
-def test_interruption_ends_with_130_and_keeps_the_finished_epoch(folder, tmp_path, monkeypatch):
+def test_interruption_ends_with_130_and_the_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     def interrupt(self, step, loss):
         if step > 5:  # in the second epoch
             raise KeyboardInterrupt
@@ -90,8 +90,16 @@ def test_interruption_ends_with_130_and_keeps_the_finished_epoch(folder, tmp_pat
     assert (results["complete"], len(results["fit"]["history"])) == (False, 1)
     assert (out / "adapter.safetensors").is_file()
     monkeypatch.undo()
-    assert train(folder, out) == 0  # not complete, so it is trained again
-    assert json.loads((out / "results.json").read_text())["complete"]
+    assert train(folder, out) == 0  # not complete, so it is gone on with
+    assert "goes on after step 5" in capsys.readouterr().out
+    whole = tmp_path / "whole"
+    assert train(folder, whole) == 0
+    ours, uninterrupted = (json.loads((o / "results.json").read_text()) for o in (out, whole))
+    assert ours["complete"]
+    assert ours["test"]["loss"] == uninterrupted["test"]["loss"]
+    for name in ("adapter.safetensors", "log.csv"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not (out / "resume.pt").exists()
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:

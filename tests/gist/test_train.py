@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
 
 import gist
-from gist.train import TrainConfig, evaluate, fit
+from gist.evaluation import evaluate
+from gist.train import TrainConfig, fit
 
 
 def model(seed: int = 0, config: gist.GistConfig | None = None) -> gist.GistModel:
