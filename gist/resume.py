@@ -57,7 +57,7 @@ class Checkpoint:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             if state["format"] != FORMAT:
                 raise ValueError(f"its format is {state['format']!r}")
-        except (RuntimeError, ValueError, LookupError, TypeError, pickle.PickleError) as error:
+        except (RuntimeError, ValueError, LookupError, EOFError, pickle.PickleError) as error:
             raise ValueError(
                 f"{self.path} is not a training's state that this version reads; delete it to "
                 f"start anew ({error})"

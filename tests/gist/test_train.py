@@ -6,30 +6,12 @@ import math
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
+from training import model, stripes
 
 import gist
 from gist.evaluation import evaluate
 from gist.train import TrainConfig, fit
-
-
-def model(seed: int = 0, config: gist.GistConfig | None = None) -> gist.GistModel:
-    torch.manual_seed(seed)
-    vit = VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3
-    )
-    return gist.wrap(vit, config)
-
-
-def stripes(images: int, seed: int) -> TensorDataset:
-    """Three classes that differ in which colour channel is bright."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(images) % 3
-    pixels = 0.5 * torch.randn(images, 3, 16, 16, generator=generator)
-    pixels[torch.arange(images), labels] += 1.5
-    return TensorDataset(pixels, labels)
-
 
 TRAIN, VAL = stripes(50, 1), stripes(31, 2)
 CONFIG = TrainConfig(epochs=4, batch_size=16, lr=1e-2, warmup_epochs=0.5)
