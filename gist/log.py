@@ -53,7 +53,7 @@ class Log:
             try:
                 import wandb as package
             except ImportError as error:
-                raise ImportError("--wandb needs: pip install wandb") from error
+                raise ImportError("logging to W&B needs: pip install wandb") from error
             self._wandb = package
 
     def start(self, step: int = 0) -> None:
