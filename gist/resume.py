@@ -88,10 +88,10 @@ def seed_all(seed: int) -> None:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """This process's global generators, as :meth:`Checkpoint.save` takes it."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":

@@ -88,8 +88,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1); it is {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}")
-        if self.optimizer not in list_optimizers():
-            raise ValueError(unknown_name("optimizer", self.optimizer, list_optimizers()))
+        known = [str(name) for name in list_optimizers()]
+        if self.optimizer not in known:
+            raise ValueError(unknown_name("optimizer", self.optimizer, known))
 
 
 @dataclass(frozen=True)
@@ -322,10 +323,11 @@ class _Training:
 
     def _sum_over_processes(self, numbers: torch.Tensor) -> torch.Tensor:
         """The gradients, in place, and these numbers, in one reduction."""
+        grads = []
         for p in self.trainables:
             if p.grad is None:  # a process without an image of this batch
                 p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in self.trainables]
+            grads.append(p.grad)
         flat = reduce(torch.cat([*(g.flatten() for g in grads), numbers]), "sum")
         *summed, numbers = flat.split([*(g.numel() for g in grads), len(numbers)])
         for grad, total in zip(grads, summed, strict=True):
