@@ -34,7 +34,7 @@ class Log:
         self, directory: Path, *, every: int = 1, tensorboard: bool = False, wandb: bool = False
     ) -> None:
         if every < 1:
-            raise ValueError(f"every must be at least 1; it is {every}")
+            raise ValueError(f"steps between rows of the log must be at least 1; they are {every}")
         self.directory, self.every = directory, every
         self._writer_type: Any = None
         self._wandb: Any = None

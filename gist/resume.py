@@ -30,7 +30,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, every: int = 0) -> None:
         if every < 0:
-            raise ValueError(f"every must be at least 0; it is {every}")
+            raise ValueError(f"steps between saves must be at least 0; they are {every}")
         self.path, self.every = path, every
         self.identity = json.loads(json.dumps(identity))
 

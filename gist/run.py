@@ -124,11 +124,12 @@ def run(
     (earlier,) = broadcast_object_list([read_results(directory) if main else None])
     if earlier is not None:
         check_same(described, earlier["config"], directory)
-    if main:
+    finished = earlier is not None and earlier["complete"]
+    if main and not finished:
         checkpoint.load()  # raises where it is another run's
-    if main and (fresh or (earlier is not None and earlier["complete"])):
+    if main and (finished or fresh):
         checkpoint.remove()
-    if earlier is not None and earlier["complete"] and not fresh:
+    if finished and not fresh:
         return {**earlier, "reused": True}
 
     torch.manual_seed(config.train.seed)  # before the head is drawn

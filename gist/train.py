@@ -221,6 +221,9 @@ class _Training:
             raise ValueError("label_smoothing is the default loss's; give it to your loss instead")
         self.loss = loss if loss is not None else GistLoss(label_smoothing=config.label_smoothing)
         self.log, self.checkpoint = log, checkpoint
+        # A subclass may compute another loss, which has no such terms.
+        known = type(self.loss).forward is GistLoss.forward
+        self.with_terms = log is not None and model.token is not None and known
         rank, world = self.processes.process_index, self.processes.num_processes
         seed_all(config.seed + rank)
         self.trainables = [p for p in model.parameters() if p.requires_grad]
@@ -289,8 +292,7 @@ class _Training:
         self.schedule.step_update(self.at.step)
         self.optimizer.zero_grad(set_to_none=True)
         half = PRECISIONS[self.config.precision]
-        with_terms = self.log is not None and self.model.token is not None
-        numbers = torch.zeros(5 if with_terms else 1, device=self.device)
+        numbers = torch.zeros(5 if self.with_terms else 1, device=self.device)
         for _ in range(own):
             images, target = next(parts)
             share = len(target) / size
@@ -300,7 +302,7 @@ class _Training:
                 images, target = self.mixing(images, target)
             with torch.autocast(self.device.type, half, enabled=half is not None):
                 output = self.model(images)
-                if with_terms:
+                if self.with_terms:
                     value, terms = self.loss.with_terms(output, target)
                     now = torch.stack((value.detach(), *terms))
                 else:

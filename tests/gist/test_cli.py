@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,10 @@ def test_a_finished_run_is_reused_and_another_never_overwritten(folder, tmp_path
     out = tmp_path / "out"
     assert train(folder, out, "--epochs", "1") == 0
     written = (out / "adapter.safetensors").stat().st_mtime_ns
+    (out / "resume.pt").write_text("left by a kill after the results were written")
     assert train(folder, out, "--epochs", "1") == 0
     assert "finished earlier" in capsys.readouterr().out
+    assert not (out / "resume.pt").exists()
     assert (out / "adapter.safetensors").stat().st_mtime_ns == written
     assert train(folder, out, "--epochs", "1", "--lr", "0.5") == 2
     assert "holds another run (it differs in train)" in said(capsys)
@@ -117,9 +120,16 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         (["--set", "rank=0"], "rank must be an integer of at least 1"),
         (["--lr", "nan"], "lr must be a finite number"),
         (["--img-size", "33"], "33"),
+        (["--optimizer", "adamv"], "optimizer: 'adamv' is not known"),
+        (["--save-every", "-1"], "steps between saves must be at least 0; they are -1"),
+        (["--log-every", "0"], "steps between rows of the log must be at least 1; they are 0"),
+        (["--wandb"], "logging to W&B needs: pip install wandb"),
     ],
 )
-def test_bad_options_end_with_2_and_a_sentence(folder, tmp_path, capsys, options, message):
+def test_bad_options_end_with_2_and_a_sentence(
+    folder, tmp_path, capsys, monkeypatch, options, message
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert train(folder, tmp_path / "out", *options) == 2
     assert message in said(capsys)
     assert not (tmp_path / "out").exists()

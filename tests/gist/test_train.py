@@ -60,6 +60,16 @@ def test_equal_seeds_give_equal_bits_and_others_do_not():
     assert not all(torch.equal(first[k], other[k]) for k in first)
 
 
+def test_loader_processes_change_nothing():
+    def trained(workers):
+        m = model()
+        fit(m, TRAIN, VAL, replace(CONFIG, epochs=2), workers=workers)
+        return m.trainable_state_dict()
+
+    alone, loaded = trained(0), trained(2)
+    assert all(torch.equal(alone[k], loaded[k]) for k in alone)
+
+
 def test_frozen_weights_stay_bit_identical():
     m = model()
     before = {n: p.clone() for n, p in m.named_parameters() if not p.requires_grad}
