@@ -92,14 +92,18 @@ def train_in(
 ) -> FitResult:
     """A training that keeps its state in ``directory``; ``trained.pt`` is what came out."""
     checkpoint = Checkpoint(directory / "resume.pt", asdict(config), every=every)
+    rank = int(os.environ.get("RANK", 0))
     trained = model(config=gist_config, drop_path=drop_path)
+    for parameter in trained.trainable_state_dict().values():
+        parameter += rank  # all are to start from those of the first process
     went_on_after = []
     result = fit(
         trained, stripes(images, 1), stripes(31, 2), config,
         checkpoint=checkpoint, log=Log(directory), on_step=on_step, on_epoch=on_epoch,
         on_resume=lambda step, history: went_on_after.append(step),
     )  # fmt: skip
-    if int(os.environ.get("RANK", 0)) == 0:
+    (directory / f"seed-{rank}").write_text(str(torch.initial_seed()))
+    if rank == 0:
         history = [{**asdict(epoch), "train_seconds": None} for epoch in result.history]
         torch.save(
             {
