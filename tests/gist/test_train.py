@@ -25,9 +25,12 @@ def test_learns_and_reports_what_it_saw(use_gist):
     m = model(config=gist.GistConfig(gist=use_gist))
     steps, epochs = [], []
     result = fit(
-        m, TRAIN, VAL, CONFIG, on_step=lambda s, loss: steps.append(s), on_epoch=epochs.append
+        m, TRAIN, VAL, CONFIG, on_step=lambda *step: steps.append(step), on_epoch=epochs.append
     )
-    assert steps == list(range(1, 17))  # four batches an epoch, the last of two images
+    assert [step for step, _ in steps] == list(range(1, 17))
+    sizes = [16, 16, 16, 2]
+    first = sum(size * loss for size, (_, loss) in zip(sizes, steps, strict=False)) / 50
+    assert epochs[0].train_loss == pytest.approx(first)
     assert epochs == result.history
     assert [e.epoch for e in epochs] == [1, 2, 3, 4]
     assert result.history[-1].train_loss < result.history[0].train_loss
