@@ -40,6 +40,8 @@ class Case:
     """Bytes that a contender can't avoid to move, where that is its floor."""
     varied: str | None = None
     """Which of the sizes is the one that cases differ in: slopes are fitted along it."""
+    images: int | None = None
+    """How many every call goes through, where images a second are asked for."""
     graphs: bool = False
     """On a GPU, time each call also as a CUDA graph."""
 
@@ -77,6 +79,8 @@ def _table(
             results[name]["of_floor"] = factor * ratio(times[floor], seconds)
         if name in case.least_bytes:
             results[name]["least_bytes"] = case.least_bytes[name]
+        if case.images is not None:
+            results[name]["images_per_second"] = case.images / results[name]["median"]
     return results
 
 

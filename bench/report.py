@@ -24,7 +24,7 @@ def print_head(run: Run, to: TextIO | None = None) -> None:
     print(", ".join(f"{key} {value:.3g}" for key, value in run["limits"].items()), file=to)
     for name, reason in run["absent"].items():
         print(f"{name} takes no part: {reason}", file=to)
-    columns = ("median ms", "20 %", "80 %", "x ours", "of floor", "new MB")
+    columns = ("median ms", "20 %", "80 %", "x ours", "of floor", "new MB", "images/s")
     print(f"{'':<26}{'':<28}" + "".join(f"{column:>11}" for column in columns), file=to)
 
 
@@ -37,6 +37,7 @@ def print_case(case: dict[str, Any], to: TextIO | None = None) -> None:
         cells.append(f"{result['of_floor']:.0%}" if "of_floor" in result else "")
         peak = result.get("peak_bytes")
         cells.append("" if peak is None else f"{peak / 1e6:.1f}")
+        cells.append(_images_per_second(result))
         line = "".join(f"{cell:>11}" for cell in cells)
         print(f"{size_text(case['sizes']):<26}{name:<28}{line}", file=to, flush=True)
 
@@ -90,6 +91,10 @@ def plot(run: Run, folder: Path) -> list[Path]:
     return written
 
 
+def _images_per_second(result: dict[str, float]) -> str:
+    return f"{result['images_per_second']:.0f}" if "images_per_second" in result else ""
+
+
 def markdown(runs: list[Run]) -> str:
     """The runs as one Markdown text: a table for each benchmark on each machine."""
     parts = []
@@ -102,8 +107,9 @@ def markdown(runs: list[Run]) -> str:
         for name, reason in run["absent"].items():
             parts[-1] += f" {name} takes no part: {reason}."
         lines = [
-            "| size | dtype | contender | ms (20 to 80 %) | times ours | of floor | new MB |",
-            "|---|---|---|---:|---:|---:|---:|",
+            "| size | dtype | contender | ms (20 to 80 %) | times ours | of floor | new MB |"
+            " images/s |",
+            "|---|---|---|---:|---:|---:|---:|---:|",
         ]
         for case in run["cases"]:
             for name, result in case["results"].items():
@@ -114,7 +120,8 @@ def markdown(runs: list[Run]) -> str:
                 lines.append(
                     f"| {size_text(case['sizes'])} | {case['dtype']} | {name} "
                     f"| {median:.4g} ({low:.4g} to {high:.4g}) | {times} | {floor} "
-                    f"| {'' if peak is None else f'{peak / 1e6:.1f}'} |"
+                    f"| {'' if peak is None else f'{peak / 1e6:.1f}'} "
+                    f"| {_images_per_second(result)} |"
                 )
         parts.append("\n".join(lines))
         parts += [slope_text(slope) for slope in slopes(run)]

@@ -25,6 +25,7 @@ import gist_kernels
 from gist import report
 from gist.config import GistConfig
 from gist.data import available_data, load_data
+from gist.evaluation import processes
 from gist.methods import METHODS, Method, method_type
 from gist.model import GistModel, count_parameters
 from gist.run import Listener, RunConfig, run, write_json
@@ -32,7 +33,6 @@ from gist.train import PRECISIONS, Epoch, TrainConfig
 from gist.vtab.cli import register as register_vtab
 
 console = Console()
-TRAIN_DEFAULTS = TrainConfig()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "threads", None):
         torch.set_num_threads(arguments.threads)
     try:
+        if "device" in arguments and processes(arguments.device).num_processes > 1:
+            console.quiet = not processes(arguments.device).is_main_process
         arguments.command(arguments)
     except KeyboardInterrupt:
         console.print("Interrupted. What was finished is kept.", style="yellow")
@@ -48,8 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if arguments.traceback:
             raise
+        console.quiet = False
         console.print("error:", str(error), style="red", markup=False, highlight=False)
         return 2
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
@@ -83,6 +89,10 @@ def _train(arguments: argparse.Namespace) -> None:
             device=arguments.device,
             workers=arguments.workers,
             fresh=arguments.fresh,
+            save_every=arguments.save_every,
+            log_every=arguments.log_every,
+            tensorboard=arguments.tensorboard,
+            wandb=arguments.wandb,
             listener=progress,
         )
     _show({f"{arguments.method} ({name})": results}, directory, f"{data.name}, {arguments.model}")
@@ -119,7 +129,8 @@ def _demo(arguments: argparse.Namespace) -> None:
             )
     title = f"{data.name}, ViT-S/14 at {arguments.img_size} px, seed {arguments.seed}"
     _show(results, arguments.out, title)
-    write_json(arguments.out / "results.json", results)
+    if not console.quiet:
+        write_json(arguments.out / "results.json", results)
     console.print("One seed: differences of a few images are noise, not a ranking.", style="dim")
 
 
@@ -145,6 +156,8 @@ def _backends(arguments: argparse.Namespace) -> None:
 
 
 def _show(results: dict[str, Any], directory: Path, title: str) -> None:
+    if console.quiet:  # another process shows it
+        return
     console.print(report.table(results, title))
     picture = directory / "curves.png"
     try:
@@ -204,6 +217,13 @@ class RunProgress(Listener):
         console.print(f"{self._name}: {count_parameters(model)}", highlight=False)
         self._task = self._progress.add_task(self._name, total=steps, loss=float("nan"), val="-")
 
+    def resumes(self, step: int, history: Sequence[Epoch]) -> None:
+        console.print(f"{self._name}: goes on after step {step}", highlight=False)
+        # Not an update, which would count these steps as done in no time.
+        self._progress.reset(self._task, completed=step)
+        for epoch in history[-1:]:
+            self.epoch(epoch)
+
     def step(self, step: int, loss: float) -> None:
         self._progress.update(self._task, completed=step, loss=loss)
 
@@ -251,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="add the Gist token and its interaction")  # fmt: skip
     group.add_argument("--token-dropout", type=float, default=0.1)
     group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate")
-    group = train.add_argument_group("schedule: AdamW, warm-up, cosine")
+    group = train.add_argument_group("schedule: warm-up, cosine")
     for field in fields(TrainConfig):
         group.add_argument(
             "--" + field.name.replace("_", "-"),
@@ -263,6 +283,12 @@ def _parser() -> argparse.ArgumentParser:
     _common(train)
     train.add_argument("--workers", type=int, default=0, help="loader processes")
     train.add_argument("--out", type=Path, help="results folder; default: one under runs/")
+    train.add_argument("--save-every", type=int, default=0, metavar="STEPS",
+                       help="also save so often what a killed run goes on from")  # fmt: skip
+    train.add_argument("--log-every", type=int, default=1, metavar="STEPS",
+                       help="steps between rows of log.csv; default: %(default)s")  # fmt: skip
+    train.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
+    train.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
 
     demo = _command(
         commands, "demo", _demo, "linear probe, adapter and GIST on real weights and images"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -12,11 +14,26 @@ def cache_dir() -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file, and its folder if missing, that is either whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file, and its folder if missing, that is either whole or as it was before.
+
+    Raises:
+        OSError: it could not be written; the text names it.
+    """
     temporary = path.with_name(f".{path.name}.new")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file's name into an OSError raised within: that of a full disk comes without."""
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,30 +58,43 @@ class GistLoss(nn.Module):
         (B, C) probabilities."""
         if isinstance(output, torch.Tensor):
             return self._cross_entropy(output, target)
+        return self._of_both(output, target, return_terms=False)
+
+    def with_terms(
+        self, output: GistOutput, target: torch.Tensor
+    ) -> tuple[torch.Tensor, gist_kernels.GistLossTerms]:
+        """The loss of a GistOutput, and its four terms, unweighted and without gradient."""
+        return self._of_both(output, target, return_terms=True)
+
+    def _of_both(self, output: GistOutput, target: torch.Tensor, *, return_terms: bool) -> Any:
         cls_logits, gist_logits = output
-        weights, alone = [self.cls_weight, self.gist_weight], None
+        cls_weight, gist_weight, apart = self.cls_weight, self.gist_weight, None
         if self.detach == "cls":
-            weights[0], alone = 0.0, self.cls_weight * self._cross_entropy(cls_logits, target)
+            apart, cls_weight = cls_weight * self._cross_entropy(cls_logits, target), 0.0
             cls_logits = cls_logits.detach()
         elif self.detach == "gist":
-            weights[1], alone = 0.0, self.gist_weight * self._cross_entropy(gist_logits, target)
+            apart, gist_weight = gist_weight * self._cross_entropy(gist_logits, target), 0.0
             gist_logits = gist_logits.detach()
-        loss = gist_kernels.gist_loss(
+        gist_loss: Any = gist_kernels.gist_loss
+        result = gist_loss(
             cls_logits,
             gist_logits,
             target,
             temperature=self.temperature,
-            cls_weight=weights[0],
-            gist_weight=weights[1],
+            cls_weight=cls_weight,
+            gist_weight=gist_weight,
             kl_weights=self.kl_weights,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            return_terms=return_terms,
         )
-        return loss if alone is None else loss + alone
+        if apart is None:
+            return result
+        return (result[0] + apart, result[1]) if return_terms else result + apart
 
     def _cross_entropy(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(
-            logits.float() if self.detach else logits,
+            logits.float() if self.detach and logits.dtype.itemsize < 4 else logits,
             target,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,

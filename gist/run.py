@@ -1,32 +1,39 @@
 """A run: data, backbone, training and test, with its results in a folder of its own.
 
 The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.checkpoint`) and
-``results.json`` with all that is needed to repeat it. A finished run is not done again.
+``results.json`` with all that is needed to repeat it, and ``log.csv`` with every step. While it
+runs, ``resume.pt`` holds the training's state: a run that was killed goes on from there. A finished
+one is not done again.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from timm.data import resolve_model_data_config
 
 from gist.backbones import create_backbone
 from gist.checkpoint import save
 from gist.config import GistConfig
 from gist.data import ImageData, prepare
+from gist.evaluation import evaluate, processes
 from gist.files import write_atomically
+from gist.log import Log
 from gist.model import GistModel, count_parameters, wrap
-from gist.train import Epoch, TrainConfig, evaluate, fit
+from gist.provenance import describe_machine, git_revision, versions
+from gist.resume import Checkpoint, check_same
+from gist.train import Epoch, TrainConfig, fit
 
 RESULTS_FILE = "results.json"
+RESUME_FILE = "resume.pt"
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,9 @@ class Listener:
     """What a caller may hear of a run; the methods do nothing unless overridden."""
 
     def starts(self, model: GistModel, steps: int) -> None: ...
+    def resumes(self, step: int, history: Sequence[Epoch]) -> None:
+        """The run goes on: so many steps and these epochs are done."""
+
     def step(self, step: int, loss: float) -> None: ...
     def epoch(self, epoch: Epoch) -> None: ...
 
@@ -73,47 +83,66 @@ def run(
     device: str = "cpu",
     workers: int = 0,
     fresh: bool = False,
+    save_every: int = 0,
+    log_every: int = 1,
+    tensorboard: bool = False,
+    wandb: bool = False,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Train as ``config`` says on ``data``, test once, write ``directory`` and return the results.
 
     The epoch is chosen on ``data.val`` alone; ``data.test``, where there is one, is used once, at
-    the end. A directory that holds this very run, finished, is read instead.
+    the end. A directory that holds this very run, finished, is read instead; one that holds its
+    beginning is gone on with, to the same bits on a CPU.
+
+    In several processes, as ``accelerate launch`` or ``torchrun`` start them, each calls this; the
+    first one alone reads and writes ``directory``.
 
     Args:
         config: see :class:`RunConfig`.
         data: ``config.data``, loaded.
         directory: made if missing.
-        fresh: train again even if the run is there.
+        device: "cuda" is each process's own of several.
+        fresh: train again, from the beginning, even if the run is there.
+        save_every: steps between saves of the training's state, beside each epoch's end.
+        log_every: steps between rows of log.csv.
+        tensorboard, wandb: log there too.
 
     Raises:
         FileExistsError: the directory holds another run, which is not overwritten.
+        ImportError: a package to log with is missing.
         KeyboardInterrupt: Ctrl-C, after the best finished epoch was written.
     """
     listener = listener or Listener()
+    process = processes(device)
+    main = process.is_main_process
+    where = process.device if process.num_processes > 1 else torch.device(device)
     # As JSON reads it back, so that it compares equal to an earlier run's.
     described = json.loads(json.dumps({**config.to_dict(), "data_fingerprint": data.fingerprint}))
-    earlier = read_results(directory)
+    checkpoint = Checkpoint(directory / RESUME_FILE, described, every=save_every)
+    log = Log(directory, every=log_every, tensorboard=tensorboard, wandb=wandb)
+    (earlier,) = broadcast_object_list([read_results(directory) if main else None])
     if earlier is not None:
-        if earlier["config"] != described:
-            differing = sorted(k for k in described if earlier["config"].get(k) != described[k])
-            raise FileExistsError(
-                f"{directory} holds another run (it differs in {', '.join(differing)}); "
-                "choose another --out, or delete it"
-            )
-        if earlier["complete"] and not fresh:
-            return {**earlier, "reused": True}
+        check_same(described, earlier["config"], directory)
+    finished = earlier is not None and earlier["complete"]
+    if main and not finished:
+        checkpoint.load()  # raises where it is another run's
+    if main and (finished or fresh):
+        checkpoint.remove()
+    if finished and not fresh:
+        return {**earlier, "reused": True}
 
     torch.manual_seed(config.train.seed)  # before the head is drawn
-    backbone = create_backbone(
-        config.model,
-        num_classes=len(data.classes),
-        img_size=config.img_size,
-        weights=config.weights,
-        pretrained=config.pretrained,
-        drop_path_rate=config.drop_path,
-    )
-    model = wrap(backbone, config.gist).to(device)
+    with process.local_main_process_first():  # to fetch weights once
+        backbone = create_backbone(
+            config.model,
+            num_classes=len(data.classes),
+            img_size=config.img_size,
+            weights=config.weights,
+            pretrained=config.pretrained,
+            drop_path_rate=config.drop_path,
+        )
+    model = wrap(backbone, config.gist).to(where)
     normalisation = resolve_model_data_config(backbone)
     img_size = backbone.patch_embed.img_size[0]
     as_input = partial(prepare, img_size=img_size, data_config=normalisation)
@@ -121,7 +150,6 @@ def run(
     batches = -(-len(train) // config.train.batch_size)  # rounded up
     listener.starts(model, config.train.epochs * batches)
 
-    started = time.perf_counter()
     fitted = fit(
         model,
         train,
@@ -130,28 +158,36 @@ def run(
         workers=workers,
         on_step=listener.step,
         on_epoch=listener.epoch,
+        on_resume=listener.resumes,
+        checkpoint=checkpoint,
+        log=log,
     )
     if fitted.best_epoch is None:
         raise KeyboardInterrupt
-    save(model, directory, classes=list(data.classes))
     results = {
         "config": described,
         "complete": not fitted.interrupted,
         "parameters": count_parameters(model)._asdict(),
         "val_accuracy": fitted.history[fitted.best_epoch - 1].val_accuracy,
         "fit": fitted.to_dict(),
-        "seconds": time.perf_counter() - started,
+        "seconds": fitted.seconds,
         "normalisation": {key: normalisation[key] for key in ("mean", "std")},
         "img_size": img_size,
-        "machine": describe_machine(device),
-        "versions": {name: version(name) for name in ("gist-kernels", "torch", "timm")},
+        "machine": {**describe_machine(where), "processes": process.num_processes},
+        "versions": versions(),
+        "git": git_revision(),
     }
     if data.test is not None and not fitted.interrupted:
+        started = time.perf_counter()
         results["test"] = asdict(evaluate(model, as_input(data.test), workers=workers))
-        results["seconds"] = time.perf_counter() - started
-    write_json(directory / RESULTS_FILE, results)
+        results["seconds"] += time.perf_counter() - started
+    if main:
+        save(model, directory, classes=list(data.classes))
+        write_json(directory / RESULTS_FILE, results)
     if fitted.interrupted:
         raise KeyboardInterrupt
+    if main:
+        checkpoint.remove()
     return {**results, "reused": False}
 
 
@@ -163,23 +199,3 @@ def read_results(directory: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    """What the timings were taken on."""
-    on_gpu = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _processor_name(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -1,38 +1,61 @@
-"""One training: fit a wrapped model's trainables, keep the epoch that validates best."""
+"""One training: fit a wrapped model's trainables, keep the epoch that validates best.
+
+In one process, or in several that ``accelerate launch`` or ``torchrun`` started: then each computes
+its part of every batch, and one sum over the trainables' gradients a step makes up the whole.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+from gist.ema import Ema
+from gist.evaluation import evaluate, processes
+from gist.log import Log
 from gist.loss import GistLoss
+from gist.mixing import Mixing
 from gist.model import GistModel
+from gist.order import Order
+from gist.resume import Checkpoint, rng_state, seed_all, set_rng_state
+from gist_kernels.suggest import unknown_name
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+# Steps between two looks at the loss; on a device that computes while Python goes on, each waits.
+READ_EVERY = {"cpu": 1, "cuda": 10}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW, linear warm-up, cosine to ``min_lr``, stepped every batch.
+    """A timm optimiser, linear warm-up, cosine to ``min_lr``, stepped every batch.
 
     Args:
         epochs: passes over the training images.
-        batch_size: images a step; the last, smaller batch of an epoch is used too.
+        batch_size: images a step, over all processes and parts; the last, smaller batch of an
+            epoch is used too.
         lr: peak learning rate.
         weight_decay: decoupled; not applied to biases, norms and the Gist token.
         warmup_epochs: from ``warmup_lr`` up to ``lr``; may be a fraction.
         warmup_lr, min_lr: where the schedule starts and ends.
         precision: "fp32", or "bf16" for autocast.
-        seed: of initialisation, order and dropout.
+        seed: of initialisation, order, dropout and mixing.
+        optimizer: as timm's ``create_optimizer_v2`` knows it.
+        accumulate: parts that each process computes its images of a batch in, one after the other:
+            less memory, the same step but for rounding and random draws.
+        clip_grad_norm: largest 2-norm of all gradients together; 0 for any.
+        label_smoothing: in [0, 1), of the cross-entropies.
+        mixup, cutmix: alpha of the Beta distribution that shares are drawn from; 0 for off.
+        ema: decay, a step, of the moving average of the trainables; 0 for off. Where it is on, the
+            averages are what is evaluated and kept.
     """
 
     epochs: int = 20
@@ -44,27 +67,30 @@ class TrainConfig:
     min_lr: float = 1e-8
     precision: str = "fp32"
     seed: int = 0
+    optimizer: str = "adamw"
+    accumulate: int = 1
+    clip_grad_norm: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; it is {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup_epochs"):
+        for name in ("lr", "weight_decay", "warmup_epochs", "clip_grad_norm", "mixup", "cutmix"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number, at least 0; it is {value}")
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1); it is {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Top-1 accuracy in [0, 1] and mean cross-entropy of the class token's logits."""
-
-    accuracy: float
-    loss: float
-    images: int
-    images_per_second: float
+        known = [str(name) for name in list_optimizers()]
+        if self.optimizer not in known:
+            raise ValueError(unknown_name("optimizer", self.optimizer, known))
 
 
 @dataclass(frozen=True)
@@ -87,6 +113,8 @@ class FitResult:
     images_per_second: float = math.nan
     """Training throughput: images seen over the seconds spent in training steps."""
     interrupted: bool = False
+    seconds: float = 0.0
+    """Of all its starts, evaluation included; of one that was killed, up to what was saved."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,17 +130,31 @@ def fit(
     workers: int = 0,
     on_step: Callable[[int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_resume: Callable[[int, list[Epoch]], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+    log: Log | None = None,
 ) -> FitResult:
     """Train what :func:`gist.wrap` left trainable and keep the best epoch on ``val``.
+
+    Seeds the global generators of Python, NumPy and PyTorch.
 
     Args:
         model: on the device to train on.
         train, val: items are a float (3, H, W) image, normalised, and an int class.
         config: the schedule.
-        loss: default :class:`gist.GistLoss` with the published weights.
+        loss: default :class:`gist.GistLoss` with the published weights and
+            ``config.label_smoothing``. Another has to be a mean over images.
         workers: loader processes.
-        on_step: called with the step's number from 1 and its loss.
+        on_step: called with the step's number from 1 and its loss, in order; on a GPU some steps
+            late, as each look at a loss waits for the device.
         on_epoch: called with each finished epoch.
+        on_resume: called first, with the steps done and the epochs finished, where the training
+            goes on from ``checkpoint``.
+        checkpoint: saved at each epoch's end and every ``checkpoint.every`` steps. Where it holds a
+            state, the training goes on from there and ends, on a CPU, with the bits of one that
+            was never stopped; unless ``workers`` load items that are drawn at random. It stays
+            after the last epoch: remove it once the result is safe.
+        log: gets each step.
 
     Returns:
         The history. Ctrl-C ends the training early with ``interrupted`` set and the best finished
@@ -120,88 +162,269 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite; it names the step.
+        OSError: the checkpoint or the log could not be written; it names the file.
+        ValueError: the checkpoint was written by another number of processes.
     """
-    device = next(model.parameters()).device
-    loss = loss if loss is not None else GistLoss()
-    torch.manual_seed(config.seed)
-    loader = DataLoader(
-        train,
-        batch_size=config.batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(config.seed),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-    )
-    optimizer = create_optimizer_v2(model, "adamw", lr=config.lr, weight_decay=config.weight_decay)
-    steps = config.epochs * len(loader)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=steps,
-        lr_min=config.min_lr,
-        warmup_t=min(round(config.warmup_epochs * len(loader)), steps - 1),
-        warmup_lr_init=config.warmup_lr,
-        t_in_epochs=False,
-    )
-    half = PRECISIONS[config.precision]
-
-    result, best, best_state, step = FitResult(), (-1.0, -math.inf), None, 0
-    images_seen, seconds = 0, 0.0
+    training = _Training(model, train, val, config, loss, workers, checkpoint, log)
+    training.on_step, training.on_epoch = on_step, on_epoch
     try:
-        for epoch in range(1, config.epochs + 1):
-            model.train()
-            start, total = time.perf_counter(), 0.0
-            epoch_images = 0
-            for images, target in loader:
-                schedule.step_update(step)
-                images, target = images.to(device, non_blocking=True), target.to(device)
-                with torch.autocast(device.type, half, enabled=half is not None):
-                    value = loss(model(images), target)
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                optimizer.step()
-                step += 1
-                current = value.item()
-                if not math.isfinite(current):
-                    raise FloatingPointError(
-                        f"the loss is {current} at step {step} (epoch {epoch}); "
-                        "lower the learning rate"
-                    )
-                total += current * len(target)
-                epoch_images += len(target)
-                if on_step is not None:
-                    on_step(step, current)
-            elapsed = time.perf_counter() - start
-            images_seen, seconds = images_seen + epoch_images, seconds + elapsed
-            measured = evaluate(model, val, batch_size=config.batch_size, workers=workers)
-            finished = Epoch(epoch, total / epoch_images, measured.accuracy, measured.loss, elapsed)
-            result.history.append(finished)
-            result.images_per_second = images_seen / seconds
-            if (measured.accuracy, -measured.loss) > best:
-                best, result.best_epoch = (measured.accuracy, -measured.loss), epoch
-                best_state = {k: v.clone() for k, v in model.trainable_state_dict().items()}
-            if on_epoch is not None:
-                on_epoch(finished)
+        training.resume(on_resume)
+        training.run()
     except KeyboardInterrupt:
-        result.interrupted = True
-    if best_state is not None:
-        model.load_state_dict(best_state, strict=False)
-    return result
+        training.result.interrupted = True
+    finally:
+        if log is not None:
+            log.close()
+    training.result.seconds = training.seconds()
+    if training.best is not None:
+        model.load_state_dict(training.best, strict=False)
+    return training.result
 
 
-@torch.no_grad()
-def evaluate(
-    model: GistModel, data: Dataset[Any], *, batch_size: int = 32, workers: int = 0
-) -> Evaluation:
-    """Accuracy and cross-entropy over every item of ``data`` once; leaves ``model`` in eval."""
-    model.eval()
-    device = next(model.parameters()).device
-    correct, total, count = 0, 0.0, 0
-    start = time.perf_counter()
-    for images, target in DataLoader(data, batch_size=batch_size, num_workers=workers):
-        target = target.to(device)
-        logits = model(images.to(device)).float()
-        correct += int((logits.argmax(1) == target).sum())
-        total += F.cross_entropy(logits, target, reduction="sum").item()
-        count += len(target)
-    return Evaluation(correct / count, total / count, count, count / (time.perf_counter() - start))
+@dataclass
+class _Position:
+    """How far a training is, and what the unfinished epoch measured so far."""
+
+    step: int = 0
+    epoch: int = 1
+    batch: int = 0
+    loss: float = 0.0  # summed over the epoch's images
+    images: int = 0
+    epoch_seconds: float = 0.0
+    all_images: int = 0  # of finished epochs
+    train_seconds: float = 0.0
+    seconds: float = 0.0  # of earlier starts
+
+
+class _Training:
+    """What :func:`fit` needs from step to step."""
+
+    on_step: Callable[[int, float], None] | None
+    on_epoch: Callable[[Epoch], None] | None
+
+    def __init__(
+        self,
+        model: GistModel,
+        train: Dataset[Any],
+        val: Dataset[Any],
+        config: TrainConfig,
+        loss: GistLoss | None,
+        workers: int,
+        checkpoint: Checkpoint | None,
+        log: Log | None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.device = next(model.parameters()).device
+        self.processes = processes(self.device)
+        self.model, self.val, self.config, self.workers = model, val, config, workers
+        if loss is not None and config.label_smoothing:
+            raise ValueError("label_smoothing is the default loss's; give it to your loss instead")
+        self.loss = loss if loss is not None else GistLoss(label_smoothing=config.label_smoothing)
+        self.log, self.checkpoint = log, checkpoint
+        # A subclass may compute another loss, which has no such terms.
+        known = type(self.loss).forward is GistLoss.forward
+        self.with_terms = log is not None and model.token is not None and known
+        rank, world = self.processes.process_index, self.processes.num_processes
+        seed_all(config.seed + rank)
+        self.trainables = [p for p in model.parameters() if p.requires_grad]
+        if world > 1:
+            broadcast([p.data for p in self.trainables])
+        self.order = Order(
+            len(train),  # type: ignore[arg-type]
+            config.batch_size,
+            config.seed,
+            accumulate=config.accumulate,
+            process=rank,
+            processes=world,
+        )
+        self.loader = DataLoader(
+            train,
+            batch_sampler=self.order,
+            generator=torch.Generator().manual_seed(config.seed + rank),  # of the workers' seeds
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.optimizer = create_optimizer_v2(
+            model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay
+        )
+        steps = config.epochs * len(self.order)
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=steps,
+            lr_min=config.min_lr,
+            warmup_t=min(round(config.warmup_epochs * len(self.order)), steps - 1),
+            warmup_lr_init=config.warmup_lr,
+            t_in_epochs=False,
+        )
+        self.ema = Ema(model, config.ema) if config.ema else None
+        mixes = config.mixup > 0 or config.cutmix > 0
+        self.mixing = Mixing(config.mixup, config.cutmix, model.num_classes) if mixes else None
+        self.result, self.at = FitResult(), _Position()
+        self.best: dict[str, torch.Tensor] | None = None
+        # Steps whose loss was not looked at yet: step, images, learning rate, loss and terms.
+        self.unread: list[tuple[int, int, float, torch.Tensor]] = []
+
+    def run(self) -> None:
+        if self.log is not None and self.processes.is_main_process:
+            self.log.start(self.at.step)
+        while self.at.epoch <= self.config.epochs:
+            self._train_epoch()
+            self._finish_epoch()
+
+    def _train_epoch(self) -> None:
+        self.model.train()
+        steps = self.order.start(self.at.epoch, self.at.batch)
+        start, before = time.perf_counter(), self.at.epoch_seconds
+        # An iterator for no batch would still start the loader's workers.
+        parts = iter(self.loader) if steps else iter(())
+        for size, own in steps:
+            self._step(parts, size, own)
+            due = self.checkpoint is not None and self.checkpoint.every
+            if due and self.at.step % due == 0:
+                self._read()
+                self.at.epoch_seconds = before + time.perf_counter() - start
+                self.save()
+        self._read()
+        self.at.epoch_seconds = before + time.perf_counter() - start
+
+    def _step(self, parts: Iterator[Any], size: int, own: int) -> None:
+        self.schedule.step_update(self.at.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        half = PRECISIONS[self.config.precision]
+        numbers = torch.zeros(5 if self.with_terms else 1, device=self.device)
+        for _ in range(own):
+            images, target = next(parts)
+            share = len(target) / size
+            images = images.to(self.device, non_blocking=True)
+            target = target.to(self.device, non_blocking=True)
+            if self.mixing is not None:
+                images, target = self.mixing(images, target)
+            with torch.autocast(self.device.type, half, enabled=half is not None):
+                output = self.model(images)
+                if self.with_terms:
+                    value, terms = self.loss.with_terms(output, target)
+                    now = torch.stack((value.detach(), *terms))
+                else:
+                    value = self.loss(output, target)
+                    now = value.detach()
+            (share * value).backward()
+            numbers += share * now
+        if self.processes.num_processes > 1:
+            numbers = self._sum_over_processes(numbers)
+        if self.config.clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.trainables, self.config.clip_grad_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.at.step += 1
+        self.at.batch += 1
+        self.unread.append((self.at.step, size, self.optimizer.param_groups[0]["lr"], numbers))
+        if len(self.unread) >= READ_EVERY.get(self.device.type, 1):
+            self._read()
+
+    def _sum_over_processes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The gradients, in place, and these numbers, in one reduction."""
+        grads = []
+        for p in self.trainables:
+            if p.grad is None:  # a process without an image of this batch
+                p.grad = torch.zeros_like(p)
+            grads.append(p.grad)
+        flat = reduce(torch.cat([*(g.flatten() for g in grads), numbers]), "sum")
+        *summed, numbers = flat.split([*(g.numel() for g in grads), len(numbers)])
+        for grad, total in zip(grads, summed, strict=True):
+            grad.copy_(total.view_as(grad))
+        return numbers
+
+    def _read(self) -> None:
+        """Look at the losses of the last steps: check, sum up, tell."""
+        if not self.unread:
+            return
+        unread, self.unread = self.unread, []
+        values = torch.stack([numbers for *_, numbers in unread]).tolist()
+        for (step, size, lr, _), row in zip(unread, values, strict=True):
+            if not math.isfinite(row[0]):
+                raise FloatingPointError(
+                    f"the loss is {row[0]} at step {step} (epoch {self.at.epoch}); "
+                    "lower the learning rate"
+                )
+            self.at.loss += row[0] * size
+            self.at.images += size
+            if self.log is not None and self.processes.is_main_process:
+                self.log.step(step, self.at.epoch, lr, row)
+            if self.on_step is not None:
+                self.on_step(step, row[0])
+
+    def _finish_epoch(self) -> None:
+        at, result = self.at, self.result
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            measured = evaluate(
+                self.model, self.val, batch_size=self.config.batch_size, workers=self.workers
+            )
+            best = max(((e.val_accuracy, -e.val_loss) for e in result.history), default=(-1.0, 0.0))
+            if (measured.accuracy, -measured.loss) > best:
+                result.best_epoch = at.epoch
+                self.best = {k: v.clone() for k, v in self.model.trainable_state_dict().items()}
+        finished = Epoch(
+            at.epoch, at.loss / at.images, measured.accuracy, measured.loss, at.epoch_seconds
+        )
+        result.history.append(finished)
+        at.all_images += at.images
+        at.train_seconds += at.epoch_seconds
+        result.images_per_second = at.all_images / at.train_seconds
+        at.epoch, at.batch, at.loss, at.images, at.epoch_seconds = at.epoch + 1, 0, 0.0, 0, 0.0
+        if self.log is not None and self.processes.is_main_process:
+            self.log.epoch(at.step, {"accuracy": measured.accuracy, "loss": measured.loss})
+        if self.checkpoint is not None:
+            self.save()
+        if self.on_epoch is not None:
+            self.on_epoch(finished)
+
+    def seconds(self) -> float:
+        return self.at.seconds + time.perf_counter() - self.started
+
+    def save(self) -> None:
+        assert self.checkpoint is not None
+        generators = gather_object([rng_state(self.device)])
+        if not self.processes.is_main_process:
+            return
+        self.checkpoint.save(
+            {
+                "at": {**asdict(self.at), "seconds": self.seconds()},
+                "history": [asdict(epoch) for epoch in self.result.history],
+                "images_per_second": self.result.images_per_second,
+                "best_epoch": self.result.best_epoch,
+                "best": self.best,
+                "trainables": self.model.trainable_state_dict(),
+                "ema": self.ema.average if self.ema is not None else None,
+                "optimizer": self.optimizer.state_dict(),
+                "generators": generators,
+            }
+        )
+
+    def resume(self, on_resume: Callable[[int, list[Epoch]], None] | None) -> None:
+        """Go on from the checkpoint, if it holds a state. Only the main process reads it."""
+        if self.checkpoint is None:
+            return
+        state = self.checkpoint.load() if self.processes.is_main_process else None
+        (state,) = broadcast_object_list([state])
+        if state is None:
+            return
+        if len(state["generators"]) != self.processes.num_processes:
+            raise ValueError(
+                f"{self.checkpoint.path} was written by {len(state['generators'])} processes; go "
+                f"on with as many (these are {self.processes.num_processes}), or delete it"
+            )
+        self.at = _Position(**state["at"])
+        self.result.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.result.best_epoch = state["best_epoch"]
+        self.result.images_per_second = state["images_per_second"]
+        self.best = state["best"]
+        self.model.load_state_dict(state["trainables"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            for name, average in state["ema"].items():
+                self.ema.average[name].copy_(average)
+        set_rng_state(state["generators"][self.processes.process_index], self.device)
+        if on_resume is not None:
+            on_resume(self.at.step, self.result.history)

@@ -168,3 +168,23 @@ def test_a_gist_loss_case_measures_what_it_says():
     assert sum(x.numel() for x in copied) == 2 * 8 * 20
     assert small.least_bytes["ours"] == 6 * 8 * 20 * 4
     assert Path(loss.__file__).parent.name == "bench"
+
+
+def test_a_loaders_case_measures_what_it_says(tmp_path):
+    from bench import loader
+
+    loader.write_images(tmp_path, 8)
+    small = loader.case(tmp_path, "vit_tiny_patch16_224", 32, 4, torch.float32, CPU)
+    assert small.parity() is None
+    assert small.images == 8
+    for name, call in small.calls.items():
+        last = call()
+        assert name == "training step" or last.shape == (4, 3, 32, 32)
+
+
+def test_images_a_second_are_those_of_a_call(capsys):
+    found = measure.run(case(images=6), CPU, seconds=0.05)
+    theirs = found["results"]["theirs"]
+    assert theirs["images_per_second"] == 6 / theirs["median"]
+    report.print_case(found)
+    assert capsys.readouterr().out.split()[-1] == f"{theirs['images_per_second']:.0f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_trains_on_a_folder_and_writes_everything(folder, tmp_path, more):
     out = tmp_path / "out"
     assert train(folder, out, *more) == 0
     assert {p.name for p in out.iterdir()} == {
-        "adapter.safetensors", "config.json", "curves.png", "results.json",
+        "adapter.safetensors", "config.json", "curves.png", "log.csv", "results.json",
     }  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert results["complete"]
@@ -68,8 +69,10 @@ def test_a_finished_run_is_reused_and_another_never_overwritten(folder, tmp_path
     out = tmp_path / "out"
     assert train(folder, out, "--epochs", "1") == 0
     written = (out / "adapter.safetensors").stat().st_mtime_ns
+    (out / "resume.pt").write_text("left by a kill after the results were written")
     assert train(folder, out, "--epochs", "1") == 0
     assert "finished earlier" in capsys.readouterr().out
+    assert not (out / "resume.pt").exists()
     assert (out / "adapter.safetensors").stat().st_mtime_ns == written
     assert train(folder, out, "--epochs", "1", "--lr", "0.5") == 2
     assert "holds another run (it differs in train)" in said(capsys)
@@ -78,7 +81,7 @@ def test_a_finished_run_is_reused_and_another_never_overwritten(folder, tmp_path
     assert (out / "adapter.safetensors").stat().st_mtime_ns > written
 
 
-def test_interruption_ends_with_130_and_keeps_the_finished_epoch(folder, tmp_path, monkeypatch):
+def test_interruption_ends_with_130_and_the_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     def interrupt(self, step, loss):
         if step > 5:  # in the second epoch
             raise KeyboardInterrupt
@@ -90,8 +93,16 @@ def test_interruption_ends_with_130_and_keeps_the_finished_epoch(folder, tmp_pat
     assert (results["complete"], len(results["fit"]["history"])) == (False, 1)
     assert (out / "adapter.safetensors").is_file()
     monkeypatch.undo()
-    assert train(folder, out) == 0  # not complete, so it is trained again
-    assert json.loads((out / "results.json").read_text())["complete"]
+    assert train(folder, out) == 0  # not complete, so it is gone on with
+    assert "goes on after step 5" in capsys.readouterr().out
+    whole = tmp_path / "whole"
+    assert train(folder, whole) == 0
+    ours, uninterrupted = (json.loads((o / "results.json").read_text()) for o in (out, whole))
+    assert ours["complete"]
+    assert ours["test"]["loss"] == uninterrupted["test"]["loss"]
+    for name in ("adapter.safetensors", "log.csv"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not (out / "resume.pt").exists()
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -109,9 +120,16 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         (["--set", "rank=0"], "rank must be an integer of at least 1"),
         (["--lr", "nan"], "lr must be a finite number"),
         (["--img-size", "33"], "33"),
+        (["--optimizer", "adamv"], "optimizer: 'adamv' is not known"),
+        (["--save-every", "-1"], "steps between saves must be at least 0; they are -1"),
+        (["--log-every", "0"], "steps between rows of the log must be at least 1; they are 0"),
+        (["--wandb"], "logging to W&B needs: pip install wandb"),
     ],
 )
-def test_bad_options_end_with_2_and_a_sentence(folder, tmp_path, capsys, options, message):
+def test_bad_options_end_with_2_and_a_sentence(
+    folder, tmp_path, capsys, monkeypatch, options, message
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert train(folder, tmp_path / "out", *options) == 2
     assert message in said(capsys)
     assert not (tmp_path / "out").exists()

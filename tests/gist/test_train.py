@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
+from training import model, stripes
 
 import gist
-from gist.train import TrainConfig, evaluate, fit
-
-
-def model(seed: int = 0, config: gist.GistConfig | None = None) -> gist.GistModel:
-    torch.manual_seed(seed)
-    vit = VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3
-    )
-    return gist.wrap(vit, config)
-
-
-def stripes(images: int, seed: int) -> TensorDataset:
-    """Three classes that differ in which colour channel is bright."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(images) % 3
-    pixels = 0.5 * torch.randn(images, 3, 16, 16, generator=generator)
-    pixels[torch.arange(images), labels] += 1.5
-    return TensorDataset(pixels, labels)
-
+from gist.evaluation import evaluate
+from gist.mixing import Mixing
+from gist.train import READ_EVERY, TrainConfig, fit
 
 TRAIN, VAL = stripes(50, 1), stripes(31, 2)
 CONFIG = TrainConfig(epochs=4, batch_size=16, lr=1e-2, warmup_epochs=0.5)
@@ -39,9 +25,12 @@ def test_learns_and_reports_what_it_saw(use_gist):
     m = model(config=gist.GistConfig(gist=use_gist))
     steps, epochs = [], []
     result = fit(
-        m, TRAIN, VAL, CONFIG, on_step=lambda s, loss: steps.append(s), on_epoch=epochs.append
+        m, TRAIN, VAL, CONFIG, on_step=lambda *step: steps.append(step), on_epoch=epochs.append
     )
-    assert steps == list(range(1, 17))  # four batches an epoch, the last of two images
+    assert [step for step, _ in steps] == list(range(1, 17))
+    sizes = [16, 16, 16, 2]
+    first = sum(size * loss for size, (_, loss) in zip(sizes, steps, strict=False)) / 50
+    assert epochs[0].train_loss == pytest.approx(first)
     assert epochs == result.history
     assert [e.epoch for e in epochs] == [1, 2, 3, 4]
     assert result.history[-1].train_loss < result.history[0].train_loss
@@ -72,6 +61,16 @@ def test_equal_seeds_give_equal_bits_and_others_do_not():
     first, again, other = trained(0), trained(0), trained(1)
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_loader_processes_change_nothing():
+    def trained(workers):
+        m = model()
+        fit(m, TRAIN, VAL, replace(CONFIG, epochs=2), workers=workers)
+        return m.trainable_state_dict()
+
+    alone, loaded = trained(0), trained(2)
+    assert all(torch.equal(alone[k], loaded[k]) for k in alone)
 
 
 def test_frozen_weights_stay_bit_identical():
@@ -129,6 +128,119 @@ def test_bf16_trains():
     assert evaluate(m, VAL).accuracy > 0.9
 
 
+def test_ema_averages_the_trainables_and_is_what_is_kept():
+    m, config = model(), replace(CONFIG, ema=0.8)
+    averages = {name: p.clone().double() for name, p in m.trainable_state_dict().items()}
+    at_epochs, raw = [], []
+
+    def on_step(step, loss):
+        for name, p in m.trainable_state_dict().items():
+            averages[name] = 0.8 * averages[name] + 0.2 * p
+        raw.append(loss)
+
+    def on_epoch(epoch):
+        at_epochs.append({name: average.clone() for name, average in averages.items()})
+
+    result = fit(m, TRAIN, VAL, config, on_step=on_step, on_epoch=on_epoch)
+    for name, p in m.trainable_state_dict().items():
+        torch.testing.assert_close(p.double(), at_epochs[result.best_epoch - 1][name])
+    best = result.history[result.best_epoch - 1]
+    measured = evaluate(m, VAL, batch_size=16)
+    assert (measured.accuracy, measured.loss) == (best.val_accuracy, best.val_loss)
+    without: list[float] = []
+    fit(model(), TRAIN, VAL, CONFIG, on_step=lambda step, loss: without.append(loss))
+    assert raw == without  # averaging changes nothing of the course
+
+
+def test_gradients_are_clipped_by_their_common_norm():
+    def norms(clip):
+        m, found = model(), []
+
+        def on_step(step, loss):
+            grads = [p.grad for p in m.parameters() if p.grad is not None]
+            found.append(torch.stack([g.norm() for g in grads]).norm().item())
+
+        fit(m, TRAIN, VAL, replace(CONFIG, epochs=1, clip_grad_norm=clip), on_step=on_step)
+        return found
+
+    free, clipped = norms(0.0), norms(0.05)
+    assert min(free) > 0.1
+    assert clipped == pytest.approx([0.05] * 4, rel=1e-3)
+
+
+def test_the_optimizer_is_timms_of_that_name():
+    m = model()
+    before = m.trainable_state_dict()
+    before = {name: p.clone() for name, p in before.items()}
+    config = TrainConfig(
+        epochs=1, batch_size=50, lr=1e-3, weight_decay=0.0, warmup_epochs=0, optimizer="lion"
+    )
+    fit(m, TRAIN, VAL, config)
+    for name, p in m.trainable_state_dict().items():  # Lion's first step: the gradient's sign
+        change = (p - before[name]).abs()
+        assert ((change - 1e-3).abs() < 1e-6)[change > 0].all()
+        assert (change > 0).any()
+
+
+@pytest.mark.parametrize("use_gist", [True, False])
+def test_labels_are_smoothed(use_gist):
+    config = gist.GistConfig(gist=use_gist, token_dropout=0.0)
+    losses = []
+    fit(
+        model(config=config), TRAIN, VAL,
+        TrainConfig(epochs=1, batch_size=50, label_smoothing=0.3),
+        on_step=lambda step, loss: losses.append(loss),
+    )  # fmt: skip
+    pixels, labels = TRAIN.tensors
+    expected = gist.GistLoss(label_smoothing=0.3)(model(config=config)(pixels), labels)
+    assert losses == pytest.approx([expected.item()], rel=1e-5)
+    with pytest.raises(ValueError, match="label_smoothing is the default loss's"):
+        fit(model(), TRAIN, VAL, TrainConfig(label_smoothing=0.3), loss=gist.GistLoss())
+
+
+@pytest.mark.parametrize("images", [1, 7, 8])
+@pytest.mark.parametrize("alphas", [(0.7, 0.0), (0.0, 1.0), (0.5, 0.5)])
+def test_mixed_targets_are_the_shares_of_mixed_images(images, alphas):
+    np.random.seed(1)
+    classes = torch.arange(images) % 5
+    mixing, mixed = Mixing(*alphas, num_classes=5), 0
+    for _ in range(8):
+        constant = classes.float()[:, None, None, None].expand(-1, 3, 12, 12).clone()
+        pixels, target = mixing(constant, classes)
+        assert target.shape == (images, 5)
+        torch.testing.assert_close(target.sum(1), torch.ones(images))
+        shares = (target * torch.arange(5)).sum(1)
+        torch.testing.assert_close(pixels.mean((1, 2, 3)), shares)
+        mixed += int((target.max(1).values < 0.99).sum())
+        if images % 2:
+            assert target[-1].max() == 1
+    assert (mixed > 0) == (images > 1)
+
+
+def test_mixing_trains():
+    m = model()
+    fit(m, TRAIN, VAL, replace(CONFIG, mixup=0.3, cutmix=0.5))  # its last batch is of two
+    assert evaluate(m, VAL).accuracy > 0.9
+
+
+def test_late_looks_at_the_loss_change_nothing(monkeypatch):
+    def course():
+        steps = []
+        m = model()
+        result = fit(m, TRAIN, VAL, CONFIG, on_step=lambda *step: steps.append(step))
+        return (
+            steps,
+            [e.train_loss for e in result.history],
+            m.trainable_state_dict()["token.weight"],
+        )
+
+    steps, losses, token = course()
+    monkeypatch.setitem(READ_EVERY, "cpu", 3)
+    late_steps, late_losses, late_token = course()
+    assert (steps, losses) == (late_steps, late_losses)
+    assert torch.equal(token, late_token)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,6 +249,12 @@ def test_bf16_trains():
         ({"lr": math.nan}, "lr must be a finite number"),
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"clip_grad_norm": -1.0}, "clip_grad_norm must be"),
+        ({"mixup": math.inf}, "mixup must be a finite number"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
+        ({"label_smoothing": math.nan}, r"label_smoothing must be in \[0, 1\)"),
+        ({"optimizer": "adamv"}, "optimizer: 'adamv' is not known; did you mean"),
     ],
 )
 def test_bad_schedules_are_refused(options, message):

@@ -1,0 +1,63 @@
+"""Which images each step sees, and which of them this process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class Order(Sampler[list[int]]):
+    """An epoch's batches, from any of its steps on, cut into the parts of one process.
+
+    The order is a function of seed and epoch alone. Each batch is cut into ``accumulate`` times
+    ``processes`` parts of almost the same size, and process r computes every ``processes``-th of
+    them from the r-th on; a part without an image is left out.
+
+    Args:
+        count: images in an epoch.
+        batch_size: images a step, over all parts; the last batch of an epoch may be smaller.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        *,
+        accumulate: int = 1,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.count, self.batch_size = count, batch_size
+        self.accumulate, self.process, self.processes = accumulate, process, processes
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn = 0
+        self._parts: list[list[int]] = []
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        return -(-self.count // self.batch_size)
+
+    def start(self, epoch: int, step: int = 0) -> list[tuple[int, int]]:
+        """Go to an epoch, later than any before, and past its first ``step`` steps.
+
+        Iterating then gives the indices of each part. Returned is, for each step left, how many
+        images its batch has and how many parts this process."""
+        while self._drawn < epoch:
+            self._drawn += 1
+            # The draws that DataLoader(shuffle=True) makes of its generator, whose order this is.
+            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+            order = torch.randperm(self.count, generator=self._generator)
+            torch.randperm(self.count, generator=self._generator)
+        steps, self._parts = [], []
+        for batch in order.split(self.batch_size)[step:]:
+            cut = batch.tensor_split(self.accumulate * self.processes)
+            own = [part.tolist() for part in cut[self.process :: self.processes] if len(part)]
+            self._parts += own
+            steps.append((len(batch), len(own)))
+        return steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._parts)
