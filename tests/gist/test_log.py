@@ -60,6 +60,22 @@ def test_without_a_token_there_are_no_terms(tmp_path):
     assert {row[name] for row in rows for name in COLUMNS[4:]} == {""}
 
 
+class Halved(gist.GistLoss):
+    def forward(self, output, target):
+        return 0.5 * super().forward(output, target)
+
+
+def test_a_loss_of_ones_own_is_what_is_trained_on_and_logged(tmp_path):
+    losses: list[float] = []
+    for loss in (gist.GistLoss(), Halved()):
+        fit(
+            model(), stripes(16, 1), stripes(9, 2), CONFIG, loss=loss, log=Log(tmp_path),
+            on_step=lambda step, loss: losses.append(loss),
+        )  # fmt: skip
+    assert losses[2] == losses[0] / 2
+    assert (tmp_path / "log.csv").read_text().splitlines()[1].endswith(f"{losses[2]:.9g},,,,")
+
+
 def test_going_on_forgets_what_came_after_and_what_was_cut(tmp_path):
     log = Log(tmp_path)
     log.start()
