@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gist import report
 from gist.config import GistConfig
 from gist.data import available_data, load_data
 from gist.evaluation import processes
+from gist.loss import GistLoss
 from gist.methods import METHODS, Method, method_type
 from gist.model import GistModel, count_parameters
 from gist.run import Listener, RunConfig, run, write_json
@@ -64,15 +66,17 @@ def _train(arguments: argparse.Namespace) -> None:
         data=arguments.data,
         model=arguments.model,
         gist=GistConfig(
-            method=_method(arguments.method, arguments.set),
+            method=method_of(arguments.method, arguments.set),
             gist=arguments.gist,
             token_dropout=arguments.token_dropout,
+            num_tokens=arguments.num_tokens,
         ),
         train=TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)}),
         weights=arguments.weights,
         pretrained=arguments.pretrained,
         img_size=arguments.img_size,
         drop_path=arguments.drop_path,
+        loss=loss_of(arguments.loss),
     )
     data = load_data(arguments.data, check=arguments.check)
     if config.pretrained:
@@ -170,24 +174,38 @@ def _show(results: dict[str, Any], directory: Path, title: str) -> None:
     console.print(f"Results, weights and curves: {directory}", highlight=False)
 
 
-def _method(name: str, settings: Sequence[str]) -> Method | None:
-    """A method's config from its name and KEY=VALUE settings."""
-    if name == "none":
+def method_of(names: str, settings: Sequence[str]) -> Sequence[Method]:
+    """Methods' configs from names, joined by +, and KEY=VALUE settings of the only one."""
+    if names == "none":
         if settings:
             raise ValueError("--set has no meaning with --method none")
-        return None
-    kind = method_type(name)
+        return ()
+    kinds = [method_type(name) for name in names.split("+")]
+    if settings and len(kinds) > 1:
+        raise ValueError("--set has no meaning with several methods")
+    values = settings_of("--set", settings, [f.name for f in fields(kinds[0])])
+    return [kind(**values) for kind in kinds]
+
+
+def loss_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Arguments of GistLoss from KEY=VALUE settings, checked."""
+    values = settings_of("--loss", settings, list(signature(GistLoss).parameters))
+    GistLoss(**values)
+    return values
+
+
+def settings_of(option: str, settings: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; values are JSON, or text that is not."""
     values = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        known = [f.name for f in fields(kind)]
         if not equals or key not in known:
-            raise ValueError(f"--set {setting!r}: not KEY=VALUE with KEY of {', '.join(known)}")
+            raise ValueError(f"{option} {setting!r}: not KEY=VALUE with KEY of {', '.join(known)}")
         try:
             values[key] = json.loads(value)
         except ValueError:
             values[key] = value
-    return kind(**values)
+    return values
 
 
 class RunProgress(Listener):
@@ -263,13 +281,15 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--img-size", type=int, help="side in pixels; default: the backbone's own")
     group = train.add_argument_group("what to train")
     group.add_argument(
-        "--method", default="adapter", help=f"{', '.join(METHODS)}, or none (head only)"
+        "--method",
+        default="adapter",
+        help=f"{', '.join(METHODS)}, several joined by +, or none (head only)",
     )
     group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                        help="a setting of the method, such as rank=8")  # fmt: skip
     group.add_argument("--gist", action=argparse.BooleanOptionalAction, default=True,
                        help="add the Gist token and its interaction")  # fmt: skip
-    group.add_argument("--token-dropout", type=float, default=0.1)
+    add_gist_options(group)
     group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate")
     group = train.add_argument_group("schedule: warm-up, cosine")
     for field in fields(TrainConfig):
@@ -308,6 +328,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(command=_bench)
     bench.add_argument("arguments", nargs="*")
     return parser
+
+
+def add_gist_options(group: Any) -> None:
+    """What a run may change of the Gist token and of the loss."""
+    group.add_argument("--token-dropout", type=float, default=0.1)
+    group.add_argument("--num-tokens", type=int, default=1, help="Gist tokens")
+    group.add_argument("--loss", action="append", default=[], metavar="KEY=VALUE",
+                       help="a setting of the loss, as temperature=1 or kl_weights=[0.75,0]")  # fmt: skip
 
 
 def _command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from gist.data import ImageData, prepare
 from gist.evaluation import evaluate, processes
 from gist.files import write_atomically
 from gist.log import Log
+from gist.loss import GistLoss
 from gist.model import GistModel, count_parameters, wrap
 from gist.provenance import describe_machine, git_revision, versions
 from gist.resume import Checkpoint, check_same
@@ -49,6 +50,7 @@ class RunConfig:
         pretrained: fetch timm's own weights from its hub.
         img_size: side of the square images; None for the backbone's own.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
+        loss: arguments of :class:`gist.GistLoss` other than its defaults.
     """
 
     data: str
@@ -59,6 +61,7 @@ class RunConfig:
     pretrained: bool = False
     img_size: int | None = None
     drop_path: float = 0.0
+    loss: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "gist": self.gist.to_dict()}
@@ -147,6 +150,7 @@ def run(
     img_size = backbone.patch_embed.img_size[0]
     as_input = partial(prepare, img_size=img_size, data_config=normalisation)
     train, val = as_input(data.train), as_input(data.val)
+    loss = GistLoss(**config.loss) if config.loss else None
     batches = -(-len(train) // config.train.batch_size)  # rounded up
     listener.starts(model, config.train.epochs * batches)
 
@@ -155,6 +159,7 @@ def run(
         train,
         val,
         config.train,
+        loss=loss,
         workers=workers,
         on_step=listener.step,
         on_epoch=listener.epoch,

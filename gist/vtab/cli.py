@@ -24,6 +24,8 @@ from gist.vtab.tasks import SUITES, VTAB_1K, Task
 
 def register(commands: Any) -> None:
     """Add both commands to the parser of ``gist``."""
+    from gist import cli
+
     vtab = commands.add_parser("vtab", help="VTAB-1K: check the data, run all tasks, report")
     vtab = vtab.add_subparsers(required=True, metavar="COMMAND")
     tasks: dict[str, Any] = {"nargs": "+", "metavar": "TASK", "help": "default: all"}
@@ -46,7 +48,7 @@ def register(commands: Any) -> None:
                        help="a setting of the method, such as rank=8")  # fmt: skip
     group.add_argument("--gist", action=argparse.BooleanOptionalAction, default=True,
                        help="add the Gist token and its interaction")  # fmt: skip
-    group.add_argument("--token-dropout", type=float, default=0.1)
+    cli.add_gist_options(group)
     group.add_argument("--model", help="a timm ViT's name; default: the suite's")
     weights = group.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="fetch timm's weights for it")
@@ -129,10 +131,12 @@ def _run(arguments: argparse.Namespace) -> None:
     plan = Plan(
         suite,
         GistConfig(
-            method=cli._method(arguments.method, arguments.set),
+            method=cli.method_of(arguments.method, arguments.set),
             gist=arguments.gist,
             token_dropout=arguments.token_dropout,
+            num_tokens=arguments.num_tokens,
         ),
+        loss=cli.loss_of(arguments.loss),
         lr=tuple(arguments.lr) if arguments.lr else None,
         weights=weights,
         **{

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from gist.config import GistConfig
 from gist.files import write_atomically
 from gist.methods import method_type
 from gist.run import write_json
@@ -313,19 +315,29 @@ def report(runs: Iterable[Path]) -> Report:
 
 
 def variant(config: Mapping[str, Any]) -> str:
-    """A column's title: the method, its settings other than the defaults, and GIST."""
-    method = config["gist"]["method"]
-    if method is None:
-        name = "linear probe"
-    else:
-        default = method_type(method["name"])()
-        changed = [
-            f"{key}={value}"
-            for key, value in method.items()
-            if key != "name" and getattr(default, key) != value
-        ]
-        name = method["name"] + (f" ({', '.join(changed)})" if changed else "")
-    return name + (GIST if config["gist"]["gist"] else "")
+    """A column's title: methods, GIST, and what of their settings is not the default."""
+    described, with_gist = config["gist"], config["gist"]["gist"]
+    methods = described["method"] or []
+    methods = [methods] if isinstance(methods, Mapping) else methods
+    titles = []
+    for method in methods:
+        default = method_type(method["name"])().settings()
+        titles.append(method["name"] + _changed(method, {**default, "name": method["name"]}))
+    title = " + ".join(titles) or "linear probe"
+    if not with_gist:
+        return title
+    own = {k: v for k, v in described.items() if k not in ("method", "gist")}
+    return title + GIST + _changed({**own, **config.get("loss", {})}, asdict(GistConfig()))
+
+
+def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> str:
+    """In brackets what differs from the default."""
+    changed = [
+        f"{key}={value}"
+        for key, value in settings.items()
+        if key not in default or json.dumps(value) != json.dumps(default[key])
+    ]
+    return f" ({', '.join(changed)})" if changed else ""
 
 
 # What may differ within a column, and between a method with GIST and without.

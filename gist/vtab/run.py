@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +21,8 @@ from gist.checkpoint import save
 from gist.config import GistConfig
 from gist.data import ImageData, prepare
 from gist.model import GistModel, count_parameters
-from gist.run import RESULTS_FILE, Listener, RunConfig, describe_machine, run, write_json
+from gist.provenance import describe_machine, git_revision, versions
+from gist.run import RESULTS_FILE, RESUME_FILE, Listener, RunConfig, run, write_json
 from gist.train import Epoch, TrainConfig, evaluate
 from gist.vtab.layout import Stages
 from gist.vtab.tasks import Suite, Task
@@ -56,6 +56,7 @@ class Plan:
         model, weights, pretrained, img_size: as :class:`gist.run.RunConfig`. The suite's
             size goes with its own model; another has its own.
         warmup_epochs: None: the suite's share of the epochs.
+        loss: as :class:`gist.run.RunConfig`.
     """
 
     suite: Suite
@@ -74,6 +75,7 @@ class Plan:
     weight_decay: float | None = None
     drop_path: float | None = None
     precision: str = "fp32"
+    loss: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, known in (("recipe", RECIPES), ("stop", STOPS)):
@@ -120,6 +122,7 @@ class Plan:
                 pretrained=self.pretrained,
                 img_size=self.img_size or (suite.img_size if own else None),
                 drop_path=_or(self.drop_path, task.drop_path),
+                loss=self.loss,
             )
             for lr in _or(self.lr, (task.lr,))
         ]
@@ -333,7 +336,7 @@ def _retrain(config: RunConfig, data: ImageData, epoch: int, training: _Training
     if _is_first_process():
         directory = training.folder / "final"
         save(model, directory, classes=list(data.classes))
-        for leftover in (RESULTS_FILE, "resume.pt"):  # of a run that does not know it is done
+        for leftover in (RESULTS_FILE, RESUME_FILE):  # of a run that does not know it is done
             (directory / leftover).unlink(missing_ok=True)
     return {
         "test": asdict(tested),
@@ -345,7 +348,8 @@ def _retrain(config: RunConfig, data: ImageData, epoch: int, training: _Training
         "normalisation": {key: normalisation[key] for key in ("mean", "std")},
         "img_size": img_size,
         "machine": describe_machine(training.device),
-        "versions": {name: version(name) for name in ("gist-kernels", "torch", "timm")},
+        "versions": versions(),
+        "git": git_revision(),
     }
 
 

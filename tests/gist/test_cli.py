@@ -118,6 +118,13 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         (["--data", "mnist-2k"], "did you mean 'mnist-1k'"),
         (["--set", "rang=8"], "--set 'rang=8': not KEY=VALUE with KEY of rank, scale, activation"),
         (["--set", "rank=0"], "rank must be an integer of at least 1"),
+        (["--method", "lora+bitfit", "--set", "rank=2"], "--set has no meaning with several"),
+        (["--method", "lora+lora"], "method must not name a method twice"),
+        (
+            ["--loss", "temprature=2"],
+            "--loss 'temprature=2': not KEY=VALUE with KEY of temperature",
+        ),
+        (["--loss", "detach=both"], "detach must be 'cls', 'gist' or None"),
         (["--lr", "nan"], "lr must be a finite number"),
         (["--img-size", "33"], "33"),
         (["--optimizer", "adamv"], "optimizer: 'adamv' is not known"),

@@ -11,9 +11,10 @@ import math
 import pytest
 from PIL import Image
 
+import gist
 from gist import cli
 from gist.run import write_json
-from gist.vtab.report import Interval, Report, report, t_quantile
+from gist.vtab.report import Interval, Report, report, t_quantile, variant
 
 ADAPTER = {"name": "adapter", "rank": 4, "scale": 0.1}
 
@@ -207,3 +208,22 @@ def test_files(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["vtab", "report", str(tmp_path / "empty")]) == 2
     assert "has no finished result" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "loss", "title"),
+    [
+        (gist.GistConfig(None, gist=False), {}, "linear probe"),
+        (gist.GistConfig(), {}, "adapter + GIST"),
+        (gist.GistConfig(gist.LoRA(rank=2), gist=False), {}, "lora (rank=2)"),
+        (gist.GistConfig([gist.LoRA(), gist.BitFit()]), {}, "lora + bitfit + GIST"),
+        (gist.GistConfig(), {"temperature": 1}, "adapter + GIST (temperature=1)"),
+        (
+            gist.GistConfig(gist.Adapter(rank=8), num_tokens=2),
+            {"kl_weights": [0.75, 0]},
+            "adapter (rank=8) + GIST (num_tokens=2, kl_weights=[0.75, 0])",
+        ),
+    ],
+)
+def test_columns_are_named_by_what_is_not_the_default(config, loss, title):
+    assert variant({"gist": json.loads(json.dumps(config.to_dict())), "loss": loss}) == title
