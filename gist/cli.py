@@ -335,7 +335,7 @@ def add_gist_options(group: Any) -> None:
     group.add_argument("--token-dropout", type=float, default=0.1)
     group.add_argument("--num-tokens", type=int, default=1, help="Gist tokens")
     group.add_argument("--loss", action="append", default=[], metavar="KEY=VALUE",
-                       help="a setting of the loss, as temperature=1 or kl_weights=[0.75,0]")  # fmt: skip
+                       help="a setting of the loss, such as kl_weights=[0.75,0]")  # fmt: skip
 
 
 def _command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
