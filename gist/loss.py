@@ -21,6 +21,9 @@ class GistLoss(nn.Module):
     Args:
         detach: "cls" or "gist", the side that the KL terms don't train; None trains both, as
             released. Either side's cross-entropy trains it in any case.
+
+    Attributes:
+        kl_scale: factor on both KL terms, 1 unless a schedule sets it from step to step.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class GistLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.detach = detach
+        self.kl_scale = 1.0
 
     def extra_repr(self) -> str:
         return (
@@ -83,7 +87,7 @@ class GistLoss(nn.Module):
             temperature=self.temperature,
             cls_weight=cls_weight,
             gist_weight=gist_weight,
-            kl_weights=self.kl_weights,
+            kl_weights=tuple(self.kl_scale * weight for weight in self.kl_weights),
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             return_terms=return_terms,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gist_kernels
 from gist import blocks
@@ -144,11 +145,12 @@ class GistModel(nn.Module):
             grad_tokens = token.index, token.count
         owned = self._owned(attached)
         last = len(backbone.blocks) - 1
-        for index, block in enumerate(backbone.blocks):
+
+        def run(index: int, x: torch.Tensor) -> torch.Tensor:
+            block = backbone.blocks[index]
             parts = blocks.plan(block, index, attached, owned)
             if isinstance(parts, str):
-                x = block(x)
-                continue
+                return block(x)
             if index == 0 and token is not None:
                 x = token(x)
             for method in attached:
@@ -161,6 +163,13 @@ class GistModel(nn.Module):
             if index == last and read is None:
                 for method in attached:
                     x = method.after_blocks(x)
+            return x
+
+        for index in range(last + 1):
+            if backbone.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run, index, x, use_reentrant=False)
+            else:
+                x = run(index, x)
         return backbone.norm(x)
 
     def _attached(self) -> list[Attached]:
@@ -202,6 +211,15 @@ class GistModel(nn.Module):
             parameter.requires_grad_(True)
         if self.config.gist and self.config.separate_head:
             self.gist_head = copy.deepcopy(heads[0])
+
+    def extra_repr(self) -> str:
+        counted, anatomy = count_parameters(self), self.anatomy
+        parts = {method.name: method.num_parameters(anatomy) for method in self.config.methods}
+        if anatomy.model is not self.backbone:
+            parts["peft"] = counted.method - sum(parts.values())
+        parts |= {"token": counted.token, "head": counted.head}
+        trained = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
+        return f"trained: {trained}; frozen: {counted.frozen:,}"
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimiser factory should not decay: the token, as timm's own."""
@@ -326,8 +344,6 @@ def _general_path(anatomy: Anatomy) -> str | None:
         return "it is traced by torch.compile or torch.export"
     if not isinstance(model, VisionTransformer):
         return f"it is a {type(model).__name__}"
-    if model.grad_checkpointing:
-        return "it checkpoints its activations"
     if type(model).forward_features is not VisionTransformer.forward_features:
         return f"{type(model).__name__} has a forward_features of its own"
     return None

@@ -54,6 +54,7 @@ class TrainConfig:
         clip_grad_norm: largest 2-norm of all gradients together; 0 for any.
         label_smoothing: in [0, 1), of the cross-entropies.
         mixup, cutmix: alpha of the Beta distribution that shares are drawn from; 0 for off.
+        kl_warmup_epochs: the loss's KL terms grow linearly from 0 over these; may be a fraction.
         ema: decay, a step, of the moving average of the trainables; 0 for off. Where it is on, the
             averages are what is evaluated and kept.
     """
@@ -74,12 +75,16 @@ class TrainConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     ema: float = 0.0
+    kl_warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; it is {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup_epochs", "clip_grad_norm", "mixup", "cutmix"):
+        for name in (
+            "lr", "weight_decay", "warmup_epochs", "clip_grad_norm", "mixup", "cutmix",
+            "kl_warmup_epochs",
+        ):  # fmt: skip
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number, at least 0; it is {value}")
@@ -290,6 +295,9 @@ class _Training:
 
     def _step(self, parts: Iterator[Any], size: int, own: int) -> None:
         self.schedule.step_update(self.at.step)
+        if self.config.kl_warmup_epochs:
+            grown = (self.at.step + 1) / (self.config.kl_warmup_epochs * len(self.order))
+            self.loss.kl_scale = min(1.0, grown)
         self.optimizer.zero_grad(set_to_none=True)
         half = PRECISIONS[self.config.precision]
         numbers = torch.zeros(5 if self.with_terms else 1, device=self.device)

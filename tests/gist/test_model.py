@@ -242,6 +242,14 @@ def test_classifier_may_be_reset():
         model.reset_classifier(0)
 
 
+def test_printing_a_model_says_what_is_trained():
+    text = str(wrapped("vit", gist.GistConfig([gist.LoRA(rank=2), gist.BitFit()])))
+    lora, bitfit = 3 * 2 * 2 * (48 + 48), 3 * 11 * 48 + 2 * 48
+    assert f"trained: lora {lora:,}, bitfit {bitfit:,}, token 48, head 343" in text.splitlines()[1]
+    text = str(wrapped("vit", gist.GistConfig(None, gist=False)))
+    assert "trained: head 343; frozen: " in text.splitlines()[1]
+
+
 # ---- how it is run -----------------------------------------------------------------------------
 
 
@@ -252,17 +260,28 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(a, b)
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize(
+    "method",
+    [gist.Adapter(), gist.LoRA(), gist.VPT(dropout=0.2), gist.AdaptFormer(), gist.BitFit(), None],
+)
+def test_activation_checkpointing_gives_the_same_gradients(method):
     def gradients(checkpointing):
-        model = wrapped("vit", gist.GistConfig(token_dropout=0.3)).train()
+        config = gist.GistConfig(method, token_dropout=0.3)
+        model = wrapped("vit", config, drop_path_rate=0.3).train()
         model.backbone.set_grad_checkpointing(checkpointing)
+        held = []
         torch.manual_seed(3)
-        gist.GistLoss()(model(images()), torch.tensor([1, 4])).backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: held.append(t.numel()) or t, lambda t: t
+        ):
+            loss = gist.GistLoss()(model(images()), torch.tensor([1, 4]))
+        loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, sum(held)
 
-    plain, checkpointed = gradients(False), gradients(True)
+    (plain, held), (checkpointed, held_less) = gradients(False), gradients(True)
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient)
+    assert held_less < held / 2
 
 
 def test_autocast_and_half_precision_backbones():

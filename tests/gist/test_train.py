@@ -217,6 +217,18 @@ def test_mixed_targets_are_the_shares_of_mixed_images(images, alphas):
     assert (mixed > 0) == (images > 1)
 
 
+def test_the_interaction_may_grow_over_the_first_epochs():
+    loss, scales = gist.GistLoss(), []
+    config = replace(CONFIG, kl_warmup_epochs=1.5)
+    fit(model(), TRAIN, VAL, config, loss=loss, on_step=lambda *_: scales.append(loss.kl_scale))
+    assert scales == pytest.approx([min(1, step / 6) for step in range(1, 17)])
+    out = gist.GistOutput(torch.randn(3, 4), torch.randn(3, 4))
+    target, loss.kl_scale = torch.tensor([0, 1, 2]), 0.5
+    torch.testing.assert_close(
+        loss(out, target), gist.GistLoss(kl_weights=(0.375, 0.375))(out, target)
+    )
+
+
 def test_mixing_trains():
     m = model()
     fit(m, TRAIN, VAL, replace(CONFIG, mixup=0.3, cutmix=0.5))  # its last batch is of two
