@@ -60,7 +60,8 @@ def results(model, images):
 def lost_by_products(terms: int) -> float:
     """How much further from float64 the products' library is than PyTorch's choice, in float32.
 
-    oneDNN sums an inner product in fewer parts than MKL: of 3,072 terms its error is twice as large.
+    oneDNN sums an inner product in fewer parts than MKL: of 3,072 terms its error is twice as
+    large.
     """
     x, weight = torch.randn(64, terms), torch.randn(256, terms)
     exact = x.double() @ weight.double().T
