@@ -60,7 +60,11 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
         residual: torch.Tensor | None,
     ) -> torch.Tensor:
         # Under autocast the reference's products are in a half type, which these kernels have not.
-        if needs_dispatcher(x, residual, *weights) or torch.is_autocast_enabled(x.device.type):
+        if (
+            needs_dispatcher(x, residual, *weights)
+            or _negated(x, residual, *weights)
+            or torch.is_autocast_enabled(x.device.type)
+        ):
             return REFERENCE["adapter"](
                 x, *weights, scale=scale, activation=activation, residual=residual
             )
@@ -78,7 +82,7 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
         drop_path: torch.Tensor | None,
         grad_tokens: tuple[int, int] | None,
     ) -> torch.Tensor:
-        if needs_dispatcher(x):
+        if needs_dispatcher(x) or _negated(x, *norm, *weights, *(adapter or ())):
             return REFERENCE["adapter_attention"](
                 x, norm, weights, adapter,
                 num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens,
@@ -97,7 +101,7 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
         *,
         drop_path: torch.Tensor | None,
     ) -> torch.Tensor:
-        if needs_dispatcher(x):
+        if needs_dispatcher(x) or _negated(x, *norm, *weights, *(adapter or ())):
             return REFERENCE["adapter_mlp"](x, norm, weights, adapter, drop_path=drop_path)
         sublayer = _Sublayer(kernels, norm, weights, weights[2:4], drop_path, adapter)
         return _MlpNode.apply(sublayer, *(adapter or _NO_ADAPTER)[:4], x)
@@ -105,7 +109,7 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
     def prefix_attention(
         qkv: torch.Tensor, num_heads: int, *, num_queries: int | None, scale: float | None
     ) -> torch.Tensor:
-        if needs_dispatcher(qkv):
+        if needs_dispatcher(qkv) or _negated(qkv):
             return REFERENCE["prefix_attention"](
                 qkv, num_heads, num_queries=num_queries, scale=scale
             )
@@ -367,6 +371,8 @@ class _PackedAttentionNode(torch.autograd.Function):
         scale: float | None,
         qkv: torch.Tensor,
     ) -> torch.Tensor:
+        if qkv.stride(2) != 1:
+            qkv = qkv.contiguous()
         q, k, v = qkv.chunk(3, dim=-1)
         out, lse, ctx.graph = kernels.attention_forward(
             q[:, :num_queries], k, v, num_heads, scale, need_grad
@@ -385,6 +391,7 @@ class _PackedAttentionNode(torch.autograd.Function):
         d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
         if num_queries is not None:
             d_q[:, num_queries:] = 0
+        d_out = _in_memory(d_out)
         if d_out.stride(2) != 1:
             d_out = d_out.contiguous()
         kernels.attention_backward(
@@ -394,9 +401,21 @@ class _PackedAttentionNode(torch.autograd.Function):
         return None, None, None, None, None, d_qkv
 
 
+def _negated(*arguments: Any) -> bool:
+    """Whether a tensor's numbers are those in memory with the other sign (``torch._neg_view``,
+    the imaginary part of a conjugate), which kernels know nothing of."""
+    return any(isinstance(t, torch.Tensor) and t.is_neg() for t in arguments)
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its numbers as they lie in memory: an upstream gradient may be negated, or
+    zeros without memory."""
+    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
+
+
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """(..., D) as (M, D), features side by side."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = _in_memory(tensor).reshape(-1, tensor.shape[-1])
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 

@@ -181,9 +181,9 @@ int main() {
     int count = 0;
     for (AttentionDtype dtype :
          {AttentionDtype::float32, AttentionDtype::bfloat16, AttentionDtype::float16}) {
-      for (int64_t head_dim : {1, 3, 8, 15, 16, 17, 33, 64, 65})
-        for (int64_t keys : {1, 2, 7, 8, 9, 16, 17, 33, 65})
-          for (int64_t queries : {1, 2, 6, 7, 13}) {
+      for (int64_t head_dim : {1, 3, 8, 16, 17, 33, 65})
+        for (int64_t keys : {1, 2, 7, 8, 9, 17, 33, 65})
+          for (int64_t queries : {1, 6, 13}) {
             const bool odd = ++count % 2 != 0;
             run({dtype, odd ? 2 : 1, count % 3 + 1, queries, keys, head_dim,
                  odd ? 1 / std::sqrt(double(head_dim)) : -0.3, odd},

@@ -65,7 +65,8 @@ class Buffer {
   Dtype dtype() const { return dtype_; }
   unsigned char *data() const { return memory_ + usable_ - bytes_; }
   bool operator==(const Buffer &other) const {
-    return bytes_ == other.bytes_ && std::memcmp(data(), other.data(), bytes_) == 0;
+    if (bytes_ != other.bytes_ || bytes_ == 0) return bytes_ == other.bytes_;
+    return std::memcmp(data(), other.data(), bytes_) == 0;
   }
 
   double operator[](int64_t index) const {
