@@ -87,7 +87,8 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
                 x, norm, weights, adapter,
                 num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens,
             )  # fmt: skip
-        sublayer = _Sublayer(kernels, norm, weights, weights[2:4], drop_path, adapter)
+        versions = _versions(*norm, *weights, drop_path)
+        sublayer = _Sublayer(kernels, norm, weights, weights[2:4], drop_path, adapter, versions)
         need_grad, trainable = torch.is_grad_enabled(), (adapter or _NO_ADAPTER)[:4]
         if num_queries is None or num_queries >= x.shape[1]:
             return _AttentionNode.apply(sublayer, need_grad, grad_tokens, *trainable, x)
@@ -103,7 +104,8 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
     ) -> torch.Tensor:
         if needs_dispatcher(x) or _negated(x, *norm, *weights, *(adapter or ())):
             return REFERENCE["adapter_mlp"](x, norm, weights, adapter, drop_path=drop_path)
-        sublayer = _Sublayer(kernels, norm, weights, weights[2:4], drop_path, adapter)
+        versions = _versions(*norm, *weights, drop_path)
+        sublayer = _Sublayer(kernels, norm, weights, weights[2:4], drop_path, adapter, versions)
         return _MlpNode.apply(sublayer, *(adapter or _NO_ADAPTER)[:4], x)
 
     def prefix_attention(
@@ -138,6 +140,16 @@ class _Sublayer(NamedTuple):
     """Weight and bias of its last product."""
     drop_path: torch.Tensor | None
     adapter: AdapterWeights | None
+    versions: list[int]
+    """Of what is frozen, as forward found it."""
+
+    def check_unchanged(self) -> None:
+        """As autograd does for the tensors that it saves."""
+        if self.versions != _versions(*self.norm, *self.weights, self.drop_path):
+            raise RuntimeError(
+                "a frozen weight of a sublayer, or its drop_path, was modified by an inplace "
+                "operation after forward, which backward needs it for; modify it after backward"
+            )
 
     def with_saved(self, trainable: Any) -> AdapterWeights | None:
         """The adapter, of tensors that autograd has seen to be unchanged since forward."""
@@ -162,8 +174,8 @@ class _Sublayer(NamedTuple):
         shape = *inner.shape[:2], len(weight)
         factors = self.factors()
         if adapted is not None and not factors:
-            return self.kernels.add_linear(adapted, _rows(inner), weight).view(shape)
-        update = self.kernels.linear(_rows(inner), weight, bias).view(shape)
+            return _result(self.kernels.add_linear(adapted, _rows(inner), weight), shape)
+        update = _result(self.kernels.linear(_rows(inner), weight, bias), shape)
         for factor in factors:
             update = update * factor
         return update.add_((x if adapted is None else adapted).view_as(update))
@@ -189,7 +201,7 @@ class _AdapterNode(torch.autograd.Function):
         adapter = AdapterWeights._make((*weights, scale, activation))
         _, out, z, _ = kernels.adapter_forward(rows, add, None, adapter, None)
         ctx.save_for_backward(*weights, x, z)
-        return out.view(x.shape)
+        return _result(out, x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -235,6 +247,7 @@ class _AttentionNode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         sublayer = ctx.sublayer
+        sublayer.check_unchanged()
         kernels, norm, weights = sublayer[:3]
         *trainable, x, z, stats, qkv, attended, lse = ctx.saved_tensors
         adapter = sublayer.with_saved(trainable)
@@ -301,6 +314,7 @@ class _PrefixNode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         sublayer = ctx.sublayer
+        sublayer.check_unchanged()
         kernels, norm, weights = sublayer[:3]
         *trainable, x, z, stats, q, kv, attended, lse = ctx.saved_tensors
         adapter, read = sublayer.with_saved(trainable), _rows(x[:, : ctx.num_queries])
@@ -348,6 +362,7 @@ class _MlpNode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         sublayer = ctx.sublayer
+        sublayer.check_unchanged()
         kernels, norm, weights = sublayer[:3]
         *trainable, x, z, stats, u = ctx.saved_tensors
         adapter = sublayer.with_saved(trainable)
@@ -399,6 +414,17 @@ class _PackedAttentionNode(torch.autograd.Function):
             d_q[:, :num_queries], d_k, d_v,
         )  # fmt: skip
         return None, None, None, None, None, d_qkv
+
+
+def _versions(*arguments: Any) -> list[int]:
+    # Inference tensors have none.
+    return [t._version for t in arguments if isinstance(t, torch.Tensor) and not t.is_inference()]
+
+
+def _result(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A node's output in its shape, but no view: autograd lets nobody write to those."""
+    result: torch.Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
+    return result
 
 
 def _negated(*arguments: Any) -> bool:

@@ -535,8 +535,8 @@ def test_float32_of_any_shape_and_layout(
     norm, attention, mlp, adapter = (converted(part, torch.float64) for part in rounded)
     for ours, theirs, options in (
         (
-            lambda x, a, **options: gk.adapter_attention(x, low[0], low[1], a, **options),
-            lambda x, a, **options: exact_attention(x, norm, attention, a, **options),
+            lambda x, a, **few: gk.adapter_attention(x, low[0], low[1], a, **few),
+            lambda x, a, **few: exact_attention(x, norm, attention, a, **few),
             {"num_queries": queries},
         ),
         (
@@ -554,3 +554,59 @@ def test_float32_of_any_shape_and_layout(
             size = max(1.0, true.abs().max().item()) / min(1.0, spread)
             error = (found[name].double() - true).abs().max().item()
             assert error <= 64 * EPS[torch.float32] * size, (name, error, size)
+
+
+def every_operation(x, norm, attention, mlp, adapter):
+    factors = torch.ones(2, 1, 1)
+    scaled = attention._replace(layer_scale=torch.ones(48))
+    return {
+        "attention": gk.adapter_attention(x, norm, attention, adapter),
+        "prefix": gk.adapter_attention(x, norm, attention, adapter, num_queries=2),
+        "token": gk.adapter_attention(x, norm, attention, adapter, grad_tokens=(1, 1)),
+        "drop-path": gk.adapter_attention(x, norm, attention, adapter, drop_path=factors),
+        "layer scale, no adapter": gk.adapter_attention(x, norm, scaled),
+        "no adapter": gk.adapter_attention(x, norm, attention),
+        "mlp": gk.adapter_mlp(x, norm, mlp, adapter),
+        "mlp, no adapter": gk.adapter_mlp(x, norm, mlp),
+        "adapter": gk.adapter(x, *adapter[:4]),
+        "adapter onto x": gk.adapter(x, *adapter[:4], residual=x),
+    }
+
+
+def test_results_may_be_written_to():
+    given_ones = arguments(torch.float32)
+    x = given_ones[0].requires_grad_()
+    untouched = every_operation(*given_ones)
+    for name, out in every_operation(*given_ones).items():
+        (expected,) = torch.autograd.grad(3 * untouched[name].sum(), x)
+        out.mul_(3).add_(1)
+        (found,) = torch.autograd.grad(out.sum(), x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("which", ["norm.weight", "attention.proj_weight", "mlp.fc2_weight"])
+def test_frozen_weights_changed_after_forward_are_noticed(which):
+    x, norm, attention, mlp, adapter = arguments(torch.float32)
+    x.requires_grad_()
+    group, name = which.split(".")
+    weight = getattr({"norm": norm, "attention": attention, "mlp": mlp}[group], name)
+    for of, call in {
+        "attention": lambda: gk.adapter_attention(x, norm, attention, adapter),
+        "mlp": lambda: gk.adapter_mlp(x, norm, mlp, adapter),
+        "prefix": lambda: gk.adapter_attention(x, norm, attention, num_queries=1),
+    }.items():
+        out = call()
+        weight.mul_(2)
+        if group == "norm" or (group == "mlp") == (of == "mlp"):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+        else:
+            out.sum().backward()
+
+
+def test_weights_that_are_inference_tensors():
+    with torch.inference_mode():
+        x, norm, attention, mlp, adapter = arguments(torch.float32)
+    with torch.no_grad():
+        assert gk.adapter_attention(x, norm, attention, adapter).isfinite().all()
+        assert gk.adapter_mlp(x, norm, mlp, adapter).isfinite().all()
