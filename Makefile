@@ -4,7 +4,7 @@
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-quick   the small ones, to compare with a saved run
 # make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
-# make sanitize   the C++ kernels' own test under the address, undefined and thread sanitizers
+# make sanitize   the C++ kernels' own tests under the address, undefined and thread sanitizers
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -41,7 +41,7 @@ sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize
 build/sanitize-%: FORCE
 	$(BIN)/cmake -S . -B $@ -DGIST_KERNELS_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
 	$(BIN)/cmake --build $@
-	$@/loss_test
+	$(BIN)/ctest --test-dir $@ --verbose
 
 FORCE:
 

@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every kernel that can be launched: no device is needed.
 
-    python bench/binaries.py [sm_80 sm_90 sm_100 gfx942]
+    python bench/binaries.py [sm_80 sm_90 sm_100 gfx942] [--family loss|adapter]
 
 The launchers run on CPU tensors with the launch itself replaced, so what is compiled here is what
 they choose: every tile of the heuristics, with each kind of target, reduction and temperature.
@@ -8,6 +8,7 @@ they choose: every tile of the heuristics, with each kind of target, reduction a
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -54,6 +55,10 @@ class Launch(NamedTuple):
     kernel: JITFunction
     arguments: dict[str, Any]
     options: dict[str, Any]
+
+    def family(self) -> str:
+        """The file of its kernel."""
+        return self.kernel.fn.__module__.rpartition(".")[2]
 
     def name(self) -> str:
         keeps = self.arguments.get("d_a") is not None and "loss" in self.arguments
@@ -200,13 +205,13 @@ def distinct(launches: Iterable[Launch]) -> Iterator[Launch]:
             for k, v in each.arguments.items()
             if k.isupper() or v is None or isinstance(v, torch.Tensor)
         ]
-        key = each.kernel.__name__, *constants
+        key = each.family(), each.kernel.__name__, *constants
         if key not in seen:
             seen.add(key)
             yield each
 
 
-def configurations(target: GPUTarget) -> Iterator[Launch]:
+def loss_configurations(target: GPUTarget) -> Iterator[Launch]:
     """Everything, in both sizes of dtype, at a temperature with and without integer powers."""
     for classes in WIDTHS:
         for dtype in (torch.bfloat16, torch.float32):
@@ -214,6 +219,10 @@ def configurations(target: GPUTarget) -> Iterator[Launch]:
                 for temperature in (3.0, 4.7):
                     yield from launches(classes, target, dtype, kind, temperature)
             yield from launches(classes, target, dtype, reduction="none")
+
+
+def adapter_configurations(target: GPUTarget) -> Iterator[Launch]:
+    """Every size of features and rank, in both sizes of dtype, and every activation."""
     for features in FEATURES:
         for rank in RANKS:
             for dtype in (torch.bfloat16, torch.float32):
@@ -222,17 +231,28 @@ def configurations(target: GPUTarget) -> Iterator[Launch]:
         yield from adapter_launches(768, 4, target, kind=kind)
 
 
+FAMILIES = {"loss": loss_configurations, "adapter": adapter_configurations}
+
+
 def main() -> None:
-    found: dict[tuple[str, str], list[Usage]] = {}
-    for name in sys.argv[1:] or TARGETS:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", nargs="*", help=f"of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("--family", choices=FAMILIES, help="default: all")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.target if name not in TARGETS]
+    if unknown:
+        parser.error(f"target must be of {', '.join(TARGETS)}; it is {unknown[0]}")
+    families = [arguments.family] if arguments.family else FAMILIES
+    found: dict[tuple[str, str, str], list[Usage]] = {}
+    for name in arguments.target or TARGETS:
         target = TARGETS[name]
         print(
             f"{name}\n{'kernel':<26}{'tile':<22}{'dtype':<10}{'kind, rank':<13}{'T':<5}"
             f"{'registers':>9}{'shared':>8}{'spills':>8}"
         )
-        for each in distinct(configurations(target)):
+        for each in distinct(each for family in families for each in FAMILIES[family](target)):
             used = usage(compiled(each, target))
-            found.setdefault((name, each.name()), []).append(used)
+            found.setdefault((name, each.family(), each.name()), []).append(used)
             a = each.arguments.get("a", each.arguments.get("x"))
             print(
                 f"{each.name():<26}{each.shape():<22}"
@@ -242,12 +262,12 @@ def main() -> None:
                 f"{used.registers:>9}{used.shared:>8}{used.spills:>8}",
                 flush=True,
             )
-    print("\n| target | kernel | binaries | most registers | most shared | that spill |")
-    print("|---|---|---:|---:|---:|---:|")
-    for (name, kernel), uses in found.items():
+    print("\n| target | family | kernel | binaries | most registers | most shared | that spill |")
+    print("|---|---|---|---:|---:|---:|---:|")
+    for (name, family, kernel), uses in found.items():
         most = [max(use[i] for use in uses) for i in range(2)]
         spill = sum(use.spills > 0 for use in uses)
-        print(f"| {name} | {kernel} | {len(uses)} | {most[0]} | {most[1]} | {spill} |")
+        print(f"| {name} | {family} | {kernel} | {len(uses)} | {most[0]} | {most[1]} | {spill} |")
     spilling = sum(use.spills > 0 for uses in found.values() for use in uses)
     sys.exit(f"{spilling} binaries spill" if spilling else 0)
 

@@ -71,7 +71,11 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
         residual: torch.Tensor | None,
     ) -> torch.Tensor:
         # Under autocast the reference's products are in a half type, which these kernels have not.
-        if needs_dispatcher(x, residual, *weights) or torch.is_autocast_enabled(x.device.type):
+        if (
+            needs_dispatcher(x, residual, *weights)
+            or _negated(x, residual, *weights)
+            or torch.is_autocast_enabled(x.device.type)
+        ):
             return REFERENCE["adapter"](
                 x, *weights, scale=scale, activation=activation, residual=residual
             )
@@ -89,7 +93,7 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
         drop_path: torch.Tensor | None,
         grad_tokens: tuple[int, int] | None,
     ) -> torch.Tensor:
-        if needs_dispatcher(x):
+        if needs_dispatcher(x) or _negated(x, *norm, *weights, *(adapter or ())):
             return REFERENCE["adapter_attention"](
                 x, norm, weights, adapter,
                 num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens,
@@ -97,7 +101,8 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
         dtype = _product_dtype(x)
         first = _Product.of(kernels, dtype, *weights[:2], weights.qkv_update)
         last = _Product.of(kernels, dtype, *weights[2:4], weights.proj_update)
-        sublayer = _Sublayer(kernels, norm, weights, first, last, drop_path, adapter)
+        versions = _versions(*norm, *weights, drop_path)
+        sublayer = _Sublayer(kernels, norm, weights, first, last, drop_path, adapter, versions)
         need_grad, tensors = torch.is_grad_enabled(), sublayer.tensors()
         if num_queries is None or num_queries >= x.shape[1]:
             return _AttentionNode.apply(sublayer, need_grad, grad_tokens, *tensors, x)
@@ -111,18 +116,19 @@ def sublayer_operations(kernels: SublayerKernels) -> dict[str, Callable[..., Any
         *,
         drop_path: torch.Tensor | None,
     ) -> torch.Tensor:
-        if needs_dispatcher(x):
+        if needs_dispatcher(x) or _negated(x, *norm, *weights, *(adapter or ())):
             return REFERENCE["adapter_mlp"](x, norm, weights, adapter, drop_path=drop_path)
         dtype = _product_dtype(x)
         first = _Product.of(kernels, dtype, *weights[:2], weights.fc1_update)
         last = _Product.of(kernels, dtype, *weights[2:4], weights.fc2_update)
-        sublayer = _Sublayer(kernels, norm, weights, first, last, drop_path, adapter)
+        versions = _versions(*norm, *weights, drop_path)
+        sublayer = _Sublayer(kernels, norm, weights, first, last, drop_path, adapter, versions)
         return _MlpNode.apply(sublayer, *sublayer.tensors(), x)
 
     def prefix_attention(
         qkv: torch.Tensor, num_heads: int, *, num_queries: int | None, scale: float | None
     ) -> torch.Tensor:
-        if needs_dispatcher(qkv):
+        if needs_dispatcher(qkv) or _negated(qkv):
             return REFERENCE["prefix_attention"](
                 qkv, num_heads, num_queries=num_queries, scale=scale
             )
@@ -257,6 +263,16 @@ class _Sublayer(NamedTuple):
     last: _Product
     drop_path: torch.Tensor | None
     adapter: AdapterWeights | None
+    versions: list[int]
+    """Of what is frozen, as forward found it."""
+
+    def check_unchanged(self) -> None:
+        """As autograd does for the tensors that it saves."""
+        if self.versions != _versions(*self.norm, *self.weights, self.drop_path):
+            raise RuntimeError(
+                "a frozen weight of a sublayer, or its drop_path, was modified by an inplace "
+                "operation after forward, which backward needs it for; modify it after backward"
+            )
 
     def tensors(self) -> Tensors:
         """All that may be trained: 4 of the adapter, 2 of the norm, 4 of each product."""
@@ -265,6 +281,7 @@ class _Sublayer(NamedTuple):
 
     def with_saved(self, tensors: Any) -> _Sublayer:
         """The same, of tensors that autograd has seen to be unchanged since forward."""
+        self.check_unchanged()
         adapter = self.adapter
         return self._replace(
             adapter=adapter and AdapterWeights._make((*tensors[:4], *adapter[4:])),
@@ -301,9 +318,9 @@ class _Sublayer(NamedTuple):
                 if down is not None:
                     low = self.kernels.linear(rows, down, None)
                     out = self.kernels.add_linear(out, low, up)
-                return out.view(shape), None, low
+                return _result(out, shape), None, low
         update, *kept = last.forward(rows)
-        update = update.view(shape)
+        update = _result(update, shape)
         for factor in factors:
             update = update * factor
         out = (x if adapted is None else adapted).view(shape)
@@ -378,7 +395,7 @@ class _AdapterNode(torch.autograd.Function):
         adapter = AdapterWeights._make((*weights, scale, activation))
         _, out, z, _ = kernels.adapter_forward(rows, add, None, adapter, None)
         ctx.save_for_backward(*weights, x, z)
-        return out.view(x.shape)
+        return _result(out, x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -502,7 +519,7 @@ class _PrefixNode(torch.autograd.Function):
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         saved, num_queries = ctx.saved_tensors, ctx.num_queries
         sublayer = ctx.sublayer.with_saved(saved)
-        kernels, norm, weights, _, _, _, adapter = sublayer
+        kernels, norm, weights, _, _, _, adapter, _ = sublayer
         x, z, stats, q, kv, attended, lse = saved[_TRAINED : _TRAINED + 7]
         of_q, of_kv, of_last = saved[-6:-4], saved[-4:-2], saved[-2:]
         needs = ctx.needs_input_grad[3:]
@@ -591,6 +608,8 @@ class _PackedAttentionNode(torch.autograd.Function):
         scale: float | None,
         qkv: torch.Tensor,
     ) -> torch.Tensor:
+        if qkv.stride(2) != 1:
+            qkv = qkv.contiguous()
         q, k, v = qkv.chunk(3, dim=-1)
         out, lse, ctx.graph = kernels.attention_forward(
             q[:, :num_queries], k, v, num_heads, scale, need_grad
@@ -609,6 +628,7 @@ class _PackedAttentionNode(torch.autograd.Function):
         d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
         if num_queries is not None:
             d_q[:, num_queries:] = 0
+        d_out = _in_memory(d_out)
         if d_out.stride(2) != 1:
             d_out = d_out.contiguous()
         kernels.attention_backward(
@@ -618,9 +638,35 @@ class _PackedAttentionNode(torch.autograd.Function):
         return None, None, None, None, None, d_qkv
 
 
+def _versions(*arguments: Any) -> list[int]:
+    # Inference tensors have none.
+    return [t._version for t in arguments if isinstance(t, torch.Tensor) and not t.is_inference()]
+
+
+def _result(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A node's output in its shape, but no view: autograd lets nobody write to those."""
+    result: torch.Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
+    return result
+
+
+def _negated(*arguments: Any) -> bool:
+    """Whether a tensor's numbers are those in memory with the other sign (``torch._neg_view``,
+    the imaginary part of a conjugate), which kernels know nothing of."""
+    return any(
+        t.is_neg() if isinstance(t, torch.Tensor) else isinstance(t, tuple) and _negated(*t)
+        for t in arguments
+    )
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its numbers as they lie in memory: an upstream gradient may be negated, or
+    zeros without memory."""
+    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
+
+
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """(..., D) as (M, D), features side by side."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = _in_memory(tensor).reshape(-1, tensor.shape[-1])
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 

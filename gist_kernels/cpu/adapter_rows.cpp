@@ -243,6 +243,8 @@ GIST_INLINE void row_stats(const A *x, int64_t n, int64_t stride, double eps, A 
     const A variance = square[r] / A(n) - off[r] * off[r];
     mean[r] = first[r] + off[r];
     rstd[r] = 1 / square_root((variance < 0 ? 0 : variance) + A(eps));
+    // Where the squares overflow the row is NaN, as its true value can't be had; 0 would hide it.
+    rstd[r] += square[r] - square[r];
   }
 }
 

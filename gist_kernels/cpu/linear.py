@@ -28,6 +28,8 @@ def _by_onednn(x: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x weight^T + bias`` of (..., I) rows, with a weight of (O, I)."""
     if _by_onednn(x):
+        # It reads a bias as if it were contiguous, whatever its stride.
+        bias = None if bias is None else bias.contiguous()
         result: torch.Tensor = _linear_pointwise(x, weight, bias, "none", [], "")
         return result
     return F.linear(x, weight, bias)

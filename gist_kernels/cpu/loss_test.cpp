@@ -1,19 +1,12 @@
-// The kernels on arrays of exactly the right size, against plain loops in double: for sanitizers,
-// which see only code built with them (CMakeLists.txt says how). Python's tests say more of values.
+// The loss against plain loops in double; see kernel_test.h.
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <vector>
-
+#include "kernel_test.h"
 #include "loss.h"
 
 namespace {
 
 using namespace gist;
-using std::int64_t;
+using namespace gist::test;
 
 struct Case {
   Dtype dtype, target_dtype;
@@ -21,36 +14,14 @@ struct Case {
   double temperature, smoothing;
   Reduction reduction;
   bool d_cls, d_gist, masked;
+
+  std::string name() const {
+    char text[96];
+    std::snprintf(text, sizeof text, "dtype %d, %lld x %lld, T %g: ", int(dtype),
+                  static_cast<long long>(rows), static_cast<long long>(classes), temperature);
+    return text;
+  }
 };
-
-double read(const std::vector<unsigned char> &memory, Dtype dtype, int64_t index) {
-  const unsigned char *at = memory.data() + index * bytes_of(dtype);
-  if (dtype == Dtype::float64) {
-    double x;
-    std::memcpy(&x, at, sizeof x);
-    return x;
-  }
-  std::uint32_t bits = 0;
-  if (dtype == Dtype::bfloat16) {
-    std::memcpy(reinterpret_cast<unsigned char *>(&bits) + 2, at, 2);
-  } else {
-    std::memcpy(&bits, at, 4);
-  }
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return double(x);
-}
-
-void write(std::vector<unsigned char> &memory, Dtype dtype, int64_t index, double value) {
-  unsigned char *at = memory.data() + index * bytes_of(dtype);
-  const float single = float(value);
-  if (dtype == Dtype::float64)
-    std::memcpy(at, &value, 8);
-  else if (dtype == Dtype::bfloat16)
-    std::memcpy(at, reinterpret_cast<const unsigned char *>(&single) + 2, 2);
-  else
-    std::memcpy(at, &single, 4);
-}
 
 std::vector<double> log_softmax(const std::vector<double> &x, double temperature) {
   double top = -INFINITY, sum = 0;
@@ -61,86 +32,75 @@ std::vector<double> log_softmax(const std::vector<double> &x, double temperature
   return result;
 }
 
-int failures = 0;
-
-void expect(double value, double exact, double tolerance, const char *what, const Case &c) {
-  if (std::fabs(value - exact) <= tolerance * (1 + std::fabs(exact))) return;
-  ++failures;
-  std::printf("%s: %s is %.9g, not %.9g (dtype %d, %lld x %lld, T %g)\n", instruction_set(), what,
-              value, exact, int(c.dtype), static_cast<long long>(c.rows),
-              static_cast<long long>(c.classes), c.temperature);
-}
-
 void run(const Case &c, int threads) {
-  std::mt19937 random(static_cast<unsigned>(c.rows * 31 + c.classes));
-  std::normal_distribution<double> normal(0, 3);
+  Normal normal(c.rows * 31 + c.classes);
   const int64_t stride = c.classes + c.padding, n = c.rows;
-  // The last row ends where the memory does.
+  // The last row ends where the memory does; what is between rows is NaN.
   const int64_t length = n == 0 ? 0 : (n - 1) * stride + c.classes;
-  const Dtype accumulate = c.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
-  const int64_t a = bytes_of(accumulate);
-  std::vector<unsigned char> logits[2], gradients[2];
+  const Dtype accumulate = accumulated(c.dtype);
+  Buffer logits[2], gradients[2], again[2];
   for (int s : kHeads) {
-    logits[s].resize(std::size_t(length * bytes_of(c.dtype)));
-    for (int64_t i = 0; i < length; ++i) write(logits[s], c.dtype, i, normal(random));
-    gradients[s].resize(std::size_t(n * c.classes * bytes_of(c.dtype)));
+    logits[s] = Buffer(c.dtype, length);
+    for (int64_t i = 0; i < length; ++i)
+      if (i % stride < c.classes) logits[s].set(i, normal(3));
+    gradients[s] = Buffer(c.dtype, n * c.classes);
+    again[s] = Buffer(c.dtype, n * c.classes);
   }
   if (c.masked)
     for (int64_t i = 1; i < length; i += 3)
       for (int s : kHeads)
-        if (i % stride != 0) write(logits[s], c.dtype, i, -INFINITY);
-  std::vector<int64_t> index(std::size_t(n), 0);
-  std::vector<unsigned char> probabilities(std::size_t(n * c.classes * bytes_of(c.target_dtype)));
-  if (c.target_dtype == Dtype::int64)
-    for (int64_t row = 1; row < n; ++row)
-      index[std::size_t(row)] = row == 2 ? -100 : c.masked ? 0 : row % c.classes;
-  else if (c.target_dtype != Dtype::none)
-    for (int64_t i = 0; i < n * c.classes; ++i)
-      write(probabilities, c.target_dtype, i, i % c.classes == 0 || !c.masked ? 0.5 : 0);
+        if (i % stride != 0 && i % stride < c.classes) logits[s].set(i, -INFINITY);
+  const bool indices = c.target_dtype == Dtype::int64;
+  Buffer target(c.target_dtype, c.target_dtype == Dtype::none ? 0 : indices ? n : n * c.classes);
+  for (int64_t row = 0; indices && row < n; ++row)
+    target.set(row, double(row == 2 ? -100 : c.masked ? 0 : row % c.classes));
+  for (int64_t i = 0; !indices && i < target.size(); ++i)
+    target.set(i, i % c.classes == 0 || !c.masked ? 0.5 : 0);
 
   const int64_t values = c.reduction == Reduction::none ? n : 1;
-  std::vector<unsigned char> stats(std::size_t(n * kRowStats * a)), loss(std::size_t(values * a)),
-      terms(std::size_t(4 * values * a)), again[2] = {gradients[0], gradients[1]};
+  Buffer stats(accumulate, n * kRowStats), loss(accumulate, values), terms(accumulate, 4 * values);
 
   LossCall call = {};
   call.rows = n;
   call.classes = c.classes;
   call.dtype = c.dtype;
   call.target_dtype = c.target_dtype;
-  call.target = c.target_dtype == Dtype::int64 ? static_cast<const void *>(index.data())
-                                               : probabilities.data();
-  call.target_stride = c.target_dtype == Dtype::int64 ? 1 : c.classes;
+  call.target = address(target);
+  call.target_stride = indices ? 1 : c.classes;
   call.temperature = c.temperature;
   const double weights[4] = {1, 0.5, 0.75, 0.75};
   std::memcpy(call.weights, weights, sizeof weights);
   call.label_smoothing = c.smoothing;
   call.ignore_index = -100;
   call.reduction = c.reduction;
-  call.stats = stats.data();
-  call.loss = loss.data();
-  call.terms = terms.data();
+  call.stats = address(stats);
+  call.loss = address(loss);
+  call.terms = address(terms);
   call.d_logits_stride = c.classes;
   for (int s : kHeads) {
-    call.logits[s] = logits[s].data();
+    call.logits[s] = address(logits[s]);
     call.logit_stride[s] = stride;
   }
   loss_forward(call, threads);
-  call.d_logits[kCls] = c.d_cls ? gradients[kCls].data() : nullptr;
-  call.d_logits[kGist] = c.d_gist ? gradients[kGist].data() : nullptr;
+  call.d_logits[kCls] = c.d_cls ? address(gradients[kCls]) : nullptr;
+  call.d_logits[kGist] = c.d_gist ? address(gradients[kGist]) : nullptr;
   loss_backward(call, threads);
-  for (int s : kHeads) call.d_logits[s] = again[s].data();
+  for (int s : kHeads) call.d_logits[s] = address(again[s]);
   loss_forward(call, threads);
 
-  const double tolerance = c.dtype == Dtype::float64 ? 1e-11 : 1e-5;
+  const double relative = tolerance(accumulate);
+  const auto near = [&](double value, double exact, double allowed, const char *what) {
+    expect(value, exact, allowed * (1 + std::fabs(exact)), c.name() + what);
+  };
   double total = 0, kept = 0;
   for (int64_t row = 0; row < n; ++row) {
     double exact = 0;
-    if (c.target_dtype != Dtype::int64 || index[std::size_t(row)] != -100) {
+    if (!indices || target[row] != -100) {
       ++kept;
       std::vector<double> x[2], tempered[2], plain[2];
       for (int s : kHeads) {
         for (int64_t j = 0; j < c.classes; ++j)
-          x[s].push_back(read(logits[s], c.dtype, row * stride + j));
+          x[s].push_back(logits[s][row * stride + j]);
         tempered[s] = log_softmax(x[s], c.temperature);
         plain[s] = log_softmax(x[s], 1);
       }
@@ -149,10 +109,10 @@ void run(const Case &c, int threads) {
         if (std::isfinite(difference))
           exact += 0.75 * (std::exp(tempered[kCls][j]) - std::exp(tempered[kGist][j])) * difference;
         double y = 0;
-        if (c.target_dtype == Dtype::int64)
-          y = int64_t(j) == index[std::size_t(row)];
+        if (indices)
+          y = double(j) == target[row];
         else if (c.target_dtype != Dtype::none)
-          y = read(probabilities, c.target_dtype, row * c.classes + int64_t(j));
+          y = target[row * c.classes + int64_t(j)];
         if (c.target_dtype != Dtype::none)
           y = y * (1 - c.smoothing) + c.smoothing / double(c.classes);
         if (y != 0) exact -= y * (plain[kCls][j] + 0.5 * plain[kGist][j]);
@@ -160,21 +120,21 @@ void run(const Case &c, int threads) {
     }
     total += exact;
     if (c.reduction == Reduction::none)
-      expect(read(loss, accumulate, row), exact, tolerance, "a row's loss", c);
+      near(loss[row], exact, relative, "a row's loss");
   }
-  if (c.reduction == Reduction::sum) expect(read(loss, accumulate, 0), total, tolerance, "sum", c);
+  if (c.reduction == Reduction::sum) near(loss[0], total, relative, "sum");
   if (c.reduction == Reduction::mean && kept > 0)
-    expect(read(loss, accumulate, 0), total / kept, tolerance, "mean", c);
+    near(loss[0], total / kept, relative, "mean");
   // Softmaxes and targets of equal mass: a row's gradient sums to 0.
   for (int s : kHeads) {
     if (!(s == kCls ? c.d_cls : c.d_gist)) continue;
-    if (gradients[s] != again[s]) expect(1, 0, 0, "difference of the two gradients", c);
-    const bool unit = c.target_dtype == Dtype::int64 || c.target_dtype == Dtype::none;
+    if (!(gradients[s] == again[s])) fail(c.name() + "the two gradients differ");
+    const bool unit = indices || c.target_dtype == Dtype::none;
     for (int64_t row = 0; row < n && unit; ++row) {
       double sum = 0;
       for (int64_t j = 0; j < c.classes; ++j)
-        sum += read(gradients[s], c.dtype, row * c.classes + j);
-      expect(sum, 0, c.dtype == Dtype::bfloat16 ? 0.1 : tolerance, "sum of a gradient", c);
+        sum += gradients[s][row * c.classes + j];
+      near(sum, 0, bytes_of(c.dtype) == 2 ? 0.1 : relative, "sum of a gradient");
     }
   }
 }
@@ -182,11 +142,10 @@ void run(const Case &c, int threads) {
 }  // namespace
 
 int main() {
-  int cases = 0;
-  for (const char *name : {"avx512", "avx2", "portable"}) {
-    if (!use_instruction_set(name)) continue;
+  return on_every_instruction_set([] {
+    int cases = 0;
     for (int64_t classes : {1, 2, 7, 8, 15, 16, 17, 100, 1023, 1024, 1025, 3000})
-      for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float64})
+      for (Dtype dtype : kFormats)
         for (Dtype target : {Dtype::int64, Dtype::none, Dtype::float32, Dtype::float64})
           for (double temperature : {0.5, 1.0, 3.0, 4.7}) {
             const bool odd = cases++ % 2 != 0, third = cases % 3 == 0;
@@ -201,7 +160,5 @@ int main() {
     }
     // Large enough to be written past the cache, rows ending anywhere in a cache line.
     run({Dtype::float32, Dtype::int64, 66, 65537, 0, 3, 0, Reduction::mean, true, true, false}, 3);
-  }
-  std::printf("%d passed, %d failed\n", cases - (failures > 0), failures);
-  return failures > 0;
+  });
 }

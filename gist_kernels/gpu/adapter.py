@@ -112,8 +112,11 @@ def _write_normed(
 
 @triton.jit
 def _inverse_deviation(squares, features, eps):
-    """1 / sqrt(variance + eps), correctly rounded; the variance is squares / features."""
-    return tl.div_rn(1.0, tl.sqrt_rn(squares / features + eps))
+    """1 / sqrt(variance + eps), correctly rounded; the variance is squares / features.
+
+    NaN where the squares overflow: 0 would pass for a row of zeros.
+    """
+    return tl.div_rn(1.0, tl.sqrt_rn(squares / features + eps)) + (squares - squares)
 
 
 @triton.jit

@@ -373,3 +373,20 @@ def test_a_row_does_not_depend_on_its_batch(rank):
 )
 def test_any_shape(rows, width, rank, activation, add, biases):
     check(make(rows, width, rank, activation=activation, add=add, biases=biases), 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_too_large_for_its_variance_is_nan(dtype):
+    """As PyTorch's LayerNorm gives it: 1 / infinity would pass for a row of zeros."""
+    case = make(6, 48, 4, dtype=dtype)
+    plain = kernels.forward(case.x, None, case.norm, None)[0]
+    case.x[3] *= 1e30
+    normed, _, _, stats = kernels.forward(case.x, None, case.norm, None)
+    assert normed[3].isnan().all()
+    d_x = kernels.backward(
+        None, case.d_normed, case.x, case.norm, stats, None, None, pass_through=False
+    )[0]
+    assert d_x[3].isnan().all()
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(normed[others], plain[others])
+    assert d_x[others].isfinite().all()

@@ -120,6 +120,19 @@ def test_rows_that_are_hard_to_normalise(kind):
     check(case._replace(x=x[kind], add=x[kind]), 16)
 
 
+@pytest.mark.parametrize("rank", [0, 4, 64])
+def test_a_row_too_large_for_its_variance_is_nan(rank):
+    case = make(6, 48, max(rank, 1))
+    case.x[3] *= 1e30
+    if rank == 0:
+        case = case._replace(adapter=None, bias=None, d_out=None)
+    result = ours(case)
+    assert result.normed[3].isnan().all()
+    assert result.dx[3].isnan().all()
+    assert result.normed[[0, 1, 2, 4, 5]].isfinite().all()
+    assert result.dx[[0, 1, 2, 4, 5]].isfinite().all()
+
+
 def test_layouts_do_not_matter():
     case = make(9, 24, 4, add="other")
     wide = torch.randn(9, 40)

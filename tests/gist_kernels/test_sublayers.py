@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sublayer_cases import (
     DROPPED,
+    EPS,
     arguments,
     check,
     converted,
@@ -319,3 +320,223 @@ def test_bad_arguments_are_named(change, error, message):
     given = change({"x": x, "norm": norm, "attention": attention, "adapter": adapter})
     with pytest.raises(error, match=message):
         gk.adapter_attention(**given)
+
+
+def spaced(tensor):
+    """The same numbers among nan, last dimension contiguous but rows apart."""
+    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), torch.nan, dtype=tensor.dtype)
+    wide[..., 2:-3] = tensor
+    return wide[..., 2:-3]
+
+
+def interleaved(tensor):
+    """The same numbers, nan between any two of them."""
+    return torch.stack((tensor, torch.full_like(tensor, torch.nan)), dim=-1)[..., 0]
+
+
+def reversed_strides(tensor):
+    axes = tuple(reversed(range(tensor.ndim)))
+    return tensor.permute(axes).contiguous().permute(axes)
+
+
+def negated(tensor):
+    """The same numbers, those in memory being of the other sign."""
+    return torch._neg_view(-tensor)
+
+
+LAYOUTS = {
+    "dense": lambda t: t, "spaced": spaced, "interleaved": interleaved,
+    "reversed": reversed_strides, "negated": negated,
+}  # fmt: skip
+
+
+def in_layout(layout, weights, dims=(1, 2, 3)):
+    """Those with so many dimensions."""
+    if not isinstance(weights, tuple):
+        return layout(weights) if weights.ndim in dims else weights
+    return weights._make(
+        layout(w) if isinstance(w, torch.Tensor) and w.ndim in dims else w for w in weights
+    )
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("options", [{}, {"num_queries": 2}, {"grad_tokens": (1, 1)}])
+def test_weights_inputs_and_gradients_in_any_layout(layout, options):
+    dense = arguments(torch.float32)
+    upstream = torch.randn(2, options.get("num_queries", 19), 48)
+
+    def results(arguments, upstream):
+        x, norm, attention, mlp, adapter = arguments
+        leaves = [t.detach().requires_grad_() for t in (x, *adapter[:4])]
+        adapter = adapter._make((*leaves[1:], *adapter[4:]))
+        out = gk.adapter_attention(leaves[0], norm, attention, adapter, **options)
+        out = gk.adapter_mlp(out, norm, mlp, adapter)
+        out = gk.adapter(out, *leaves[1:], residual=out)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+    expected = results(dense, upstream)
+    laid_out = [in_layout(LAYOUTS[layout], part) for part in dense]
+    for found in (
+        results(laid_out, upstream),
+        results([laid_out[0], *dense[1:]], upstream),
+        results([in_layout(LAYOUTS[layout], part, dims=(1,)) for part in dense], upstream),
+        results([in_layout(LAYOUTS[layout], part, dims=(2,)) for part in dense], upstream),
+        results(dense, LAYOUTS[layout](upstream)),
+    ):
+        for ours, truth in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item())
+
+
+def test_an_upstream_gradient_without_memory():
+    x, norm, attention, mlp, adapter = arguments(torch.float32)
+    x.requires_grad_()
+    for out in (
+        gk.adapter_attention(x, norm, attention, adapter),
+        gk.adapter_mlp(x, norm, mlp, adapter),
+        gk.adapter(x, *adapter[:4]),
+    ):
+        (gradient,) = torch.autograd.grad(out, x, torch._efficientzerotensor(out.shape))
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 70),
+    heads=st.integers(1, 4),
+    head_dim=st.integers(1, 70),
+    layout=st.sampled_from(list(LAYOUTS)),
+    of_upstream=st.sampled_from(list(LAYOUTS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    data=st.data(),
+)
+def test_prefix_attention_of_any_shape_and_layout(
+    batch, tokens, heads, head_dim, layout, of_upstream, dtype, data
+):
+    queries = data.draw(st.none() | st.integers(1, tokens))
+    packed = normal(batch, tokens, 3 * heads * head_dim, dtype=dtype, spread=1.0)
+    exact = packed.double().requires_grad_()
+    truth, _ = oracles.attention(*exact.chunk(3, dim=-1), heads, head_dim**-0.5)
+    truth = truth[:, :queries]
+    upstream = normal(*truth.shape, dtype=dtype, spread=1.0)
+    (d_truth,) = torch.autograd.grad(truth, exact, upstream.double())
+    qkv = LAYOUTS[layout](packed).detach().requires_grad_()
+    out = gk.prefix_attention(qkv, heads, num_queries=queries)
+    (d_qkv,) = torch.autograd.grad(out, qkv, LAYOUTS[of_upstream](upstream))
+    # bfloat16 rounds the result once before backward reads it; sums have at most 70 terms of 1.
+    few = 16 * EPS[dtype]
+    for ours, exact_one in ((out, truth), (d_qkv, d_truth)):
+        size = max(1.0, exact_one.abs().max().item())
+        assert ours.isfinite().all()
+        assert (ours.double() - exact_one).abs().max().item() <= few * size
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    heads=st.integers(1, 4),
+    head_dim=st.integers(1, 40),
+    rank=st.integers(1, 140),
+    hidden=st.integers(1, 100),
+    layout=st.sampled_from(list(LAYOUTS)),
+    data=st.data(),
+)
+def test_float32_of_any_shape_and_layout(
+    batch, tokens, heads, head_dim, rank, hidden, layout, data
+):
+    """Where float64 takes PyTorch's attention, float32 takes the kernels' own."""
+    width = heads * head_dim
+    x, norm, attention, mlp, adapter = arguments(
+        torch.float64, batch=batch, tokens=tokens, width=width, heads=heads, rank=rank,
+        hidden=hidden,
+    )  # fmt: skip
+    # Scores and updates of about 1, whatever the width: no rounding is blown up on its way.
+    attention, mlp, adapter = (
+        weights._make(
+            w / w.shape[-1] ** 0.5 if isinstance(w, torch.Tensor) and w.ndim == 2 else w
+            for w in weights
+        )
+        for weights in (attention, mlp, adapter)
+    )
+    queries = data.draw(st.none() | st.integers(1, tokens))
+    rounded = [converted(part, torch.float32) for part in (norm, attention, mlp, adapter)]
+    low_x, low = x.float(), [in_layout(LAYOUTS[layout], part) for part in rounded]
+    norm, attention, mlp, adapter = (converted(part, torch.float64) for part in rounded)
+    for ours, theirs, options in (
+        (
+            lambda x, a, **few: gk.adapter_attention(x, low[0], low[1], a, **few),
+            lambda x, a, **few: exact_attention(x, norm, attention, a, **few),
+            {"num_queries": queries},
+        ),
+        (
+            lambda x, a: gk.adapter_mlp(x, low[0], low[2], a),
+            lambda x, a: exact_mlp(x, norm, mlp, a),
+            {},
+        ),
+    ):
+        truth = theirs(low_x.double(), adapter, **options)
+        upstream = normal(*truth.shape, dtype=torch.float32, spread=1.0)
+        exact = differentiated(theirs, low_x.double(), adapter, upstream, **options)
+        found = differentiated(ours, LAYOUTS[layout](low_x), low[3], upstream, **options)
+        spread = low_x.double().var(dim=-1, correction=0).min().sqrt().item() + 1e-3
+        for name, true in exact.items():
+            size = max(1.0, true.abs().max().item()) / min(1.0, spread)
+            error = (found[name].double() - true).abs().max().item()
+            assert error <= 64 * EPS[torch.float32] * size, (name, error, size)
+
+
+def every_operation(x, norm, attention, mlp, adapter):
+    factors = torch.ones(2, 1, 1)
+    scaled = attention._replace(layer_scale=torch.ones(48))
+    return {
+        "attention": gk.adapter_attention(x, norm, attention, adapter),
+        "prefix": gk.adapter_attention(x, norm, attention, adapter, num_queries=2),
+        "token": gk.adapter_attention(x, norm, attention, adapter, grad_tokens=(1, 1)),
+        "drop-path": gk.adapter_attention(x, norm, attention, adapter, drop_path=factors),
+        "layer scale, no adapter": gk.adapter_attention(x, norm, scaled),
+        "no adapter": gk.adapter_attention(x, norm, attention),
+        "mlp": gk.adapter_mlp(x, norm, mlp, adapter),
+        "mlp, no adapter": gk.adapter_mlp(x, norm, mlp),
+        "adapter": gk.adapter(x, *adapter[:4]),
+        "adapter onto x": gk.adapter(x, *adapter[:4], residual=x),
+    }
+
+
+def test_results_may_be_written_to():
+    given_ones = arguments(torch.float32)
+    x = given_ones[0].requires_grad_()
+    untouched = every_operation(*given_ones)
+    for name, out in every_operation(*given_ones).items():
+        (expected,) = torch.autograd.grad(3 * untouched[name].sum(), x)
+        out.mul_(3).add_(1)
+        (found,) = torch.autograd.grad(out.sum(), x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("which", ["norm.weight", "attention.proj_weight", "mlp.fc2_weight"])
+def test_frozen_weights_changed_after_forward_are_noticed(which):
+    x, norm, attention, mlp, adapter = arguments(torch.float32)
+    x.requires_grad_()
+    group, name = which.split(".")
+    weight = getattr({"norm": norm, "attention": attention, "mlp": mlp}[group], name)
+    for of, call in {
+        "attention": lambda: gk.adapter_attention(x, norm, attention, adapter),
+        "mlp": lambda: gk.adapter_mlp(x, norm, mlp, adapter),
+        "prefix": lambda: gk.adapter_attention(x, norm, attention, num_queries=1),
+    }.items():
+        out = call()
+        weight.mul_(2)
+        if group == "norm" or (group == "mlp") == (of == "mlp"):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+        else:
+            out.sum().backward()
+
+
+def test_weights_that_are_inference_tensors():
+    with torch.inference_mode():
+        x, norm, attention, mlp, adapter = arguments(torch.float32)
+    with torch.no_grad():
+        assert gk.adapter_attention(x, norm, attention, adapter).isfinite().all()
+        assert gk.adapter_mlp(x, norm, mlp, adapter).isfinite().all()

@@ -1,0 +1,199 @@
+// Attention against plain loops in double; see kernel_test.h.
+
+#include "attention.h"
+#include "kernel_test.h"
+
+namespace {
+
+using namespace gist;
+using namespace gist::test;
+
+struct Case {
+  AttentionDtype dtype;
+  int64_t batch, heads, queries, keys, head_dim;
+  double scale;
+  bool packed;  // q, k and v are slices of one tensor; else each is dense
+
+  std::string name() const {
+    return "dtype " + std::to_string(int(dtype)) + ", " + std::to_string(batch) + " x " +
+           std::to_string(heads) + " heads of " + std::to_string(head_dim) + ", " +
+           std::to_string(queries) + " queries, " + std::to_string(keys) + " keys: ";
+  }
+};
+
+// (batch, rows, width) numbers somewhere in a buffer.
+struct Slice {
+  Buffer *buffer;
+  int64_t offset, batch_stride, row_stride, rows, width;
+
+  int64_t at(int64_t image, int64_t row, int64_t column) const {
+    return offset + image * batch_stride + row * row_stride + column;
+  }
+  int64_t place(int64_t i) const { return at(i / (rows * width), i / width % rows, i % width); }
+  double get(int64_t image, int64_t row, int64_t column) const {
+    return (*buffer)[at(image, row, column)];
+  }
+  AttentionTensor tensor() const {
+    return {buffer->data() + offset * bytes_of(buffer->dtype()), batch_stride, row_stride};
+  }
+};
+
+// Queries, keys and values, or their gradients.
+struct Tensors {
+  Buffer buffers[3];
+  Slice q, k, v;
+
+  Tensors(const Case &c, Dtype dtype) {
+    const int64_t width = c.heads * c.head_dim, rows = std::max(c.queries, c.keys);
+    if (c.packed) {
+      // The values' last row ends where the memory does.
+      const int64_t stride = 3 * width + 5, image = rows * stride + 2;
+      const int64_t last = (c.batch - 1) * image + (rows - 1) * stride + 3 * width;
+      buffers[0] = Buffer(dtype, c.batch ? last : 0);
+      q = {&buffers[0], 0, image, stride, c.queries, width};
+      k = {&buffers[0], width, image, stride, c.keys, width};
+      v = {&buffers[0], 2 * width, image, stride, c.keys, width};
+    } else {
+      const int64_t sizes[] = {c.queries, c.keys, c.keys};
+      Slice *const slices[] = {&q, &k, &v};
+      for (int i = 0; i < 3; ++i) {
+        buffers[i] = Buffer(dtype, c.batch * sizes[i] * width);
+        *slices[i] = {&buffers[i], 0, sizes[i] * width, width, sizes[i], width};
+      }
+    }
+  }
+};
+
+void run(const Case &c, int threads) {
+  const Dtype dtype = c.dtype == AttentionDtype::float32    ? Dtype::float32
+                      : c.dtype == AttentionDtype::bfloat16 ? Dtype::bfloat16
+                                                            : Dtype::float16;
+  const int64_t width = c.heads * c.head_dim;
+  Normal normal(c.queries * 31 + c.keys * 7 + c.head_dim);
+  Tensors in(c, dtype);
+  for (const Slice *slice : {&in.q, &in.k, &in.v})
+    for (int64_t i = 0; i < c.batch * slice->rows * width; ++i)
+      slice->buffer->set(slice->place(i), normal());
+  const int64_t gap = c.packed ? 3 : 0;
+  const auto dense = [&](Buffer &buffer) {
+    const int64_t stride = width + gap, image = c.queries * stride;
+    buffer = Buffer(dtype, c.batch ? c.batch * image - gap : 0);
+    return Slice{&buffer, 0, image, stride, c.queries, width};
+  };
+  Buffer of_d_out;
+  const Slice d_out = dense(of_d_out);
+  for (int64_t i = 0; i < c.batch * c.queries * width; ++i) of_d_out.set(d_out.place(i), normal());
+
+  struct Found {
+    Buffer of_out, lse;
+    Slice out;
+    Tensors gradients;
+  };
+  const auto compute = [&](Found &found, int team) {
+    found.out = dense(found.of_out);
+    found.lse = Buffer(Dtype::float32, c.batch * c.heads * c.queries);
+    AttentionCall call = {};
+    call.dtype = c.dtype;
+    call.batch = c.batch;
+    call.heads = c.heads;
+    call.queries = c.queries;
+    call.keys = c.keys;
+    call.head_dim = c.head_dim;
+    call.scale = c.scale;
+    call.q = in.q.tensor();
+    call.k = in.k.tensor();
+    call.v = in.v.tensor();
+    call.out = found.out.tensor();
+    call.lse = reinterpret_cast<float *>(found.lse.data());
+    attention(call, team);
+    call.d_out = d_out.tensor();
+    call.d_q = found.gradients.q.tensor();
+    call.d_k = found.gradients.k.tensor();
+    call.d_v = found.gradients.v.tensor();
+    attention(call, team);
+  };
+  Found found = {Buffer(), Buffer(), Slice(), Tensors(c, dtype)};
+  compute(found, threads);
+  if (threads > 1) {
+    Found alone = {Buffer(), Buffer(), Slice(), Tensors(c, dtype)};
+    compute(alone, 1);
+    bool same = found.of_out == alone.of_out && found.lse == alone.lse;
+    for (int i = 0; i < 3; ++i) same &= found.gradients.buffers[i] == alone.gradients.buffers[i];
+    if (!same) fail(c.name() + "differs with the number of threads");
+  }
+
+  using Doubles = std::vector<double>;
+  Doubles out(std::size_t(c.batch * c.queries * width)), lse, d_q(out.size()),
+      d_k(std::size_t(c.batch * c.keys * width)), d_v(d_k.size());
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t i = 0; i < c.queries; ++i) {
+        const int64_t first = h * c.head_dim, end = first + c.head_dim;
+        Doubles p, d_p;
+        double top = -INFINITY, sum = 0, delta = 0;
+        for (int64_t j = 0; j < c.keys; ++j) {
+          double score = 0, product = 0;
+          for (int64_t e = first; e < end; ++e) {
+            score += in.q.get(b, i, e) * in.k.get(b, j, e);
+            product += d_out.get(b, i, e) * in.v.get(b, j, e);
+          }
+          p.push_back(c.scale * score);
+          d_p.push_back(product);
+          top = std::max(top, p.back());
+        }
+        for (double s : p) sum += std::exp(s - top);
+        lse.push_back(top + std::log(sum));
+        for (double &s : p) s = std::exp(s - lse.back());
+        // Of the result as it was rounded, which is what backward is given.
+        for (int64_t e = first; e < end; ++e) delta += d_out.get(b, i, e) * found.out.get(b, i, e);
+        for (int64_t j = 0; j < c.keys; ++j) {
+          const double weight = p[std::size_t(j)];
+          const double d_s = c.scale * weight * (d_p[std::size_t(j)] - delta);
+          for (int64_t e = first; e < end; ++e) {
+            const std::size_t query = std::size_t((b * c.queries + i) * width + e);
+            const std::size_t key = std::size_t((b * c.keys + j) * width + e);
+            out[query] += weight * in.v.get(b, j, e);
+            d_q[query] += d_s * in.k.get(b, j, e);
+            d_k[key] += d_s * in.q.get(b, i, e);
+            d_v[key] += weight * d_out.get(b, i, e);
+          }
+        }
+      }
+  const auto check = [&](const Slice &slice, const Doubles &exact, const char *what) {
+    // Nearly all of a gradient may cancel.
+    const double least = what[0] == 'd' ? 1 : 0;
+    compare(*slice.buffer, exact, least, c.name() + what, [&](int64_t i) { return slice.place(i); });
+  };
+  check(found.out, out, "out");
+  compare(found.lse, lse, c.name() + "lse", 1);
+  check(found.gradients.q, d_q, "d_q");
+  check(found.gradients.k, d_k, "d_k");
+  check(found.gradients.v, d_v, "d_v");
+  expect_blank(found.of_out, c.name() + "out");
+  for (const Buffer &buffer : found.gradients.buffers)
+    if (buffer.size()) expect_blank(buffer, c.name() + "a gradient");
+}
+
+}  // namespace
+
+int main() {
+  return on_every_instruction_set([] {
+    int count = 0;
+    for (AttentionDtype dtype :
+         {AttentionDtype::float32, AttentionDtype::bfloat16, AttentionDtype::float16}) {
+      for (int64_t head_dim : {1, 3, 8, 16, 17, 33, 65})
+        for (int64_t keys : {1, 2, 7, 8, 9, 17, 33, 65})
+          for (int64_t queries : {1, 6, 13}) {
+            const bool odd = ++count % 2 != 0;
+            run({dtype, odd ? 2 : 1, count % 3 + 1, queries, keys, head_dim,
+                 odd ? 1 / std::sqrt(double(head_dim)) : -0.3, odd},
+                1);
+          }
+      // Heads as wide as they may be, products of several depths, several blocks of queries.
+      run({dtype, 1, 1, 9, 140, 256, 0.06, true}, 1);
+      run({dtype, 1, 2, 75, 1001, 20, 0.2, true}, 1);
+      run({dtype, 0, 2, 3, 4, 5, 1, false}, 2);
+      run({dtype, 3, 3, 60, 61, 40, 0.15, true}, 4);
+    }
+  });
+}
