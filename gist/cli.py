@@ -246,7 +246,8 @@ class RunProgress(Listener):
         self._progress.update(self._task, completed=step, loss=loss)
 
     def epoch(self, epoch: Epoch) -> None:
-        self._progress.update(self._task, val=f"{epoch.val_accuracy:.1%}")
+        if epoch.val_accuracy is not None:
+            self._progress.update(self._task, val=f"{epoch.val_accuracy:.1%}")
 
 
 def _parser() -> argparse.ArgumentParser:

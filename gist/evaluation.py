@@ -46,7 +46,14 @@ def evaluate(
         data = Subset(data, share)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, images
     start = time.perf_counter()
-    for images, target in DataLoader(data, batch_size=batch_size, num_workers=workers):
+    loader = DataLoader(
+        data,
+        batch_size=batch_size,
+        num_workers=workers,
+        # Without one of its own it draws from the global generator, and so changes a training.
+        generator=torch.Generator(),
+    )
+    for images, target in loader:
         target = target.to(device)
         logits = model(images.to(device)).float()
         sums[0] += (logits.argmax(1) == target).sum()

@@ -94,9 +94,9 @@ def run(
 ) -> dict[str, Any]:
     """Train as ``config`` says on ``data``, test once, write ``directory`` and return the results.
 
-    The epoch is chosen on ``data.val`` alone; ``data.test``, where there is one, is used once, at
-    the end. A directory that holds this very run, finished, is read instead; one that holds its
-    beginning is gone on with, to the same bits on a CPU.
+    The epoch is chosen on ``data.val`` alone, or is the last where that is missing; ``data.test``,
+    where there is one, is used once, at the end. A directory that holds this very run, finished, is
+    read instead; one that holds its beginning is gone on with, to the same bits on a CPU.
 
     In several processes, as ``accelerate launch`` or ``torchrun`` start them, each calls this; the
     first one alone reads and writes ``directory``.
@@ -149,10 +149,11 @@ def run(
     normalisation = resolve_model_data_config(backbone)
     img_size = backbone.patch_embed.img_size[0]
     as_input = partial(prepare, img_size=img_size, data_config=normalisation)
-    train, val = as_input(data.train), as_input(data.val)
+    train = as_input(data.train)
+    val = as_input(data.val) if data.val is not None else None
     loss = GistLoss(**config.loss) if config.loss else None
     batches = -(-len(train) // config.train.batch_size)  # rounded up
-    listener.starts(model, config.train.epochs * batches)
+    listener.starts(model, (config.train.stop_after or config.train.epochs) * batches)
 
     fitted = fit(
         model,

@@ -39,7 +39,8 @@ class TrainConfig:
     """A timm optimiser, linear warm-up, cosine to ``min_lr``, stepped every batch.
 
     Args:
-        epochs: passes over the training images.
+        epochs: passes over the training images; the schedule's length.
+        stop_after: the epoch of that schedule to end after; None for its last.
         batch_size: images a step, over all processes and parts; the last, smaller batch of an
             epoch is used too.
         lr: peak learning rate.
@@ -60,6 +61,7 @@ class TrainConfig:
     """
 
     epochs: int = 20
+    stop_after: int | None = None
     batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 1e-4
@@ -88,6 +90,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number, at least 0; it is {value}")
+        if self.stop_after is not None and not 1 <= self.stop_after <= self.epochs:
+            raise ValueError(
+                f"stop_after must be from 1 to epochs, {self.epochs}; it is {self.stop_after}"
+            )
         for name in ("label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); it is {getattr(self, name)}")
@@ -100,18 +106,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one finished epoch measured."""
+    """What one finished epoch measured; without validation images, no ``val_``."""
 
     epoch: int
     train_loss: float
-    val_accuracy: float
-    val_loss: float
+    val_accuracy: float | None
+    val_loss: float | None
     train_seconds: float
 
 
 @dataclass
 class FitResult:
-    """The course of a training. The model then holds the trainables of ``best_epoch``."""
+    """The course of a training. The model then holds the trainables of ``best_epoch``: the last
+    one where there are no validation images."""
 
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int | None = None
@@ -128,7 +135,7 @@ class FitResult:
 def fit(
     model: GistModel,
     train: Dataset[Any],
-    val: Dataset[Any],
+    val: Dataset[Any] | None,
     config: TrainConfig,
     *,
     loss: GistLoss | None = None,
@@ -139,13 +146,14 @@ def fit(
     checkpoint: Checkpoint | None = None,
     log: Log | None = None,
 ) -> FitResult:
-    """Train what :func:`gist.wrap` left trainable and keep the best epoch on ``val``.
+    """Train what :func:`gist.wrap` left trainable and keep the best epoch on ``val``, or the last.
 
     Seeds the global generators of Python, NumPy and PyTorch.
 
     Args:
         model: on the device to train on.
-        train, val: items are a float (3, H, W) image, normalised, and an int class.
+        train, val: items are a float (3, H, W) image, normalised, and an int class. Without
+            ``val`` nothing is measured on the way.
         config: the schedule.
         loss: default :class:`gist.GistLoss` with the published weights and
             ``config.label_smoothing``. Another has to be a mean over images.
@@ -211,7 +219,7 @@ class _Training:
         self,
         model: GistModel,
         train: Dataset[Any],
-        val: Dataset[Any],
+        val: Dataset[Any] | None,
         config: TrainConfig,
         loss: GistLoss | None,
         workers: int,
@@ -273,7 +281,7 @@ class _Training:
     def run(self) -> None:
         if self.log is not None and self.processes.is_main_process:
             self.log.start(self.at.step)
-        while self.at.epoch <= self.config.epochs:
+        while self.at.epoch <= (self.config.stop_after or self.config.epochs):
             self._train_epoch()
             self._finish_epoch()
 
@@ -366,27 +374,32 @@ class _Training:
     def _finish_epoch(self) -> None:
         at, result = self.at, self.result
         with self.ema.applied() if self.ema is not None else nullcontext():
-            measured = evaluate(
-                self.model, self.val, batch_size=self.config.batch_size, workers=self.workers
-            )
-            best = max(((e.val_accuracy, -e.val_loss) for e in result.history), default=(-1.0, 0.0))
-            if (measured.accuracy, -measured.loss) > best:
+            accuracy, loss = self._measure()
+            finished = Epoch(at.epoch, at.loss / at.images, accuracy, loss, at.epoch_seconds)
+            if all(_rank(finished) > _rank(earlier) for earlier in result.history):
                 result.best_epoch = at.epoch
                 self.best = {k: v.clone() for k, v in self.model.trainable_state_dict().items()}
-        finished = Epoch(
-            at.epoch, at.loss / at.images, measured.accuracy, measured.loss, at.epoch_seconds
-        )
         result.history.append(finished)
         at.all_images += at.images
         at.train_seconds += at.epoch_seconds
         result.images_per_second = at.all_images / at.train_seconds
         at.epoch, at.batch, at.loss, at.images, at.epoch_seconds = at.epoch + 1, 0, 0.0, 0, 0.0
         if self.log is not None and self.processes.is_main_process:
-            self.log.epoch(at.step, {"accuracy": measured.accuracy, "loss": measured.loss})
+            measured = {"accuracy": accuracy, "loss": loss}
+            self.log.epoch(at.step, {k: v for k, v in measured.items() if v is not None})
         if self.checkpoint is not None:
             self.save()
         if self.on_epoch is not None:
             self.on_epoch(finished)
+
+    def _measure(self) -> tuple[float | None, float | None]:
+        """Accuracy and loss on the validation images."""
+        if self.val is None:
+            return None, None
+        measured = evaluate(
+            self.model, self.val, batch_size=self.config.batch_size, workers=self.workers
+        )
+        return measured.accuracy, measured.loss
 
     def seconds(self) -> float:
         return self.at.seconds + time.perf_counter() - self.started
@@ -436,3 +449,10 @@ class _Training:
         set_rng_state(state["generators"][self.processes.process_index], self.device)
         if on_resume is not None:
             on_resume(self.at.step, self.result.history)
+
+
+def _rank(epoch: Epoch) -> tuple[float, float]:
+    """Of two epochs the better has the larger one: by accuracy, then loss, or else the later."""
+    if epoch.val_accuracy is None or epoch.val_loss is None:
+        return epoch.epoch, 0.0
+    return epoch.val_accuracy, -epoch.val_loss

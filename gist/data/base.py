@@ -40,7 +40,7 @@ class ImageData:
     Attributes:
         name: short, for titles and folders.
         classes: their names; a label is an index into them.
-        train, val, test: items are an RGB PIL image and an int label; test may be missing.
+        train, val, test: items are an RGB PIL image and an int label; val and test may be missing.
         fingerprint: changes with any image, label or split.
         every_class_trained: False allows classes without a training image.
 
@@ -51,7 +51,7 @@ class ImageData:
     name: str
     classes: tuple[str, ...]
     train: Images
-    val: Images
+    val: Images | None
     test: Images | None
     fingerprint: str
     every_class_trained: bool = True

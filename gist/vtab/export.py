@@ -50,7 +50,8 @@ def export(
     if out.exists():
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
     if isinstance(source, ImageData):
-        source = Joined(source.train, source.val), source.test
+        splits = [split for split in (source.train, source.val) if split is not None]
+        source = Joined(*splits), source.test
     pool, fixed = source
     everything = Joined(fixed, pool) if fixed is not None else pool
     before = len(fixed) if fixed is not None else 0

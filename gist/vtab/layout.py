@@ -29,7 +29,7 @@ class Stages:
 
     Attributes:
         select: 800 to train, 200 to choose on, no test.
-        final: all 1,000 to train, and the test images; its ``val`` are the 200 again.
+        final: all 1,000 to train, and the test images; no val.
     """
 
     select: ImageData
@@ -95,15 +95,22 @@ def load_task(root: Path, task: Task) -> Stages:
     common: dict[str, Any] = {
         "name": task.name,
         "classes": tuple(map(str, range(task.classes))),
-        "val": ImageFiles(lists["val200"]),
         "fingerprint": task_fingerprint(lists, sha256),
         # 800 of SUN397's images do not show each of its 397 classes.
         "every_class_trained": False,
     }
     return Stages(
-        ImageData(train=ImageFiles(lists["train800"]), test=None, **common),
         ImageData(
-            train=ImageFiles(lists["train800val200"]), test=ImageFiles(lists["test"]), **common
+            train=ImageFiles(lists["train800"]),
+            val=ImageFiles(lists["val200"]),
+            test=None,
+            **common,
+        ),
+        ImageData(
+            train=ImageFiles(lists["train800val200"]),
+            val=None,
+            test=ImageFiles(lists["test"]),
+            **common,
         ),
     )
 
@@ -128,13 +135,14 @@ def stages_of(data: ImageData) -> Stages:
     """The two stages of a data set with all three splits.
 
     Raises:
-        DataError: it has no test images.
+        DataError: it has no validation or no test images.
     """
-    if data.test is None:
-        raise DataError(f"{data.name} has no test images")
+    if data.val is None or data.test is None:
+        missing = "validation" if data.val is None else "test"
+        raise DataError(f"{data.name} has no {missing} images")
     return Stages(
         select=replace(data, test=None),
-        final=replace(data, train=Joined(data.train, data.val)),
+        final=replace(data, train=Joined(data.train, data.val), val=None),
     )
 
 

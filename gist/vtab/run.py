@@ -7,23 +7,18 @@ led to it (see :mod:`gist.run`). What is finished is not done again.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from timm.data import resolve_model_data_config
 
-from gist.checkpoint import save
 from gist.config import GistConfig
-from gist.data import ImageData, prepare
-from gist.model import GistModel, count_parameters
-from gist.provenance import describe_machine, git_revision, versions
-from gist.run import RESULTS_FILE, RESUME_FILE, Listener, RunConfig, run, write_json
-from gist.train import Epoch, TrainConfig, evaluate
+from gist.data import ImageData
+from gist.run import Listener, RunConfig, run, write_json
+from gist.train import TrainConfig
 from gist.vtab.layout import Stages
 from gist.vtab.tasks import Suite, Task
 
@@ -210,46 +205,12 @@ def _describe(plan: Plan, task: Task, seed: int, stages: Stages) -> Record:
         "drop_path": described.pop("drop_path"),
         "data_fingerprint": stages.final.fingerprint,
     }
-    del described["data"], train["lr"], train["seed"]
+    del described["data"], train["lr"], train["seed"], train["stop_after"]
     identity = {"suite": plan.suite.name, "task": task.name, "group": task.group, "seed": seed}
     recipe = {"recipe": plan.recipe, "stop": plan.stop if plan.recipe == "clean" else None}
     return json.loads(
         json.dumps({**identity, **recipe, **described, "train": train, "task_settings": own})
     )
-
-
-class _Stopped(Exception):  # noqa: N818
-    """The epoch to stop after is done."""
-
-
-class _Passed(Exception):  # noqa: N818
-    """A run that was killed earlier goes on after the epoch to stop after."""
-
-
-class _Watch(Listener):
-    """Keeps the model and the epochs of a run, and stops it after the epoch ``last``.
-
-    The inner listener is not told of epochs: val's images are among those trained on.
-    """
-
-    def __init__(self, inner: Listener, last: int) -> None:
-        self.inner, self.last = inner, last
-        self.model: GistModel | None = None
-        self.history: list[Epoch] = []
-
-    def starts(self, model: GistModel, steps: int) -> None:
-        self.model = model
-        self.inner.starts(model, steps)
-
-    def step(self, step: int, loss: float) -> None:
-        self.inner.step(step, loss)
-
-    def epoch(self, epoch: Epoch) -> None:
-        if epoch.epoch > self.last:
-            raise _Passed
-        self.history.append(epoch)
-        if epoch.epoch == self.last:
-            raise _Stopped
 
 
 @dataclass(frozen=True)
@@ -262,94 +223,42 @@ class _Training:
     workers: int
     listener: Callable[[str], AbstractContextManager[Listener]] | None
 
-    def whole(self, config: RunConfig, data: ImageData, name: str) -> Record:
-        """A run's results, with the best epoch on ``data.val``."""
-        with self._heard(name) as listener:
-            return self._run(config, data, name, listener)
-
-    def up_to(self, epoch: int, config: RunConfig, data: ImageData, name: str) -> _Watch:
-        """A run stopped after ``epoch`` of its schedule, whatever ``data.val`` says."""
-        with self._heard(name) as listener:
-            for fresh in (False, True):
-                watch = _Watch(listener, epoch)
-                try:
-                    self._run(config, data, name, watch, fresh=fresh)
-                except _Stopped:
-                    return watch
-                except _Passed:  # killed between its last epoch and its record
-                    continue
-        raise RuntimeError(f"{self.folder / name}: the run did not stop after epoch {epoch}")
-
-    def _run(
-        self, config: RunConfig, data: ImageData, name: str, listener: Listener, **options: bool
-    ) -> Record:
-        return run(
-            config,
-            data,
-            self.folder / name,
-            device=self.device,
-            workers=self.workers,
-            listener=listener,
-            **options,
-        )
-
-    def _heard(self, name: str) -> AbstractContextManager[Listener]:
-        if self.listener is None:
-            return nullcontext(Listener())
-        return self.listener(f"{self.title}, {name}")
+    def run(self, config: RunConfig, data: ImageData, name: str) -> Record:
+        """A run's results."""
+        heard = self.listener(f"{self.title}, {name}") if self.listener else nullcontext()
+        with heard as listener:
+            return run(
+                config,
+                data,
+                self.folder / name,
+                device=self.device,
+                workers=self.workers,
+                listener=listener,
+            )
 
 
 def _clean(plan: Plan, runs: list[RunConfig], stages: Stages, training: _Training) -> Record:
-    candidates, circumstances = [], {}
+    candidates = []
     for config in runs if plan.stop == "best" or len(runs) > 1 else ():
         lr = config.train.lr
-        results = training.whole(config, stages.select, f"select-lr{lr:g}")
+        results = training.run(config, stages.select, f"select-lr{lr:g}")
         history = results["fit"]["history"]
         kept = history[results["fit"]["best_epoch"] - 1] if plan.stop == "best" else history[-1]
         measured = {key: kept[key] for key in ("epoch", "val_accuracy", "val_loss")}
         candidates.append({"lr": lr, **measured, "seconds": results["seconds"]})
-        circumstances = _circumstances(results)
     selected: Record = {"lr": runs[0].train.lr, "epoch": runs[0].train.epochs}
     if candidates:
         best = max(candidates, key=lambda c: (c["val_accuracy"], -c["val_loss"]))
         selected = {key: best[key] for key in selected}
     config = next(c for c in runs if c.train.lr == selected["lr"])
-    final = _retrain(config, stages.final, selected["epoch"], training)
+    config = replace(config, train=replace(config.train, stop_after=selected["epoch"]))
+    results = training.run(config, stages.final, "final")
     return {
         "selection": {"on": "val" if candidates else None, **selected, "candidates": candidates},
-        **final,
-        **circumstances,
-        "seconds": final["seconds"] + sum(c["seconds"] for c in candidates),
-    }
-
-
-def _retrain(config: RunConfig, data: ImageData, epoch: int, training: _Training) -> Record:
-    """Train on all images up to ``epoch`` of the whole schedule, test once, save."""
-    assert data.test is not None
-    started = time.perf_counter()
-    watch = training.up_to(epoch, config, replace(data, test=None), "final")
-    model = watch.model
-    assert model is not None
-    normalisation = resolve_model_data_config(model.backbone)
-    img_size = model.backbone.patch_embed.img_size[0]
-    tested = evaluate(model, prepare(data.test, img_size, normalisation), workers=training.workers)
-    if _is_first_process():
-        directory = training.folder / "final"
-        save(model, directory, classes=list(data.classes))
-        for leftover in (RESULTS_FILE, RESUME_FILE):  # of a run that does not know it is done
-            (directory / leftover).unlink(missing_ok=True)
-    return {
-        "test": asdict(tested),
-        "parameters": count_parameters(model)._asdict(),
-        "images_per_second": len(data.train)
-        * len(watch.history)
-        / sum(e.train_seconds for e in watch.history),
-        "seconds": time.perf_counter() - started,
-        "normalisation": {key: normalisation[key] for key in ("mean", "std")},
-        "img_size": img_size,
-        "machine": describe_machine(training.device),
-        "versions": versions(),
-        "git": git_revision(),
+        "test": results["test"],
+        "images_per_second": results["fit"]["images_per_second"],
+        "seconds": results["seconds"] + sum(c["seconds"] for c in candidates),
+        **_circumstances(results),
     }
 
 
@@ -361,7 +270,7 @@ def _released(plan: Plan, runs: list[RunConfig], stages: Stages, training: _Trai
     test = stages.final.test
     assert test is not None
     on_test = replace(stages.final, val=test, test=None)
-    results = training.whole(runs[0], on_test, "epoch-chosen-on-test")
+    results = training.run(runs[0], on_test, "epoch-chosen-on-test")
     best = results["fit"]["history"][results["fit"]["best_epoch"] - 1]
     measured = {"accuracy": best["val_accuracy"], "loss": best["val_loss"], "images": len(test)}
     return {

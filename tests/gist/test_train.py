@@ -52,6 +52,31 @@ def test_the_best_epoch_is_the_one_kept():
     assert best.val_loss < max(e.val_loss for e in result.history)
 
 
+def test_without_validation_the_last_epoch_is_kept_and_a_schedule_may_end_early():
+    high = TrainConfig(epochs=6, batch_size=8, lr=0.3, warmup_epochs=0)
+    whole, states = model(), []
+    fit(
+        whole,
+        TRAIN,
+        VAL,
+        high,
+        on_epoch=lambda _: states.append({k: v.clone() for k, v in state_of(whole).items()}),
+    )
+    for last in (2, 5):
+        m = model()
+        result = fit(m, TRAIN, None, replace(high, stop_after=last))
+        assert result.best_epoch == len(result.history) == last
+        assert {(e.val_accuracy, e.val_loss) for e in result.history} == {(None, None)}
+        assert all(torch.equal(value, states[last - 1][k]) for k, value in state_of(m).items())
+    for wrong in (0, 7):
+        with pytest.raises(ValueError, match=f"stop_after must be from 1 to epochs, 6; .* {wrong}"):
+            replace(high, stop_after=wrong)
+
+
+def state_of(m):
+    return m.trainable_state_dict()
+
+
 def test_equal_seeds_give_equal_bits_and_others_do_not():
     def trained(seed):
         m = model()

@@ -97,22 +97,24 @@ def test_from_command_to_report(root, tmp_path, capsys):
 def test_clean_never_trains_on_test_images_nor_looks_at_them_twice(
     root, tmp_path, trained, monkeypatch
 ):
-    tested = []
-    monkeypatch.setattr(
-        module,
-        "evaluate",
-        lambda m, d, **o: tested.append(len(d)) or gist.train.evaluate(m, d, **o),
-    )
+    looked = {"val": [], "test": []}
+    evaluate = gist.train.evaluate
+    for name, where in (("val", gist.train), ("test", gist.run)):
+        monkeypatch.setattr(
+            where,
+            "evaluate",
+            lambda m, d, *, seen=looked[name], **o: seen.append(len(d)) or evaluate(m, d, **o),
+        )
     go(root, tmp_path)
     (where, select, _), (last, final, _) = trained
     assert (where, last) == ("cifar/seed0/select-lr0.01", "cifar/seed0/final")
     assert (len(select.train), len(select.val), len(final.train)) == (8, 4, 12)
     assert select.test is None
-    assert final.test is None
-    for data in (select, final):
-        for split in (data.train, data.val):
-            assert all("test" not in path.parts for path, _ in split.samples)
-    assert tested == [6]
+    assert final.val is None
+    for split in (select.train, select.val, final.train):
+        assert all("test" not in path.parts for path, _ in split.samples)
+    assert set(looked["val"]) == {4}
+    assert looked["test"] == [6]
 
 
 def test_rate_and_epoch_are_those_best_on_val(root, tmp_path, trained):
@@ -130,14 +132,16 @@ def test_rate_and_epoch_are_those_best_on_val(root, tmp_path, trained):
     assert record["seconds"] > sum(c["seconds"] for c in candidates) > 0
 
 
-@pytest.mark.parametrize("epoch", [2, 3])
-def test_the_last_training_stops_after_the_selected_epoch(root, tmp_path, epoch):
+def test_the_last_training_stops_after_the_selected_epoch(root, tmp_path):
     """Its weights are those that an unstopped training of the whole schedule has by then."""
-    plan, stages = replace(TINY, epochs=3), load_task(root, TASKS[0])
-    (config,) = plan.runs(TASKS[0], seed=0)
-    training = module._Training(tmp_path, "", "cpu", 0, None)
-    module._retrain(config, stages.final, epoch, training)
-    saved = gist.load(backbone(), tmp_path / "final", check_weights=False)
+    plan, stages = replace(TINY, epochs=4, lr=(0.3,)), load_task(root, TASKS[0])
+    (record,) = go(root, tmp_path, plan)
+    (folder,) = tmp_path.glob("*/seed0/final")
+    results = json.loads((folder / "results.json").read_text())
+    last = record["selection"]["epoch"]
+    assert last < 4  # or this shows nothing
+    assert [epoch["epoch"] for epoch in results["fit"]["history"]] == list(range(1, last + 1))
+    saved = gist.load(backbone(), folder, check_weights=False).trainable_state_dict()
 
     seen = []
 
@@ -148,30 +152,21 @@ def test_the_last_training_stops_after_the_selected_epoch(root, tmp_path, epoch)
         def epoch(self, done):
             seen.append({k: v.clone() for k, v in self.model.trainable_state_dict().items()})
 
+    (config,) = plan.runs(TASKS[0], seed=0)
     gist.run.run(config, replace(stages.final, test=None), tmp_path / "x", listener=Keep())
-    assert len(seen) == 3
-    state = saved.trainable_state_dict()
-    assert all(torch.equal(state[key], seen[epoch - 1][key]) for key in state)
-    assert not all(torch.equal(state[key], seen[0][key]) for key in state)
+    equal = [all(torch.equal(saved[key], state[key]) for key in saved) for state in seen]
+    assert equal == [epoch == last for epoch in range(1, 5)]
 
 
-def test_a_last_training_that_went_too_far_before_it_was_killed_is_done_anew(
-    root, tmp_path, monkeypatch
-):
-    stages, done = load_task(root, TASKS[0]), []
-    (config,) = replace(TINY, epochs=3).runs(TASKS[0], seed=0)
-
-    def run(config, data, directory, *, listener, fresh, **options):
-        done.append(fresh)
-        if not fresh:  # goes on after epoch 2
-            listener.epoch(gist.train.Epoch(3, 0.1, 0.5, 0.7, 1.0))
-        return gist.run.run(config, data, directory, listener=listener, fresh=fresh, **options)
-
-    monkeypatch.setattr(module, "run", run)
-    training = module._Training(tmp_path, "", "cpu", 0, None)
-    watch = training.up_to(2, config, replace(stages.final, test=None), "final")
-    assert done == [False, True]
-    assert [epoch.epoch for epoch in watch.history] == [1, 2]
+def test_a_task_killed_before_its_record_was_written_is_not_trained_again(root, tmp_path):
+    go(root, tmp_path, TINY)
+    (path,) = tmp_path.glob("*/seed0/vtab.json")
+    record = path.read_text()
+    path.unlink()
+    weights = (path.parent / "final/adapter.safetensors").stat().st_mtime_ns
+    go(root, tmp_path, TINY)
+    assert path.read_text() == record
+    assert (path.parent / "final/adapter.safetensors").stat().st_mtime_ns == weights
 
 
 def backbone():
