@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every kernel that can be launched: no device is needed.
 
-    python bench/binaries.py [sm_80 sm_90 sm_100 gfx942] [--family loss|adapter]
+    python bench/binaries.py [sm_80 sm_90 sm_100 gfx942] [--family loss|adapter|attention]
 
 The launchers run on CPU tensors with the launch itself replaced, so what is compiled here is what
 they choose: every tile of the heuristics, with each kind of target, reduction and temperature.
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from gist_kernels.gpu import activation, adapter, launch, loss
+from gist_kernels.gpu import activation, adapter, attention, heuristics, launch, loss
 from gist_kernels.options import AdapterWeights, LossOptions, NormWeights
 
 TARGETS = {
@@ -40,6 +40,8 @@ KINDS = ("none", "index", "smoothed", "probability")
 # ViTs' features, and ranks of either regime.
 FEATURES = (192, 384, 768, 1024, 1280, 2048, 4096)
 RANKS = (0, 1, 4, 8, 16, 64, 128)
+HEAD_DIMS = (32, 48, 64, 80, 128)
+KEYS = (10, 30, 50, 100, 198)
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -65,7 +67,8 @@ class Launch(NamedTuple):
         return self.kernel.__name__.strip("_") + ("+gradients" if keeps else "")
 
     def shape(self) -> str:
-        rows, block = (self.arguments.get(name, "") for name in ("ROWS", "BLOCK"))
+        names = ("QUERIES", "KEYS") if "KEYS" in self.arguments else ("ROWS", "BLOCK")
+        rows, block = (self.arguments.get(name, "") for name in names)
         return f"{rows} x {block}, {self.options.get('num_warps', 4)} warps"
 
 
@@ -136,6 +139,23 @@ def adapter_launches(
     return found
 
 
+def attention_launches(
+    queries: int, keys: int, head_dim: int, target: GPUTarget, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """What attention launches, of slices of packed tensors as in a sublayer."""
+    heads = 2
+    q = torch.zeros(1, queries, heads * head_dim, dtype=dtype)
+    k, v = torch.zeros(1, keys, 2 * heads * head_dim, dtype=dtype).chunk(2, dim=-1)
+    with recorded(target) as found:
+        out, lse = attention.forward(q, k, v, heads, 0.125)
+        attention.backward(out, q, k, v, out, lse, heads, 0.125, q, k, v)
+    return found
+
+
+def _reads_shared(target: GPUTarget) -> bool:
+    return target.backend == "hip" or target.arch >= 90
+
+
 @contextmanager
 def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
     """Launches inside the block are recorded, as on a device of ``target``, and not made."""
@@ -148,9 +168,11 @@ def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
         found.append(Launch(kernel, bound, kwargs))
 
     hip = "6.4" if target.backend == "hip" else None
+    reads_shared = _reads_shared(target)
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(launch, "warp_size", return_value=target.warp_size),
+        mock.patch.object(launch, "tensor_cores_read_shared_memory", return_value=reads_shared),
         mock.patch.object(torch.version, "hip", hip),
     ):
         yield found
@@ -231,7 +253,23 @@ def adapter_configurations(target: GPUTarget) -> Iterator[Launch]:
         yield from adapter_launches(768, 4, target, kind=kind)
 
 
-FAMILIES = {"loss": loss_configurations, "adapter": adapter_configurations}
+def attention_configurations(target: GPUTarget) -> Iterator[Launch]:
+    """Every size of heads and keys that the kernels take, with many queries and with two."""
+    for head_dim in HEAD_DIMS:
+        for keys in KEYS:
+            for queries in (keys, 2):
+                tile = heuristics.attention(
+                    keys, queries, head_dim, reads_shared=_reads_shared(target)
+                )
+                for dtype in (torch.bfloat16, torch.float16) if tile is not None else ():
+                    yield from attention_launches(queries, keys, head_dim, target, dtype)
+
+
+FAMILIES = {
+    "loss": loss_configurations,
+    "adapter": adapter_configurations,
+    "attention": attention_configurations,
+}
 
 
 def main() -> None:
@@ -253,7 +291,7 @@ def main() -> None:
         for each in distinct(each for family in families for each in FAMILIES[family](target)):
             used = usage(compiled(each, target))
             found.setdefault((name, each.family(), each.name()), []).append(used)
-            a = each.arguments.get("a", each.arguments.get("x"))
+            a = next((each.arguments[key] for key in "axq" if key in each.arguments), None)
             print(
                 f"{each.name():<26}{each.shape():<22}"
                 f"{'' if a is None else str(a.dtype)[6:]:<10}"

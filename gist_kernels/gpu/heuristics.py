@@ -172,6 +172,50 @@ ADAPTER_SUMS = Tile(32, 64, threads=128)
 """Of programs, and weights."""
 
 
+class AttentionTile(NamedTuple):
+    """What one program of the attention works on: all keys of a head, and a block of queries at a
+    time."""
+
+    columns: int
+    keys: int
+    queries: int
+    threads: int
+
+    def parts(self, queries: int, heads: int, multiprocessors: int) -> tuple[int, int]:
+        """How many programs share a head's blocks of queries in the forward pass, and how many
+        blocks each takes. Each reads all keys, so there are no more than to be busy with."""
+        blocks = -(-queries // self.queries)
+        each = min(blocks, max(1, blocks * heads // (2 * multiprocessors)))
+        return -(-blocks // each), each
+
+    def meta(self, warp_size: int) -> dict[str, Any]:
+        return {
+            "COLUMNS": self.columns,
+            "KEYS": self.keys,
+            "QUERIES": self.queries,
+            "num_warps": self.threads // warp_size,
+            "num_stages": 1,
+            "enable_fp_fusion": True,
+        }
+
+
+# How many numbers of keys and of values a program can keep at hand, and their gradients in
+# registers: with tensor cores that read shared memory, and with those that need registers for it.
+_KEYS_HELD = {True: 16_384, False: 8192}
+
+
+@lru_cache(maxsize=1024)
+def attention(
+    keys: int, queries: int, head_dim: int, *, reads_shared: bool
+) -> AttentionTile | None:
+    """None where a head's keys are too many for one program."""
+    columns, rows = max(16, _power_of_2(head_dim)), max(16, _power_of_2(keys))
+    if rows * columns > _KEYS_HELD[reads_shared] or rows > 256:
+        return None
+    block = min(32, max(16, _power_of_2(queries)))
+    return AttentionTile(columns, rows, block, threads=256 if rows * columns >= 8192 else 128)
+
+
 def _tile(classes: int, per_thread: int) -> Tile:
     block = max(16, _power_of_2(classes))
     if block <= _SHORT:

@@ -34,6 +34,14 @@ def warp_size(device: torch.device) -> int:
 
 
 @lru_cache
+def tensor_cores_read_shared_memory(device: torch.device) -> bool:
+    """As NVIDIA's do since Hopper. AMD's do not, but have registers enough."""
+    if device.type == "cpu" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """How many there are; in the interpreter, as many as a large GPU has."""
     if device.type == "cpu":

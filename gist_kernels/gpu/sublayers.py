@@ -1,4 +1,4 @@
-"""What a block's sublayers run on here: Triton, and PyTorch's own products and attention."""
+"""What a block's sublayers run on here: Triton, and PyTorch's own products and long attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ import torch.nn.functional as F
 
 from gist_kernels import sdpa
 from gist_kernels.fused import SublayerKernels
-from gist_kernels.gpu import activation, adapter
+from gist_kernels.gpu import activation, adapter, attention
+
+
+def _attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_heads: int,
+    scale: float | None,
+    need_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    if not attention.serves(q, k, num_heads):
+        return sdpa.forward(q, k, v, num_heads, scale, need_grad)
+    scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+    return *attention.forward(q, k, v, num_heads, scale), None
 
 
 def _attention_backward(
@@ -19,13 +33,17 @@ def _attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: None,
+    lse: torch.Tensor | None,
     graph: Any,
     num_heads: int,
     scale: float | None,
     *gradients: torch.Tensor,
 ) -> None:
-    sdpa.backward(d_out, graph, *gradients)
+    if lse is None:
+        sdpa.backward(d_out, graph, *gradients)
+        return
+    scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+    attention.backward(d_out, q, k, v, out, lse, num_heads, scale, *gradients)
 
 
 def _add_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -37,7 +55,7 @@ KERNELS = SublayerKernels(
     adapter_backward=adapter.backward,
     activation=activation.forward,
     activation_backward=partial(activation.backward, into_d_a=True),
-    attention_forward=sdpa.forward,
+    attention_forward=_attention_forward,
     attention_backward=_attention_backward,
     linear=F.linear,
     add_linear=_add_linear,

@@ -356,7 +356,7 @@ MERGED = [
     gist.SSF(),
     gist.FacT(rank=3),
     gist.FacT(form="tk", rank=3),
-    gist.RepAdapter(rank=4),
+    gist.RepAdapter(rank=4, scale=0.5),
     gist.BitFit(),
     None,
 ]

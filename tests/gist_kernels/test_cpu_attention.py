@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
-import oracles
+import attention_cases
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_cases import (
+    KINDS,
+    Buffer,
+    Case,
+    Result,
+    Shape,
+    assert_parity,
+    assert_same,
+    draw,
+    exact_peer_and_scales,
+    magnitudes,
+    pytorch,
+    truth,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +26,6 @@ native = pytest.importorskip(
     "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
 )
 attention = pytest.importorskip("gist_kernels.cpu.attention")
-
-SENTINEL = 12345.0
-KINDS = ("random", "peaked", "equal", "huge")
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
@@ -39,150 +46,12 @@ def set_threads():
     torch.set_num_threads(before)
 
 
-class Shape(NamedTuple):
-    batch: int
-    heads: int
-    queries: int
-    keys: int
-    head_dim: int
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-
-class Result(NamedTuple):
-    out: torch.Tensor
-    lse: torch.Tensor
-    d_q: torch.Tensor
-    d_k: torch.Tensor
-    d_v: torch.Tensor
-
-
-class Case(NamedTuple):
-    shape: Shape
-    scale: float
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    d_out: torch.Tensor
-
-
-class Buffer:
-    """A view (B, rows, columns) into a larger tensor, with strides of its own."""
-
-    def __init__(self, batch: int, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self.whole = torch.full((batch, rows + 3, columns + 7), SENTINEL, dtype=dtype)
-        self.view = self.whole[:, 1 : rows + 1, 3 : columns + 3]
-
-    def untouched_outside(self, written: torch.Tensor) -> bool:
-        rest = self.whole.clone()
-        offset = written.storage_offset() - self.whole.storage_offset()
-        rest.as_strided(written.shape, written.stride(), offset).fill_(SENTINEL)
-        return bool((rest == SENTINEL).all())
-
-
-def draw(shape: Shape, kind: str = "random", dtype: torch.dtype = torch.float32) -> Case:
-    """Queries, keys and values as slices of one packed tensor, where they have the same rows."""
-    batch, _, queries, keys, head_dim = shape
-    generator = torch.Generator().manual_seed(queries * keys + head_dim)
-    rows, width = max(queries, keys), shape.width
-    packed = Buffer(batch, rows, 3 * width, dtype).view
-    packed.copy_(torch.randn(batch, rows, 3 * width, generator=generator))
-    q, k, v = packed[:, :queries, :width], *packed[:, :keys, width:].split(width, 2)
-    if kind == "peaked":
-        q *= 30
-    elif kind == "equal":
-        k[:] = k[:, :1].clone()
-    elif kind == "huge":
-        # Logits of 1e4, differing by some units.
-        k[..., ::head_dim] = 100 * head_dim**0.5
-        q[..., ::head_dim] = 100
-    d_out = Buffer(batch, queries, width, dtype).view
-    d_out.copy_(torch.randn(batch, queries, width, generator=generator))
-    return Case(shape, head_dim**-0.5, q, k, v, d_out)
-
-
 def ours(case: Case) -> Result:
-    """Forward and backward into slices of packed tensors, around which nothing may change."""
-    (batch, heads, queries, keys, _), scale, q, k, v, d_out = case
-    width = case.shape.width
-    inputs = q, k, v, d_out
-    before = [x.clone() for x in inputs]
-    out, lse = attention.forward(q, k, v, heads, scale)
-    assert out.is_contiguous()
-    of_q = Buffer(batch, queries, width, q.dtype)
-    of_kv = Buffer(batch, keys, 2 * width, q.dtype)
-    d_q, (d_k, d_v) = of_q.view, of_kv.view.split(width, 2)
-    attention.backward(d_out, q, k, v, out, lse, heads, scale, d_q, d_k, d_v)
-    assert of_q.untouched_outside(d_q)
-    assert of_kv.untouched_outside(of_kv.view)
-    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
-    return Result(out, lse, d_q, d_k, d_v)
-
-
-def truth(case: Case) -> Result:
-    """The plain formula and its gradients in float64."""
-    q, k, v = (x.double().requires_grad_() for x in (case.q, case.k, case.v))
-    out, lse = oracles.attention(q, k, v, case.shape.heads, case.scale)
-    gradients = torch.autograd.grad(out, (q, k, v), case.d_out.double())
-    return Result(out.detach(), lse.detach(), *gradients)
-
-
-def pytorch(case: Case) -> Result:
-    """PyTorch's fused attention, and its log-sum-exp, in the case's own dtype."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v))
-    of_heads = (x.unflatten(2, (case.shape.heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*of_heads, scale=case.scale).transpose(1, 2).flatten(2)
-    gradients = torch.autograd.grad(out, (q, k, v), case.d_out)
-    _, lse = oracles.attention(q.float(), k.float(), v.float(), case.shape.heads, case.scale)
-    return Result(out.detach(), lse.detach(), *gradients)
-
-
-def magnitudes(case: Case) -> Result:
-    """As the truth, of magnitudes: no term cancels another, and a probability is as uncertain as
-    one rounding of the products in its score makes it."""
-    heads, scale = case.shape.heads, abs(case.scale)
-    q, k, v, d_out = (
-        x.double().unflatten(2, (heads, case.shape.head_dim)).transpose(1, 2)
-        for x in (case.q, case.k, case.v, case.d_out)
-    )
-    p = (case.scale * (q @ k.mT)).softmax(-1)
-    q, k, v, d_out = q.abs(), k.abs(), v.abs(), d_out.abs()
-    scores = scale * (q @ k.mT)
-    rounded = p * (1 + scores)
-    d_p = d_out @ v.mT
-    d_s = scale * rounded * (d_p + (p * d_p).sum(-1, keepdim=True))
-    return Result(rounded @ v, 1 + scores, d_s @ k, d_s.mT @ q, rounded.mT @ d_out)
-
-
-def assert_parity(result: Result, exact: Result, peer: Result, scales: Result, ulps: int) -> None:
-    """No tensor's error above the peer's by more than some units in its largest number."""
-    for name, x, theirs, y, scale in zip(Result._fields, result, peer, exact, scales, strict=True):
-        assert x.shape == y.shape
-        error = (x.double() - y).abs().max().item()
-        few = ulps * torch.finfo(x.dtype).eps * scale.abs().max().item()
-        allowed = (theirs.double() - y).abs().max().item() + few
-        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
-
-
-@functools.cache
-def exact_peer_and_scales(
-    shape: Shape, kind: str, dtype: torch.dtype = torch.float32
-) -> tuple[Result, Result, Result]:
-    case = draw(shape, kind, dtype)
-    return truth(case), pytorch(case), magnitudes(case)
+    return attention_cases.computed(attention, case)
 
 
 def check(shape: Shape, kind: str = "random", dtype: torch.dtype = torch.float32) -> None:
-    """Parity within units of what the results are sums of, which may all but cancel."""
-    exact, peer, scales = exact_peer_and_scales(shape, kind, dtype)
-    assert_parity(ours(draw(shape, kind, dtype)), exact, peer, scales, 4)
-
-
-def assert_same(a: Result, b: Result) -> None:
-    for name, x, y in zip(Result._fields, a, b, strict=True):
-        assert torch.equal(x, y), name
+    attention_cases.check(attention, shape, kind, dtype)
 
 
 # Parity with float64, by PyTorch's own error.

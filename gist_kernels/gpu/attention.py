@@ -1,0 +1,227 @@
+"""Multi-head attention of short sequences on GPUs: Triton kernels and their launches.
+
+Up to some 256 keys, a head's keys and values fit into one multiprocessor, and their gradients into
+its registers. So ``backward`` is one launch in which a program does one head of one image: it goes
+through the queries once, and every tensor is read once and written once. Queries, keys and values
+are read, and their gradients written, where they lie, slices of one packed tensor as a rule: there
+is nothing to pack or to permute around the kernels. What that is against PyTorch's attention,
+``python bench/traffic.py`` counts.
+
+Longer sequences, and float32, which tensor cores would round, are PyTorch's: see :func:`serves`.
+
+Scores are kept keys by queries: keys are many, as the first dimension of a product on tensor cores
+should be. The other way round, some targets run out of registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gist_kernels.gpu import INTERPRETED, heuristics, launch
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+_SIZES = (
+    "queries", "keys", "heads", "q_batch", "q_row", "k_batch", "k_row", "v_batch", "v_row",
+    "out_batch", "out_row", "d_out_batch", "d_out_row", "d_q_batch", "d_q_row", "d_k_batch",
+    "d_k_row", "d_v_batch", "d_v_row", "parts", "each",
+)  # fmt: skip
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Triton's interpreter would multiply the bits of bfloat16 numbers.
+_WIDEN = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _at(
+    tensor, batch, head, batch_step, row_step, row, column,
+    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Pointers to some rows of a head. Offsets can pass 2^31."""
+    start = tensor + batch * batch_step * ALIGN + head * HEAD_DIM
+    return start + row.to(tl.int64)[:, None] * row_step * ALIGN + column[None, :]
+
+
+@triton.jit
+def _inside(row, rows, column, HEAD_DIM: tl.constexpr):
+    mask = (row < rows)[:, None]
+    if column.shape[0] > HEAD_DIM:
+        mask = mask & (column < HEAD_DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def _load(
+    tensor, batch, head, batch_step, row_step, row, rows, column,
+    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """0 past the last row and column."""
+    at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
+    return tl.load(at, _inside(row, rows, column, HEAD_DIM), 0.0)
+
+
+@triton.jit
+def _store(
+    tensor, value, batch, head, batch_step, row_step, row, rows, column,
+    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
+    tl.store(at, value.to(tensor.dtype.element_ty), _inside(row, rows, column, HEAD_DIM))
+
+
+@triton.jit
+def _product(a, b):
+    """Of half types, in float32."""
+    if _WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _forward_kernel(
+    q, k, v, out, lse, queries, keys, heads, q_batch, q_row, k_batch, k_row, v_batch, v_row,
+    out_batch, out_row, scale, parts, each,
+    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):  # fmt: skip
+    """``each`` blocks of one head's queries, over all of its keys at once."""
+    index = tl.program_id(0).to(tl.int64) // parts
+    batch, head = index // heads, index % heads
+    column = tl.arange(0, COLUMNS)
+    key = tl.arange(0, KEYS)
+    all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
+    all_v = _load(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
+    absent = tl.where(key < keys, 0.0, float("-inf"))
+    first = tl.program_id(0) % parts * each
+    for block in range(first, tl.minimum(first + each, tl.cdiv(queries, QUERIES))):
+        query = block * QUERIES + tl.arange(0, QUERIES)
+        q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
+        scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
+        most = tl.max(scores, 0)
+        p = tl.exp2((scores - most[None, :]) * _LOG2_E)
+        total = tl.sum(p, 0)
+        rows = tl.trans(_product(tl.trans(all_v), p.to(all_v.dtype)) / total[None, :])
+        _store(out, rows, batch, head, out_batch, out_row, query, queries, column, ALIGN, HEAD_DIM)
+        tl.store(lse + index * queries + query, most + tl.log(total), query < queries)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _backward_kernel(
+    d_out, q, k, v, out, lse, d_q, d_k, d_v, queries, keys, heads,
+    d_out_batch, d_out_row, q_batch, q_row, k_batch, k_row, v_batch, v_row, out_batch, out_row,
+    d_q_batch, d_q_row, d_k_batch, d_k_row, d_v_batch, d_v_row, scale,
+    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one head."""
+    index = tl.program_id(0).to(tl.int64)
+    batch, head = index // heads, index % heads
+    column = tl.arange(0, COLUMNS)
+    key = tl.arange(0, KEYS)
+    all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
+    all_v = _load(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
+    absent = tl.where(key < keys, 0.0, float("-inf"))
+    of_k = tl.zeros([KEYS, COLUMNS], tl.float32)
+    of_v = tl.zeros([KEYS, COLUMNS], tl.float32)
+    for block in range(0, tl.cdiv(queries, QUERIES)):
+        query = block * QUERIES + tl.arange(0, QUERIES)
+        q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
+        d_rows = _load(
+            d_out, batch, head, d_out_batch, d_out_row, query, queries, column, ALIGN, HEAD_DIM
+        )
+        rows = _load(out, batch, head, out_batch, out_row, query, queries, column, ALIGN, HEAD_DIM)
+        total = tl.load(lse + index * queries + query, query < queries, float("inf"))
+        scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
+        p = tl.exp2((scores - total[None, :]) * _LOG2_E)
+        of_v += _product(p.to(d_rows.dtype), d_rows)
+        d_p = _product(all_v, tl.trans(d_rows))
+        # The mean of d_p with weights p is (p v) . d_out.
+        mean = tl.sum(rows.to(tl.float32) * d_rows.to(tl.float32), 1)
+        d_scores = (p * (d_p - mean[None, :])).to(q_rows.dtype)
+        of_k += _product(d_scores, q_rows)
+        of_q = scale * _product(tl.trans(d_scores), all_k)
+        _store(d_q, of_q, batch, head, d_q_batch, d_q_row, query, queries, column, ALIGN, HEAD_DIM)
+    _store(d_k, scale * of_k, batch, head, d_k_batch, d_k_row, key, keys, column, ALIGN, HEAD_DIM)
+    _store(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
+
+
+def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
+    """Whether the kernels take (B, Q, H Dh) queries over (B, N, H Dh) keys."""
+    return q.dtype in DTYPES and _tile(q, k, num_heads) is not None
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
+
+    ``q`` is (B, Q, H Dh), ``k`` and ``v`` are (B, N, H Dh), all of one of ``DTYPES``, of any batch
+    and row strides, of sizes that :func:`serves`. Returns ``out`` (B, Q, H Dh), contiguous, and
+    ``lse`` (B, H, Q) in float32.
+    """
+    batch, queries, width = q.shape
+    out = torch.empty((batch, queries, width), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, queries), dtype=torch.float32, device=q.device)
+    if not lse.numel():
+        return out, lse
+    tile = _tile(q, k, num_heads)
+    assert tile is not None, "of sizes that serves() refuses"
+    align, strides = _strides(width // num_heads, q, k, v, out)
+    parts, each = tile.parts(queries, batch * num_heads, launch.multiprocessors(q.device))
+    with launch.on(q.device):
+        _forward_kernel[(parts * batch * num_heads,)](
+            q, k, v, out, lse, queries, k.shape[1], num_heads, *strides, scale, parts, each,
+            ALIGN=align, HEAD_DIM=width // num_heads,
+            **tile.meta(launch.warp_size(q.device)),
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    d_q: torch.Tensor,
+    d_k: torch.Tensor,
+    d_v: torch.Tensor,
+) -> None:
+    """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
+
+    ``out`` and ``lse`` are what :func:`forward` returned, ``d_out`` is the gradient of ``out``.
+    Batch and row strides may be any. The gradients must overlap neither each other nor an input.
+    """
+    if not lse.numel():
+        return
+    batch, queries, width = q.shape
+    tile = _tile(q, k, num_heads)
+    assert tile is not None, "of sizes that serves() refuses"
+    align, strides = _strides(width // num_heads, d_out, q, k, v, out, d_q, d_k, d_v)
+    with launch.on(q.device):
+        _backward_kernel[(batch * num_heads,)](
+            d_out, q, k, v, out, lse.contiguous(), d_q, d_k, d_v, queries, k.shape[1], num_heads,
+            *strides, scale, ALIGN=align, HEAD_DIM=width // num_heads,
+            **tile.meta(launch.warp_size(q.device)),
+        )  # fmt: skip
+
+
+def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.AttentionTile | None:
+    return heuristics.attention(
+        k.shape[1],
+        q.shape[1],
+        q.shape[2] // num_heads,
+        reads_shared=launch.tensor_cores_read_shared_memory(q.device),
+    )
+
+
+def _strides(head_dim: int, *tensors: torch.Tensor) -> tuple[int, list[int]]:
+    """Batch and row strides of the tensors in units of ALIGN, and that."""
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    align = launch.alignment(head_dim, *strides)
+    return align, [stride // align for stride in strides]

@@ -1,0 +1,132 @@
+"""The Triton attention kernels: interpreted on a CPU, or for real."""
+
+from __future__ import annotations
+
+import attention_cases
+import pytest
+import torch
+from attention_cases import KINDS, Case, Result, Shape, assert_same, computed, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gist_kernels as gk
+from gist_kernels.gpu import DEVICE_TYPES
+
+attention = pytest.importorskip("gist_kernels.gpu.attention", exc_type=ImportError)
+
+pytestmark = pytest.mark.triton
+DEVICE = DEVICE_TYPES[0]
+
+
+def check(shape: Shape, kind: str = "random", dtype: torch.dtype = torch.bfloat16) -> None:
+    attention_cases.check(attention, shape, kind, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", attention.DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 32, 64, 80])
+@pytest.mark.parametrize("keys", [1, 2, 16, 17, 100, 198])
+def test_error_is_no_larger_than_that_of_pytorch(keys, head_dim, dtype):
+    for queries in {1, 2, keys}:
+        shape = Shape(2, 3, queries, keys, head_dim)
+        q = draw(shape, dtype=dtype, device=DEVICE)
+        if attention.serves(q.q, q.k, shape.heads):
+            check(shape, dtype=dtype)
+        else:
+            assert keys * head_dim > 8192
+
+
+@pytest.mark.parametrize("dtype", attention.DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keys", [5, 64, 100])
+def test_difficult_scores(kind, keys, dtype):
+    check(Shape(1, 2, keys, keys, 64), kind, dtype)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 4])
+def test_programs_that_take_several_blocks_of_queries(multiprocessors, monkeypatch):
+    """All three of a head, or two and one."""
+    monkeypatch.setattr(attention.launch, "multiprocessors", lambda device: multiprocessors)
+    check(Shape(2, 3, 70, 20, 16))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 120),
+    head_dim=st.integers(1, 64),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(attention.DTYPES),
+)
+def test_any_shape(batch, heads, queries, keys, head_dim, kind, dtype):
+    check(Shape(batch, heads, queries, keys, head_dim), kind, dtype)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
+def test_any_scale(scale):
+    case = draw(Shape(2, 2, 30, 40, 16), dtype=torch.float16, device=DEVICE)._replace(scale=scale)
+    attention_cases.assert_parity(
+        computed(attention, case),
+        attention_cases.truth(case),
+        attention_cases.pytorch(case),
+        attention_cases.magnitudes(case),
+        4,
+    )
+
+
+def test_rows_are_the_same_in_any_batch():
+    case = draw(Shape(3, 3, 50, 50, 64), dtype=torch.bfloat16, device=DEVICE)
+    together = computed(attention, case)
+    assert_same(computed(attention, case), together)
+    for image in range(3):
+        part = slice(image, image + 1)
+        one = Case(case.shape._replace(batch=1), case.scale, *(x[part] for x in case[2:]))
+        assert_same(computed(attention, one), Result(*(x[part] for x in together)))
+
+
+def test_strides_of_any_kind():
+    shape = Shape(3, 2, 10, 12, 8)
+    case = draw(shape, dtype=torch.float16, device=DEVICE)
+    expanded = case._replace(
+        q=case.q[:1].expand(3, -1, -1),
+        k=case.k[:, :1].expand(-1, 12, -1),
+        d_out=case.d_out[:, :1].expand(-1, 10, -1),
+    )
+    dense = Case(shape, case.scale, *(x.contiguous() for x in expanded[2:]))
+    assert_same(computed(attention, expanded), computed(attention, dense))
+
+
+def test_offsets_beyond_2_31_elements():
+    """Strides of a packed tensor that large; its memory is never touched."""
+    case = draw(Shape(2, 1, 4, 4, 16), dtype=torch.float16, device=DEVICE)
+    far = 2**31 + 32
+    try:
+        memory = torch.empty(far + 256, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("no 4 GiB of memory to reserve")
+    q = memory.as_strided((2, 4, 16), (far, 16, 1))
+    q.copy_(case.q)
+    assert_same(computed(attention, case._replace(q=q)), computed(attention, case))
+
+
+def test_empty_batch():
+    result = computed(attention, draw(Shape(0, 3, 4, 5, 8), dtype=torch.float16, device=DEVICE))
+    assert result.out.shape == (0, 4, 24)
+    assert result.lse.shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "by_pytorch"),
+    [(torch.bfloat16, 198, False), (torch.float32, 198, True), (torch.bfloat16, 258, True)],
+)
+def test_what_is_long_or_wide_is_pytorchs(dtype, tokens, by_pytorch, monkeypatch):
+    calls = []
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *a: calls.append(a) or forward(*a))
+    qkv = torch.randn(1, tokens, 3 * 64, dtype=dtype, device=DEVICE, requires_grad=True)
+    with gk.use_backend("triton"):
+        gk.prefix_attention(qkv, 1, num_queries=2).sum().backward()
+    assert bool(calls) != by_pytorch
+    assert qkv.grad is not None
+    assert not qkv.grad[:, 2:, :64].any()
