@@ -569,6 +569,7 @@ def _backward(
     device = x.device
     x = _by_row(x)
     d_out, d_normed = (None if d is None else _by_row(d) for d in (d_out, d_normed))
+    z, stats = _dense(z), _dense(stats)  # of some rows alone, they may have gaps
     strides = tuple(0 if t is None else t.stride(0) for t in (x, d_out, d_normed))
     align = launch.alignment(features, *strides, most=4)
     units = features // align

@@ -95,8 +95,8 @@ def _forward_kernel(
     all_v = _load(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
     absent = tl.where(key < keys, 0.0, float("-inf"))
     first = tl.program_id(0) % parts * each
-    for block in range(first, tl.minimum(first + each, tl.cdiv(queries, QUERIES))):
-        query = block * QUERIES + tl.arange(0, QUERIES)
+    for block in tl.range(0, tl.minimum(each, tl.cdiv(queries, QUERIES) - first)):
+        query = (first + block) * QUERIES + tl.arange(0, QUERIES)
         q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
         scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
         most = tl.max(scores, 0)
@@ -125,7 +125,7 @@ def _backward_kernel(
     absent = tl.where(key < keys, 0.0, float("-inf"))
     of_k = tl.zeros([KEYS, COLUMNS], tl.float32)
     of_v = tl.zeros([KEYS, COLUMNS], tl.float32)
-    for block in range(0, tl.cdiv(queries, QUERIES)):
+    for block in tl.range(0, tl.cdiv(queries, QUERIES)):
         query = block * QUERIES + tl.arange(0, QUERIES)
         q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
         d_rows = _load(
