@@ -4,8 +4,9 @@
 
 Every unmasked element of every load, store and atomic counts, also where a cache would serve it.
 Printed as multiples of one logit tensor: first accesses to logits and their gradients, where the
-least possible is 2, 4 and 4, then all accesses, with targets, statistics and sums. Of the adapter,
-as multiples of one (M, D) tensor: of such tensors, then all, with weights and their partial sums.
+least possible is 2, 4 and 4, then all accesses, with targets, statistics and sums. Of the adapter
+and of attention, as multiples of one (M, D) tensor: of such tensors, then all, with weights, their
+partial sums and log-sum-exps.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from gist_kernels.gpu import adapter, loss
+from gist_kernels.gpu import adapter, attention, loss
 from gist_kernels.options import AdapterWeights, LossOptions, NormWeights
 
 PUBLISHED = LossOptions(3.0, 1.0, 0.5, 0.75, 0.75, 0.0, -100, "mean")
@@ -133,6 +134,34 @@ def measure_adapter(rows: int, width: int, rank: int, dtype: torch.dtype) -> dic
     }
 
 
+ATTENTION_LEAST = {"forward": 4, "backward": 8}
+"""Transfers of (M, D): queries, keys, values and the result; these, its gradient and theirs."""
+
+
+def measure_attention(
+    images: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> dict[str, tuple[float, float]]:
+    """Traffic of attention over one packed tensor in (M, D) tensors, as :func:`measure_adapter`."""
+    qkv = torch.randn(images, tokens, 3 * heads * head_dim).to(dtype)
+    gradients = torch.empty_like(qkv)
+    found = {}
+    with counted() as traffic:
+        out, lse = attention.forward(*qkv.chunk(3, dim=-1), heads, head_dim**-0.5)
+    found["forward"] = traffic, (qkv, out)
+    d_out = torch.randn_like(out)
+    with counted() as traffic:
+        attention.backward(
+            d_out, *qkv.chunk(3, dim=-1), out, lse, heads, head_dim**-0.5,
+            *gradients.chunk(3, dim=-1),
+        )  # fmt: skip
+    found["backward"] = traffic, (qkv, out, d_out, gradients)
+    unit = out.numel() * out.itemsize
+    return {
+        name: (traffic.bytes_of(*tensors) / unit, traffic.bytes() / unit)
+        for name, (traffic, tensors) in found.items()
+    }
+
+
 def main() -> None:
     classes = [int(n) for n in sys.argv[1:]] or [2, 10, 100, 397, 1000, 4096, 8192, 21843, 65537]
     print(
@@ -151,6 +180,11 @@ def main() -> None:
             cells = measure_adapter(rows, width, rank, dtype).values()
             line = "".join(f"{large:>13.3f} /{everything:7.3f}" for large, everything in cells)
             print(f"{f'{rows} x {width}, {rank}':>20} {str(dtype)[6:]:>9} {line}", flush=True)
+    print(f"{'B x N x H x Dh':>20} {'dtype':>9} " + "".join(f"{n:>22}" for n in ATTENTION_LEAST))
+    for shape in ((1, 198, 6, 64), (50, 198, 6, 64), (50, 50, 12, 64)):
+        cells = measure_attention(*shape, torch.bfloat16).values()
+        line = "".join(f"{large:>13.3f} /{everything:7.3f}" for large, everything in cells)
+        print(f"{' x '.join(map(str, shape)):>20} {'bfloat16':>9} {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _backward_kernel(
             d_out, batch, head, d_out_batch, d_out_row, query, queries, column, ALIGN, HEAD_DIM
         )
         rows = _load(out, batch, head, out_batch, out_row, query, queries, column, ALIGN, HEAD_DIM)
-        total = tl.load(lse + index * queries + query, query < queries, float("inf"))
+        total = tl.load(lse + index * queries + query, query < queries, 0.0)
         scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
         p = tl.exp2((scores - total[None, :]) * _LOG2_E)
         of_v += _product(p.to(d_rows.dtype), d_rows)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import mmap
+
 import attention_cases
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gist_kernels as gk
-from gist_kernels.gpu import DEVICE_TYPES
+from gist_kernels.gpu import DEVICE_TYPES, INTERPRETED
 
 attention = pytest.importorskip("gist_kernels.gpu.attention", exc_type=ImportError)
 
@@ -98,17 +101,26 @@ def test_strides_of_any_kind():
     assert_same(computed(attention, expanded), computed(attention, dense))
 
 
-def test_offsets_beyond_2_31_elements():
-    """Strides of a packed tensor that large; its memory is never touched."""
-    case = draw(Shape(2, 1, 4, 4, 16), dtype=torch.float16, device=DEVICE)
-    far = 2**31 + 32
-    try:
-        memory = torch.empty(far + 256, dtype=torch.float16, device=DEVICE)
-    except RuntimeError:
-        pytest.skip("no 4 GiB of memory to reserve")
-    q = memory.as_strided((2, 4, 16), (far, 16, 1))
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU this would take the memory for real")
+@pytest.mark.parametrize("strides", [(2**31 + 16, 16, 1), (16, 2**31 + 16, 1)])
+def test_offsets_beyond_2_31_elements(strides):
+    """Strides of images and of rows; pages between them are never touched."""
+    case = draw(Shape(2, 1, 2, 4, 16), dtype=torch.float16, device=DEVICE)
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 128)), dtype=torch.float16)
+    q = memory.as_strided((2, 2, 16), strides)
     q.copy_(case.q)
     assert_same(computed(attention, case._replace(q=q)), computed(attention, case))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter loads and stores")
+def test_traffic(monkeypatch):
+    """Each tensor is passed once, where heads are enough that one program takes all of one."""
+    traffic = importlib.import_module("bench.traffic")
+    monkeypatch.setattr(attention.launch, "multiprocessors", lambda device: 1)
+    found = traffic.measure_attention(1, 198, 3, 64, torch.bfloat16)
+    for name, (of_large, everything) in found.items():
+        assert of_large == traffic.ATTENTION_LEAST[name], name
+        assert everything <= 1.02 * of_large, name
 
 
 def test_empty_batch():
