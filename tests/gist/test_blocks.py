@@ -136,8 +136,10 @@ def test_odd_sizes_and_a_single_image(batch, size, own_forward):
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_gives_the_same_logits_and_all_features(own_forward):
-    model = wrapped().eval()
+@pytest.mark.parametrize("method", [gist.Adapter(), gist.VPT(num_tokens=3, dropout=0.0)])
+def test_evaluation_gives_the_same_logits_and_all_features(method, own_forward):
+    """Prompts are no features."""
+    model = wrapped("vit", gist.GistConfig(method)).eval()
     with torch.no_grad():
         logits, features = model(images()), model.forward_features(images())
         own_forward()
