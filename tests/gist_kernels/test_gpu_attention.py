@@ -45,11 +45,11 @@ def test_difficult_scores(kind, keys, dtype):
     check(Shape(1, 2, keys, keys, 64), kind, dtype)
 
 
-@pytest.mark.parametrize("multiprocessors", [2, 4])
+@pytest.mark.parametrize("multiprocessors", [2, 4, 6])
 def test_programs_that_take_several_blocks_of_queries(multiprocessors, monkeypatch):
-    """All three of a head, or two and one."""
+    """All four of a head, or three and one, or two and two."""
     monkeypatch.setattr(attention.launch, "multiprocessors", lambda device: multiprocessors)
-    check(Shape(2, 3, 70, 20, 16))
+    check(Shape(2, 3, 100, 20, 16))
 
 
 @settings(max_examples=25, deadline=None)
