@@ -23,6 +23,11 @@ _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _NOTHING: Place = (0, 0, 0)
 
 
+def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
+    """Whether :func:`forward` takes (B, Q, H Dh) queries over (B, N, H Dh) keys."""
+    return q.dtype in DTYPES and q.shape[2] // num_heads <= MAX_HEAD_DIM
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,48 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
-import torch
-
-from gist_kernels import sdpa
 from gist_kernels.cpu import activation, adapter, attention, linear
 from gist_kernels.fused import SublayerKernels
+from gist_kernels.sdpa import attention_by
 
-
-def _attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    num_heads: int,
-    scale: float | None,
-    need_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-    head_dim = q.shape[-1] // num_heads
-    if q.dtype not in attention.DTYPES or head_dim > attention.MAX_HEAD_DIM:
-        return sdpa.forward(q, k, v, num_heads, scale, need_grad)
-    scale = head_dim**-0.5 if scale is None else scale
-    return *attention.forward(q, k, v, num_heads, scale), None
-
-
-def _attention_backward(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    graph: Any,
-    num_heads: int,
-    scale: float | None,
-    *gradients: torch.Tensor,
-) -> None:
-    if lse is None:
-        sdpa.backward(d_out, graph, *gradients)
-        return
-    scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
-    attention.backward(d_out, q, k, v, out, lse, num_heads, scale, *gradients)
-
+_attention_forward, _attention_backward = attention_by(attention)
 
 KERNELS = SublayerKernels(
     adapter_forward=adapter.forward,
