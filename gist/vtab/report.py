@@ -121,7 +121,7 @@ class Report:
         self.pairs = {v: (v, v + GIST) for v in self.cells if v + GIST in self.cells}
 
     def rows(self) -> list[Row]:
-        """Tasks in the suite's order, then both means."""
+        """Tasks in the suite's order, then, of several, both means."""
         by_group: dict[str, list[str]] = {}
         for task, group in self.groups.items():
             by_group.setdefault(group, []).append(task)
@@ -129,8 +129,11 @@ class Report:
         over_groups = {
             task: 1 / len(by_group) / len(by_group[group]) for task, group in self.groups.items()
         }
+        tasks = [self._row(task, group, {task: 1.0}) for task, group in self.groups.items()]
+        if len(tasks) == 1:
+            return tasks
         return [
-            *(self._row(task, group, {task: 1.0}) for task, group in self.groups.items()),
+            *tasks,
             self._row(f"mean of {len(self.groups)} tasks", "", over_tasks),
             self._row(f"mean of {len(by_group)} groups' means", "", over_groups),
         ]
@@ -176,22 +179,33 @@ class Report:
         )
 
     def markdown(self) -> str:
-        """The table, what it cost, and how to read it."""
+        """The table, what it cost, and how to read it. Where there are more variants than tasks, a
+        variant is a row."""
         names = list(self.cells)
-        head = ["task", "group", *names, *(f"{m}: GIST - plain" for m in self.pairs)]
-        lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+        blank = [""] * len(self.pairs)
+        lines = [["task", "group", *names, *(f"{m}: GIST - plain" for m in self.pairs)]]
         for row in self.rows():
             cells = [_cell(row.cells[name]) for name in names]
             gains = [_gain(row.gains[method]) for method in self.pairs]
-            lines.append(f"| {' | '.join([row.title, row.group, *cells, *gains])} |")
-        blank = [""] * len(self.pairs)
+            lines.append([row.title, row.group, *cells, *gains])
         for part in ("method", "token", "head"):
             counts = [mean(r["parameters"][part] for r in self._of(name)) for name in names]
-            title = f"parameters: {part}" + (", mean of the tasks" if part == "head" else "")
-            lines.append(f"| {' | '.join([title, '', *(f'{c:,.0f}' for c in counts), *blank])} |")
-        hours = [_duration(sum(r["seconds"] for r in self._of(name))) for name in names]
-        lines.append(f"| {' | '.join(['time, all seeds', '', *hours, *blank])} |")
-        return "\n".join(lines) + "\n\n" + "\n".join(f"- {note}" for note in self._notes()) + "\n"
+            title = f"parameters: {part}"
+            if part == "head" and len(self.groups) > 1:
+                title += ", mean of the tasks"
+            lines.append([title, "", *(f"{c:,.0f}" for c in counts), *blank])
+        times = [_duration(sum(r["seconds"] for r in self._of(name))) for name in names]
+        lines.append(["time, all seeds", "", *times, *blank])
+        titles = 2
+        if len(lines[0]) > len(lines):
+            lines = [list(line) for line in zip(*lines, strict=True)]
+            del lines[1]  # groups
+            lines[0][0] = "method"
+            titles = 1
+        head, *body = (f"| {' | '.join(line)} |" for line in lines)
+        below = "|" + "---|" * titles + "---:|" * (len(lines[0]) - titles)
+        notes = (f"- {note}" for note in self._notes())
+        return "\n".join([head, below, *body, "", *notes]) + "\n"
 
     def _of(self, name: str) -> list[Record]:
         return [record for seeds in self.cells[name].values() for record in seeds.values()]

@@ -122,6 +122,19 @@ def test_markdown_says_what_was_measured():
     assert "weights RANDOM" in Report([record(weights=None)]).markdown()
 
 
+def test_of_one_task_methods_are_rows_and_there_is_no_mean():
+    ranks = [
+        record(accuracy=rank / 100) | {"config": {**record()["config"], "gist": {
+            "method": ADAPTER | {"rank": rank}, "gist": False, "token_dropout": 0.1,
+        }}}
+        for rank in (2, 4, 8, 16, 32)
+    ]  # fmt: skip
+    table = Report(ranks).markdown()
+    assert "| method | cifar | parameters: method | parameters: token |" in table
+    assert "| adapter (rank=32) | 32.00 | 100 | 0 | 5 | 30 s |" in table
+    assert "mean of" not in table
+
+
 def test_what_is_missing_gives_no_mean():
     some = [r for r in records() if r["config"]["task"] != "dtd" or not r["config"]["gist"]["gist"]]
     made = Report(some)
