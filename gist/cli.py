@@ -294,8 +294,12 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate")
     group = train.add_argument_group("schedule: warm-up, cosine")
     for field in fields(TrainConfig):
+        option = "--" + field.name.replace("_", "-")
+        if field.default is False:
+            group.add_argument(option, action="store_true", help="default: off")
+            continue
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            option,
             type=type(field.default),
             default=field.default,
             choices=list(PRECISIONS) if field.name == "precision" else None,

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gist.ema import Ema
 from gist.evaluation import evaluate, processes
+from gist.graph import Replayed
 from gist.log import Log
 from gist.loss import GistLoss
 from gist.mixing import Mixing
@@ -40,7 +41,7 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training images; the schedule's length.
-        stop_after: the epoch of that schedule to end after; None for its last.
+        stop_after: the epoch of that schedule to end after; 0 for its last.
         batch_size: images a step, over all processes and parts; the last, smaller batch of an
             epoch is used too.
         lr: peak learning rate.
@@ -56,12 +57,15 @@ class TrainConfig:
         label_smoothing: in [0, 1), of the cross-entropies.
         mixup, cutmix: alpha of the Beta distribution that shares are drawn from; 0 for off.
         kl_warmup_epochs: the loss's KL terms grow linearly from 0 over these; may be a fraction.
+        cuda_graph: on a GPU, forward, loss and backward are captured in a CUDA graph once batches
+            of a size have come some times, and replayed from then on: for steps whose launches take
+            Python longer than the work takes the GPU. Not while the KL terms grow.
         ema: decay, a step, of the moving average of the trainables; 0 for off. Where it is on, the
             averages are what is evaluated and kept.
     """
 
     epochs: int = 20
-    stop_after: int | None = None
+    stop_after: int = 0
     batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 1e-4
@@ -78,6 +82,7 @@ class TrainConfig:
     cutmix: float = 0.0
     ema: float = 0.0
     kl_warmup_epochs: float = 0.0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -90,9 +95,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number, at least 0; it is {value}")
-        if self.stop_after is not None and not 1 <= self.stop_after <= self.epochs:
+        if not 0 <= self.stop_after <= self.epochs:
             raise ValueError(
-                f"stop_after must be from 1 to epochs, {self.epochs}; it is {self.stop_after}"
+                f"stop_after must be from 0 to epochs, {self.epochs}; it is {self.stop_after}"
             )
         for name in ("label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
@@ -272,6 +277,9 @@ class _Training:
         )
         self.ema = Ema(model, config.ema) if config.ema else None
         mixes = config.mixup > 0 or config.cutmix > 0
+        if config.cuda_graph and self.device.type != "cuda":
+            raise ValueError(f"cuda_graph needs a model on a CUDA device; it is on {self.device}")
+        self.compute = Replayed(self._compute) if config.cuda_graph else self._compute
         self.mixing = Mixing(config.mixup, config.cutmix, model.num_classes) if mixes else None
         self.result, self.at = FitResult(), _Position()
         self.best: dict[str, torch.Tensor] | None = None
@@ -306,8 +314,7 @@ class _Training:
         if self.config.kl_warmup_epochs:
             grown = (self.at.step + 1) / (self.config.kl_warmup_epochs * len(self.order))
             self.loss.kl_scale = min(1.0, grown)
-        self.optimizer.zero_grad(set_to_none=True)
-        half = PRECISIONS[self.config.precision]
+        self._zero_gradients()
         numbers = torch.zeros(5 if self.with_terms else 1, device=self.device)
         for _ in range(own):
             images, target = next(parts)
@@ -316,16 +323,9 @@ class _Training:
             target = target.to(self.device, non_blocking=True)
             if self.mixing is not None:
                 images, target = self.mixing(images, target)
-            with torch.autocast(self.device.type, half, enabled=half is not None):
-                output = self.model(images)
-                if self.with_terms:
-                    value, terms = self.loss.with_terms(output, target)
-                    now = torch.stack((value.detach(), *terms))
-                else:
-                    value = self.loss(output, target)
-                    now = value.detach()
-            (share * value).backward()
-            numbers += share * now
+            numbers += self.compute(
+                images, target, share=share, kl_scale=getattr(self.loss, "kl_scale", 1.0)
+            )
         if self.processes.num_processes > 1:
             numbers = self._sum_over_processes(numbers)
         if self.config.clip_grad_norm:
@@ -338,6 +338,32 @@ class _Training:
         self.unread.append((self.at.step, size, self.optimizer.param_groups[0]["lr"], numbers))
         if len(self.unread) >= READ_EVERY.get(self.device.type, 1):
             self._read()
+
+    def _zero_gradients(self) -> None:
+        if not self.config.cuda_graph:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        for p in self.trainables:  # a graph adds to those that were there when it was captured
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad.zero_()
+
+    def _compute(
+        self, images: torch.Tensor, target: torch.Tensor, *, share: float, kl_scale: float
+    ) -> torch.Tensor:
+        """Adds ``share`` times the gradients of a part of a batch to the trainables'; returns its
+        share of the loss and its terms. ``kl_scale`` is the loss's own, which a graph would fix."""
+        half = PRECISIONS[self.config.precision]
+        with torch.autocast(self.device.type, half, enabled=half is not None):
+            output = self.model(images)
+            if self.with_terms:
+                value, terms = self.loss.with_terms(output, target)
+                now = torch.stack((value.detach(), *terms))
+            else:
+                value = self.loss(output, target)
+                now = value.detach()
+        (share * value).backward()
+        return share * now
 
     def _sum_over_processes(self, numbers: torch.Tensor) -> torch.Tensor:
         """The gradients, in place, and these numbers, in one reduction."""

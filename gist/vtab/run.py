@@ -205,7 +205,9 @@ def _describe(plan: Plan, task: Task, seed: int, stages: Stages) -> Record:
         "drop_path": described.pop("drop_path"),
         "data_fingerprint": stages.final.fingerprint,
     }
-    del described["data"], train["lr"], train["seed"], train["stop_after"]
+    for key in ("lr", "seed", "stop_after", "cuda_graph"):
+        del train[key]
+    del described["data"]
     identity = {"suite": plan.suite.name, "task": task.name, "group": task.group, "seed": seed}
     recipe = {"recipe": plan.recipe, "stop": plan.stop if plan.recipe == "clean" else None}
     return json.loads(

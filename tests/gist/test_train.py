@@ -68,8 +68,8 @@ def test_without_validation_the_last_epoch_is_kept_and_a_schedule_may_end_early(
         assert result.best_epoch == len(result.history) == last
         assert {(e.val_accuracy, e.val_loss) for e in result.history} == {(None, None)}
         assert all(torch.equal(value, states[last - 1][k]) for k, value in state_of(m).items())
-    for wrong in (0, 7):
-        with pytest.raises(ValueError, match=f"stop_after must be from 1 to epochs, 6; .* {wrong}"):
+    for wrong in (-1, 7):
+        with pytest.raises(ValueError, match=f"stop_after must be from 0 to epochs, 6; .* {wrong}"):
             replace(high, stop_after=wrong)
 
 

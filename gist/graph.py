@@ -1,0 +1,62 @@
+"""Replaying on a GPU what a function launched there, instead of launching it again from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Calls before one is captured: in them binaries are compiled and loaded, and caches filled.
+WARM_UP = 3
+
+
+class Replayed:
+    """A function of tensors, captured in a CUDA graph for each kind of call that keeps coming.
+
+    It must launch the same work whenever its tensors' shapes and its options are the same. Tensors
+    it accumulates into, such as the parameters' ``grad``, must stay where they are. Random numbers
+    are drawn anew at each replay.
+
+    Args:
+        function: takes tensors and options by name, and returns a tensor on their device, which the
+            next call overwrites.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self._function = function
+        self._calls: dict[Any, int] = {}
+        self._captured: dict[Any, tuple[Callable[[], None], torch.Tensor, Any]] = {}
+        self._pool: Any = None
+
+    def __call__(self, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        key = tuple((t.shape, t.dtype) for t in tensors), tuple(sorted(options.items()))
+        calls = self._calls[key] = self._calls.get(key, 0) + 1
+        if calls <= WARM_UP:
+            return self._apart(*tensors, **options)
+        if key not in self._captured:
+            places = tuple(t.clone() for t in tensors)
+            self._captured[key] = (*self._capture(places, options), places)
+        replay, result, places = self._captured[key]
+        for place, given in zip(places, tensors, strict=True):
+            place.copy_(given)
+        replay()
+        return result
+
+    def _apart(self, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        """On a stream of its own, as what is captured will be."""
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            result = self._function(*tensors, **options)
+        current.wait_stream(side)
+        return result
+
+    def _capture(
+        self, places: tuple[torch.Tensor, ...], options: dict[str, Any]
+    ) -> tuple[Callable[[], None], torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = self._function(*places, **options)
+        self._pool = graph.pool()  # one memory for all: only one of them runs at a time
+        return graph.replay, result
