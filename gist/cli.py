@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def method_of(names: str, settings: Sequence[str]) -> Sequence[Method]:
 
 def loss_of(settings: Sequence[str]) -> dict[str, Any]:
     """Arguments of GistLoss from KEY=VALUE settings, checked."""
-    values = settings_of("--loss", settings, list(signature(GistLoss).parameters))
+    values = settings_of("--loss", settings, list(inspect.signature(GistLoss).parameters))
     GistLoss(**values)
     return values
 
@@ -250,6 +251,17 @@ class RunProgress(Listener):
             self._progress.update(self._task, val=f"{epoch.val_accuracy:.1%}")
 
 
+def _documented(config: type) -> dict[str, str]:
+    """What the docstring of a config says of each of its arguments."""
+    section = (inspect.getdoc(config) or "").partition("Args:\n")[2]
+    entries = re.findall(r"^    (\w[\w, ]*): ((?:.|\n     )*)", section, re.MULTILINE)
+    return {
+        name: " ".join(text.split()).replace("``", "").replace("%", "%%")
+        for names, text in entries
+        for name in names.split(", ")
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gist", description="Fine-tune vision transformers with PEFT methods and a Gist token."
@@ -293,17 +305,19 @@ def _parser() -> argparse.ArgumentParser:
     add_gist_options(group)
     group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate")
     group = train.add_argument_group("schedule: warm-up, cosine")
+    documented = _documented(TrainConfig)
     for field in fields(TrainConfig):
-        option = "--" + field.name.replace("_", "-")
+        option, what = "--" + field.name.replace("_", "-"), documented.get(field.name, "")
         if field.default is False:
-            group.add_argument(option, action="store_true", help="default: off")
+            group.add_argument(option, action="store_true", help=what)
             continue
         group.add_argument(
             option,
             type=type(field.default),
             default=field.default,
             choices=list(PRECISIONS) if field.name == "precision" else None,
-            help="default: %(default)s",
+            metavar=None if field.name == "precision" else type(field.default).__name__.upper(),
+            help=f"{what} Default: %(default)s",
         )
     _common(train)
     train.add_argument("--workers", type=int, default=0, help="loader processes")
