@@ -140,12 +140,11 @@ def adapter_launches(
 
 
 def attention_launches(
-    queries: int, keys: int, head_dim: int, target: GPUTarget, dtype: torch.dtype = torch.bfloat16
+    keys: int, head_dim: int, target: GPUTarget, dtype: torch.dtype = torch.bfloat16
 ) -> list[Launch]:
     """What attention launches, of slices of packed tensors as in a sublayer."""
     heads = 2
-    q = torch.zeros(1, queries, heads * head_dim, dtype=dtype)
-    k, v = torch.zeros(1, keys, 2 * heads * head_dim, dtype=dtype).chunk(2, dim=-1)
+    q, k, v = torch.zeros(1, keys, 3 * heads * head_dim, dtype=dtype).chunk(3, dim=-1)
     with recorded(target) as found:
         out, lse = attention.forward(q, k, v, heads, 0.125)
         attention.backward(out, q, k, v, out, lse, heads, 0.125, q, k, v)
@@ -254,15 +253,12 @@ def adapter_configurations(target: GPUTarget) -> Iterator[Launch]:
 
 
 def attention_configurations(target: GPUTarget) -> Iterator[Launch]:
-    """Every size of heads and keys that the kernels take, with many queries and with two."""
+    """Every size of heads and keys that the kernels take."""
     for head_dim in HEAD_DIMS:
         for keys in KEYS:
-            for queries in (keys, 2):
-                tile = heuristics.attention(
-                    keys, queries, head_dim, reads_shared=_reads_shared(target)
-                )
-                for dtype in (torch.bfloat16, torch.float16) if tile is not None else ():
-                    yield from attention_launches(queries, keys, head_dim, target, dtype)
+            tile = heuristics.attention(keys, head_dim, reads_shared=_reads_shared(target))
+            for dtype in (torch.bfloat16, torch.float16) if tile is not None else ():
+                yield from attention_launches(keys, head_dim, target, dtype)
 
 
 FAMILIES = {

@@ -214,7 +214,6 @@ def backward(
 def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.AttentionTile | None:
     return heuristics.attention(
         k.shape[1],
-        q.shape[1],
         q.shape[2] // num_heads,
         reads_shared=launch.tensor_cores_read_shared_memory(q.device),
     )

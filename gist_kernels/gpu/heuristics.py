@@ -205,15 +205,13 @@ _KEYS_HELD = {True: 16_384, False: 8192}
 
 
 @lru_cache(maxsize=1024)
-def attention(
-    keys: int, queries: int, head_dim: int, *, reads_shared: bool
-) -> AttentionTile | None:
+def attention(keys: int, head_dim: int, *, reads_shared: bool) -> AttentionTile | None:
     """None where a head's keys are too many for one program."""
     columns, rows = max(16, _power_of_2(head_dim)), max(16, _power_of_2(keys))
     if rows * columns > _KEYS_HELD[reads_shared] or rows > 256:
         return None
-    block = min(32, max(16, _power_of_2(queries)))
-    return AttentionTile(columns, rows, block, threads=256 if rows * columns >= 8192 else 128)
+    threads = 256 if rows * columns >= 8192 else 128
+    return AttentionTile(columns, rows, queries=32, threads=threads)
 
 
 def _tile(classes: int, per_thread: int) -> Tile:

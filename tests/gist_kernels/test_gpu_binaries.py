@@ -47,14 +47,12 @@ def test_nothing_of_the_adapter_spills(target, features, rank, dtype):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize(
-    ("queries", "keys", "head_dim"), [(198, 198, 64), (2, 198, 64), (100, 100, 64), (50, 50, 80)]
-)
-def test_nothing_of_attention_spills(target, queries, keys, head_dim):
+@pytest.mark.parametrize(("keys", "head_dim"), [(198, 64), (100, 64), (50, 80)])
+def test_nothing_of_attention_spills(target, keys, head_dim):
     if target == "sm_80" and keys > 128:
         pytest.skip("left to PyTorch there")
     target = binaries.TARGETS[target]
-    forward, backward = binaries.attention_launches(queries, keys, head_dim, target)
+    forward, backward = binaries.attention_launches(keys, head_dim, target)
     for launch in (forward, backward):
         usage = binaries.usage(binaries.compiled(launch, target))
         assert usage.registers > 0
