@@ -189,7 +189,7 @@ class AttentionTile(NamedTuple):
         return -(-blocks // each), each
 
     def meta(self, warp_size: int) -> dict[str, Any]:
-        return {
+        meta = {
             "COLUMNS": self.columns,
             "KEYS": self.keys,
             "QUERIES": self.queries,
@@ -197,6 +197,9 @@ class AttentionTile(NamedTuple):
             "num_stages": 1,
             "enable_fp_fusion": True,
         }
+        if torch.version.hip is None:
+            meta["maxnreg"] = 255  # all there are; ptxas may spill for an occupancy instead
+        return meta
 
 
 # How many numbers of keys and of values a program can keep at hand, and their gradients in
