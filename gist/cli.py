@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import (
@@ -22,16 +23,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from timm.data import resolve_model_data_config
 
 import gist_kernels
 from gist import report
 from gist.config import GistConfig
-from gist.data import available_data, load_data
-from gist.evaluation import processes
+from gist.data import available_data, load_data, prepare
+from gist.evaluation import evaluate, processes
+from gist.files import write_atomically
 from gist.loss import GistLoss
+from gist.merge import merge
 from gist.methods import METHODS, Method, method_type
 from gist.model import GistModel, count_parameters
-from gist.run import Listener, RunConfig, run, write_json
+from gist.run import Listener, RunConfig, load_run, read_results, run, write_json
 from gist.train import PRECISIONS, Epoch, TrainConfig
 from gist.vtab.cli import register as register_vtab
 
@@ -158,6 +162,34 @@ def _backends(arguments: argparse.Namespace) -> None:
         console.print(f"{name}: {state}. {info.detail}", markup=False, highlight=False)
         if info.available:
             console.print(f"    serves: {', '.join(info.operations) or 'nothing yet'}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    """A finished run's method folded into a plain timm model's weights, and what that costs."""
+    model = load_run(arguments.run)
+    merged = merge(model, drop_token=arguments.drop_token)
+    out = arguments.out or arguments.run / "merged.safetensors"
+    write_atomically(out, safetensors.torch.save(merged.state_dict()))
+    options = {
+        "num_classes": merged.num_classes,
+        "img_size": merged.patch_embed.img_size[0],
+        "reg_tokens": merged.num_reg_tokens,
+    }
+    results = read_results(arguments.run)
+    assert results is not None
+    name = results["config"]["model"]
+    arguments_of = ", ".join(f"{key}={value}" for key, value in options.items())
+    console.print(f"{out}: weights of timm.create_model({name!r}, {arguments_of})", soft_wrap=True)
+    data = load_data(arguments.data or results["config"]["data"])
+    split, which = (data.test, "test") if data.test is not None else (data.val, "validation")
+    assert split is not None
+    images = prepare(split, options["img_size"], resolve_model_data_config(model.backbone))
+    before, after = (evaluate(each.to(arguments.device), images) for each in (model, merged))
+    console.print(
+        f"{len(images):,} {which} images: {before.accuracy:.2%} as trained, {after.accuracy:.2%} "
+        f"merged{' without the Gist token' if arguments.drop_token else ''}",
+        highlight=False,
+    )
 
 
 def _show(results: dict[str, Any], directory: Path, title: str) -> None:
@@ -340,6 +372,16 @@ def _parser() -> argparse.ArgumentParser:
     _common(demo)
 
     register_vtab(commands)
+    merged = _command(
+        commands, "merge", _merge, "fold a run's method into a plain timm model, and test that"
+    )
+    merged.add_argument("run", type=Path, help="the folder of a finished run")
+    merged.add_argument("--drop-token", action="store_true",
+                        help="leave the Gist token out, which is not exact")  # fmt: skip
+    merged.add_argument("--data", help="what to test on; default: the run's")
+    merged.add_argument("--out", type=Path, help="default: merged.safetensors in the folder")
+    _device(merged)
+
     _command(commands, "backends", _backends, "what can run the kernels here, and why not")
     # Its options are its own: no prefix makes anything an option here.
     summary = "time the kernels against their peers"
@@ -363,10 +405,14 @@ def _command(commands: Any, name: str, function: Any, summary: str) -> argparse.
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _device(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default here: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    _device(parser)
     parser.add_argument("--fresh", action="store_true", help="train again what is finished")
 
 

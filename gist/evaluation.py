@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-
-from gist.model import GistModel
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def processes(device: torch.device | str) -> PartialState:
 
 @torch.no_grad()
 def evaluate(
-    model: GistModel, data: Dataset[Any], *, batch_size: int = 32, workers: int = 0
+    model: nn.Module, data: Dataset[Any], *, batch_size: int = 32, workers: int = 0
 ) -> Evaluation:
     """Accuracy and cross-entropy over every item of ``data`` once; leaves ``model`` in eval.
 

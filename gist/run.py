@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from timm.data import resolve_model_data_config
 
 from gist.backbones import create_backbone
-from gist.checkpoint import save
+from gist.checkpoint import CONFIG_FILE, load, save
 from gist.config import GistConfig
 from gist.data import ImageData, prepare
 from gist.evaluation import evaluate, processes
@@ -201,6 +201,28 @@ def read_results(directory: Path) -> dict[str, Any] | None:
     """A run's results, or None where there are none."""
     path = directory / RESULTS_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def load_run(directory: Path) -> GistModel:
+    """The model that a finished run left, on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: ``directory`` holds no finished run.
+    """
+    results = read_results(directory)
+    if results is None:
+        raise FileNotFoundError(f"{directory} holds no finished run: there is no {RESULTS_FILE}")
+    config = results["config"]
+    saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    torch.manual_seed(config["train"]["seed"])  # in case the backbone's weights were drawn
+    backbone = create_backbone(
+        config["model"],
+        num_classes=saved["num_classes"],
+        img_size=config["img_size"],
+        weights=config["weights"],
+        pretrained=config["pretrained"],
+    )
+    return load(backbone, directory).eval()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -63,6 +64,31 @@ def test_trains_on_a_folder_and_writes_everything(folder, tmp_path, more):
     backbone = timm.create_model(MODEL, num_classes=3, img_size=32)
     model = gist.load(backbone, out)
     assert gist.count_parameters(model)._asdict() == results["parameters"]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_merged_run_is_a_plain_model(drop, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(folder, out, "--method", "lora", "--lr", "0.05") == 0
+    trained = json.loads((out / "results.json").read_text())["test"]["accuracy"]
+    capsys.readouterr()
+    options = ["--device", "cpu", *(["--drop-token"] if drop else [])]
+    assert cli.main(["merge", str(out), *options]) == 0
+    printed = said(capsys)
+    assert f"6 test images: {trained:.2%} as trained, " in printed
+    assert ("without the Gist token" in printed) == drop
+    assert f"timm.create_model('{MODEL}', num_classes=3, img_size=32" in printed
+
+    torch.manual_seed(0)
+    model = gist.load(timm.create_model(MODEL, num_classes=3, img_size=32), out).eval()
+    plain = timm.create_model(MODEL, num_classes=3, img_size=32, reg_tokens=0 if drop else 1).eval()
+    plain.load_state_dict(safetensors.torch.load_file(out / "merged.safetensors"))
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(plain(images), model(images), rtol=1e-4, atol=1e-4) != drop
+
+    assert cli.main(["merge", str(tmp_path), *options]) == 2
+    assert "holds no finished run" in said(capsys)
 
 
 def test_a_finished_run_is_reused_and_another_never_overwritten(folder, tmp_path, capsys):
