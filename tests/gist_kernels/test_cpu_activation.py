@@ -10,23 +10,14 @@ import torch
 
 from gist_kernels.reference.adapter import ACTIVATIONS
 
-native = pytest.importorskip(
+pytest.importorskip(
     "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
 )
 activation = pytest.importorskip("gist_kernels.cpu.activation")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-@pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
-def instruction_set(request):
-    before = native.instruction_set()
-    try:
-        native.use_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native.use_instruction_set(before)
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 def both(u, d_a, name):
@@ -131,16 +122,12 @@ def test_in_place_only_on_request():
     assert activation.forward(u, "identity") is not u
 
 
-def test_bitwise_equal_over_threads():
+def test_bitwise_equal_over_threads(set_threads):
     u, d_a = torch.randn(150_001), torch.randn(150_001)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(both(u, d_a, "gelu"))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(both(u, d_a, "gelu"))
     for result in results[1:]:
         assert torch.equal(result[0], results[0][0])
         assert torch.equal(result[1], results[0][1])

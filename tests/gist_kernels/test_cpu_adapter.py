@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gist_kernels.options import AdapterWeights, NormWeights
 from gist_kernels.reference.adapter import ACTIVATIONS
 
-native = pytest.importorskip(
+pytest.importorskip(
     "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
 )
 kernels = pytest.importorskip("gist_kernels.cpu.adapter")
@@ -24,16 +24,7 @@ ROWS = (1, 2, 33, 198 * 2)
 RANKS = (1, 3, 4, 8, 16, 33, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-@pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
-def instruction_set(request):
-    before = native.instruction_set()
-    try:
-        native.use_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native.use_instruction_set(before)
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 def ours(case: Case, *, need_dx=True) -> Result:
@@ -331,18 +322,14 @@ def test_refuses_what_it_cannot_read_safely():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [4, 64])
-def test_bitwise_equal_over_repeats_and_threads(dtype, rank):
+def test_bitwise_equal_over_repeats_and_threads(dtype, rank, set_threads):
     case = make(500, 200, rank, dtype=dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = ours(case)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            for _ in range(10):
-                assert_same(ours(case), expected)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(1)
+    expected = ours(case)
+    for threads in (2, 3):
+        set_threads(threads)
+        for _ in range(10):
+            assert_same(ours(case), expected)
 
 
 @pytest.mark.parametrize("rank", [4, 33])

@@ -22,28 +22,12 @@ from attention_cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-native = pytest.importorskip(
+pytest.importorskip(
     "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
 )
 attention = pytest.importorskip("gist_kernels.cpu.attention")
 
-
-@pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
-def instruction_set(request):
-    before = native.instruction_set()
-    try:
-        native.use_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native.use_instruction_set(before)
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 def ours(case: Case) -> Result:

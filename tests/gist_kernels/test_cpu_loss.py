@@ -25,23 +25,7 @@ KINDS = ("random", "equal", "close", "peaked", "gap", "offset", "wide")
 INF, NAN = math.inf, math.nan
 EPS = torch.finfo(torch.float32).eps
 
-
-@pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
-def instruction_set(request):
-    before = native.instruction_set()
-    try:
-        native.use_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native.use_instruction_set(before)
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 class Result(NamedTuple):

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 if os.environ.get("GIST_KERNELS_NATIVE") == "0":
     pytest.skip("installed without the native module", allow_module_level=True)
@@ -21,11 +20,7 @@ def test_instruction_set_is_one_this_processor_has():
     assert needed[native.instruction_set()] in flags
 
 
-def test_threads_follow_torch():
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            assert native.max_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+def test_threads_follow_torch(set_threads):
+    for threads in (1, 2):
+        set_threads(threads)
+        assert native.max_threads() == threads
