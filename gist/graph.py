@@ -45,18 +45,21 @@ class Replayed:
 
     def _apart(self, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
         """On a stream of its own, as what is captured will be."""
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            result = self._function(*tensors, **options)
-        current.wait_stream(side)
+        with torch.cuda.device(tensors[0].device):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                result = self._function(*tensors, **options)
+            current.wait_stream(side)
         return result
 
     def _capture(
         self, places: tuple[torch.Tensor, ...], options: dict[str, Any]
     ) -> tuple[Callable[[], None], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may pin a loader's batches meanwhile, which a capture of all would forbid.
+        captured = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with torch.cuda.device(places[0].device), captured:
             result = self._function(*places, **options)
         self._pool = graph.pool()  # one memory for all: only one of them runs at a time
         return graph.replay, result
