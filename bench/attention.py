@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gist_kernels as gk
 from bench.measure import Case, mismatch
@@ -18,20 +20,46 @@ SHAPES = {
 HEAD_DIM = 64
 
 
+# Of PyTorch's kernels for a GPU, beside the one that it would take by itself.
+KERNELS = {
+    "SDPA, flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+
+
 def absent(device: torch.device) -> dict[str, str]:
-    return {}
+    if device.type != "cuda":
+        return {}
+    found = {}
+    q = torch.ones(1, 2, 16, HEAD_DIM, dtype=torch.bfloat16, device=device)
+    for name, kernel in KERNELS.items():
+        try:
+            with sdpa_kernel(kernel):
+                torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        except RuntimeError as error:
+            found[name] = str(error).splitlines()[0]
+    return found
 
 
 def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Case]:
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kernels = {}
+    if device.type == "cuda" and dtype is not torch.float32:
+        missing = absent(device)
+        kernels = {name: kernel for name, kernel in KERNELS.items() if name not in missing}
     for shape in SHAPES[device.type]:
-        torch.compiler.reset()
-        yield case(*shape, dtype, device)
+        yield case(*shape, dtype, device, kernels)
 
 
 def case(
-    batch: int, tokens: int, heads: int, queries: int, dtype: torch.dtype, device: torch.device
+    batch: int,
+    tokens: int,
+    heads: int,
+    queries: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Mapping[str, SDPBackend] = MappingProxyType({}),
 ) -> Case:
     torch.manual_seed(0)
     width = heads * HEAD_DIM
@@ -44,6 +72,13 @@ def case(
     def sdpa(qkv: torch.Tensor) -> torch.Tensor:
         with gk.use_backend("reference"):
             return ours(qkv)
+
+    def sdpa_by(kernel: SDPBackend) -> Callable[..., torch.Tensor]:
+        def run(qkv: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(kernel):
+                return sdpa(qkv)
+
+        return run
 
     def differentiated(attention: Callable[..., torch.Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attention(qkv), qkv, upstream)
@@ -70,6 +105,7 @@ def case(
         calls={
             "ours": differentiated(ours),
             "SDPA": differentiated(sdpa),
+            **{name: differentiated(sdpa_by(kernel)) for name, kernel in kernels.items()},
             "a product as large": lambda: linear(a, b, None),
         },
         parity=parity,

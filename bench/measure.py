@@ -42,8 +42,8 @@ class Case:
     """Which of the sizes is the one that cases differ in: slopes are fitted along it."""
     images: int | None = None
     """How many every call goes through, where images a second are asked for."""
-    graphs: bool = False
-    """On a GPU, time each call also as a CUDA graph."""
+    graphs: tuple[str, ...] = ()
+    """The calls that are timed as CUDA graphs too, on a GPU."""
 
 
 def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
     for name, call in case.calls.items():
         results[name]["peak_bytes"] = peak_bytes(call, device)
     if case.graphs and device.type == "cuda":
-        graphs = {name: graphed(call) for name, call in case.calls.items()}
+        graphs = {name: graphed(case.calls[name]) for name in case.graphs}
         replayed = _table(case, in_turns(graphs, device, seconds=seconds), failure)
         results |= {f"{name}, graph": result for name, result in replayed.items()}
     return {

@@ -44,7 +44,7 @@ def _loss(varied: str, rows: int, classes: int, dtype: torch.dtype, device: torc
     case.varied = varied
     case.calls = {name: case.calls[name] for name in ("ours", "ours, no autograd")}
     case.floors.clear()
-    case.graphs = False
+    case.graphs = ()
     return case
 
 

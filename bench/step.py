@@ -1,7 +1,8 @@
 """A training step, forward and backward, of a ViT with adapters and a Gist token.
 
 Held against the products and attentions that no exact step can do without, timed alone by the
-fastest library that this package uses; and by the operators that PyTorch itself would use.
+fastest library that this package uses; and by the operators that PyTorch itself would use. Half
+types are autocast's, over weights in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from bench.measure import Call, Case, mismatch
 
 SIZES = {
     "cpu": (("vit_small_patch16_224", 8), ("vit_base_patch16_224", 4)),
-    "cuda": (("vit_small_patch16_224", 128), ("vit_base_patch16_224", 64)),
+    "cuda": (
+        ("vit_base_patch16_224", 32),
+        ("vit_base_patch16_224", 256),
+        ("vit_small_patch16_224", 32),
+        ("vit_small_patch16_224", 256),
+    ),
 }
 CLASSES = 100
 
@@ -75,9 +81,11 @@ def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Ca
 
 def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
     torch.manual_seed(0)
+    half = dtype in (torch.bfloat16, torch.float16)
+    of_weights = torch.float32 if half else dtype
 
     def backbone() -> VisionTransformer:
-        model = timm.create_model(name, num_classes=CLASSES).to(device, dtype)
+        model = timm.create_model(name, num_classes=CLASSES).to(device, of_weights)
         model.load_state_dict(weights)
         return model.requires_grad_(False)
 
@@ -86,17 +94,23 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
     ours = gist.wrap(backbone(), configuration).train()
     token_only = gist.wrap(backbone(), gist.GistConfig(method=None, token_dropout=0.0)).train()
     plain, plain_token = (
-        Released(backbone(), model).to(device, dtype) for model in (ours, token_only)
+        Released(backbone(), model).to(device, of_weights) for model in (ours, token_only)
     )
     for model in (plain, plain_token):
         model.backbone.head.requires_grad_(True)
-    images = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
+    images = torch.randn(batch, 3, 224, 224, device=device, dtype=of_weights)
     target = torch.randint(CLASSES, (batch,), device=device)
     loss = gist.GistLoss()
 
     def step(model: nn.Module, loss: Call) -> Call:
         trained = [p for p in model.parameters() if p.requires_grad]
-        return lambda: torch.autograd.grad(loss(model(images)), trained)
+
+        def run() -> object:
+            with torch.autocast(device.type, dtype, enabled=half):
+                value = loss(model(images))
+            return torch.autograd.grad(value, trained)
+
+        return run
 
     calls = {
         "ours": step(ours, lambda out: loss(out, target)),
@@ -112,7 +126,9 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
 
     def parity() -> str | None:
         with torch.no_grad():
-            a, b = ours(images), plain(images)
+            with torch.autocast(device.type, dtype, enabled=half):
+                a = ours(images)
+            b = plain(images)
         return mismatch(
             {"cls_logits": (a.cls_logits, b[0]), "gist_logits": (a.gist_logits, b[1])},
             relative=1e-4,
@@ -124,6 +140,7 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
         calls=calls,
         parity=parity,
         floors={"ours": ("products alone", 1.0), "ours, token alone": ("products alone", 1.0)},
+        graphs=("ours", "released"),
     )
 
 

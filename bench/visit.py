@@ -10,11 +10,14 @@ disk before the next starts, so that an interruption loses only what was under w
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -36,15 +39,18 @@ def parts(out: Path) -> list[tuple[str, list[str], float]]:
         "test_every_temperature or test_no_rows",
     ]
     sanitizer = shutil.which("compute-sanitizer")
+    tests = ["pytest", "-q", "--tb=short", "-m", "gpu", "tests"]
+    if importlib.util.find_spec("xdist"):  # most of their time is Triton's compiler's
+        tests += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     found = [
         ("native module", [*PYTHON, *install], 120.0),
-        ("tests", [*PYTHON, "pytest", "-q", "-m", "gpu", "tests"], 180.0),
+        ("tests", [*PYTHON, *tests], 180.0),
         ("loss", [*PYTHON, *bench, "--seconds", "1.5", "loss"], 120.0),
-        ("scaling", [*PYTHON, *bench, "--seconds", "0.5", "scaling"], 60.0),
-        ("adapter", [*PYTHON, *bench, "--seconds", "1", "adapter"], 60.0),
-        ("attention", [*PYTHON, *bench, "--seconds", "1", "attention"], 60.0),
         ("step", [*PYTHON, *bench, "--seconds", "2", "step"], 120.0),
+        ("attention", [*PYTHON, *bench, "--seconds", "1", "attention"], 60.0),
+        ("adapter", [*PYTHON, *bench, "--seconds", "1", "adapter"], 60.0),
         ("sweep", [*PYTHON, "bench.sweep", "--out", str(out / "sweep.json")], 90.0),
+        ("scaling", [*PYTHON, *bench, "--seconds", "0.5", "scaling"], 60.0),
     ]
     if sanitizer:
         command = [sanitizer, "--error-exitcode", "1", *PYTHON, "pytest", *short_test]
@@ -64,7 +70,8 @@ def main() -> None:
     lines = []
     with (given.out / "log.txt").open("w") as log:
         for name, command, limit in parts(given.out):
-            lines.append(f"{name}: {_run(name, command, min(limit, end - time.monotonic()), log)}")
+            ended = _run(name, command, min(limit, end - time.monotonic()), log)
+            lines.append(f"{name}: {ended}; {_last_line(given.out / 'log.txt')}")
             (given.out / "summary.txt").write_text("\n".join(lines) + "\n")
     with (given.out / "summary.txt").open("a") as summary:
         for path in sorted(given.out.glob("*.json")):
@@ -77,7 +84,11 @@ def main() -> None:
     print((given.out / "summary.txt").read_text())
 
 
-def _run(name: str, command: list[str], seconds: float, log: object) -> str:
+def _last_line(path: Path) -> str:
+    return path.read_text(errors="replace").rstrip().rpartition("\n")[2]
+
+
+def _run(name: str, command: list[str], seconds: float, log: TextIO) -> str:
     """How it ended. A part that fails stops no other."""
     print(f"# {name}", file=log, flush=True)
     if seconds <= 0:
