@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import inspect
 import json
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,13 @@ from gist.loss import GistLoss
 from gist.merge import merge
 from gist.methods import METHODS, Method, method_type
 from gist.model import GistModel, count_parameters
+from gist.predict import predict
 from gist.run import Listener, RunConfig, load_run, read_results, run, write_json
 from gist.train import PRECISIONS, Epoch, TrainConfig
 from gist.vtab.cli import register as register_vtab
 
 console = Console()
+to_stderr = Console(stderr=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if arguments.traceback:
             raise
-        console.quiet = False
-        console.print("error:", str(error), style="red", markup=False, highlight=False)
+        to_stderr.print(
+            "error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True
+        )
         return 2
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -190,6 +195,16 @@ def _merge(arguments: argparse.Namespace) -> None:
         f"merged{' without the Gist token' if arguments.drop_token else ''}",
         highlight=False,
     )
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    """A finished run's predictions of images, as CSV."""
+    predictions = predict(arguments.run, arguments.images, device=arguments.device)
+    first = next(predictions)  # or an error, without a table before it
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["image", "class", "probability"])
+    for image, label, probability in chain((first,), predictions):
+        table.writerow([image, label, f"{probability:.4f}"])
 
 
 def _show(results: dict[str, Any], directory: Path, title: str) -> None:
@@ -381,6 +396,13 @@ def _parser() -> argparse.ArgumentParser:
     merged.add_argument("--data", help="what to test on; default: the run's")
     merged.add_argument("--out", type=Path, help="default: merged.safetensors in the folder")
     _device(merged)
+
+    predicted = _command(
+        commands, "predict", _predict, "the classes a run gives to images, printed as CSV"
+    )
+    predicted.add_argument("run", type=Path, help="the folder of a finished run")
+    predicted.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    _device(predicted)
 
     _command(commands, "backends", _backends, "what can run the kernels here, and why not")
     # Its options are its own: no prefix makes anything an option here.

@@ -47,7 +47,8 @@ class TrainConfig:
         lr: peak learning rate.
         weight_decay: decoupled; not applied to biases, norms and the Gist token.
         warmup_epochs: from ``warmup_lr`` up to ``lr``; may be a fraction.
-        warmup_lr, min_lr: where the schedule starts and ends.
+        warmup_lr: where the warm-up starts.
+        min_lr: where the cosine ends.
         precision: "fp32", or "bf16" for autocast.
         seed: of initialisation, order, dropout and mixing.
         optimizer: as timm's ``create_optimizer_v2`` knows it.

@@ -84,7 +84,7 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
         faults += [f"{folder} lacks the class folder {n!r}" for n in classes - names]
         samples[split] = []
         for label, name in enumerate(sorted(classes)):
-            files = _image_files(folder / name)
+            files = image_files(folder / name)
             if not files and name in names:
                 faults.append(f"{folder / name} has no image")
             samples[split] += [(file, label) for file in files]
@@ -108,7 +108,8 @@ def _class_names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The image files in and below a folder by their suffixes, without hidden ones, sorted."""
     return sorted(
         path
         for path in (folder.rglob("*") if folder.is_dir() else ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from timm.data import resolve_model_data_config
 
 import gist
 from gist import cli
+from gist.data import load_data, prepare
+from gist.run import load_run
 
 MODEL = "vit_tiny_patch16_224"
 COLOURS = {"red ones": 0, "green": 1, "blue": 2}
@@ -91,6 +95,50 @@ def test_a_merged_run_is_a_plain_model(drop, folder, tmp_path, capsys):
     assert "holds no finished run" in said(capsys)
 
 
+def test_a_run_predicts_images(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(folder, out, "--method", "none", "--lr", "0.01") == 0
+    results = json.loads((out / "results.json").read_text())
+    damaged, single = tmp_path / "damaged.png", folder / "train" / "blue" / "picture 0.png"
+    damaged.write_bytes(b"no image")
+    capsys.readouterr()
+
+    images = [str(path) for path in (folder / "test", damaged, single)]
+    assert cli.main(["predict", str(out), *images, "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("can't be read") == 1
+    assert f"{damaged} can't be read" in printed.err
+    rows = list(csv.DictReader(printed.out.splitlines()))
+    assert [Path(row["image"]) for row in rows] == [*sorted(folder.glob("test/*/*")), single]
+    right = [row["class"] == Path(row["image"]).parent.name for row in rows[:6]]
+    assert sum(right) / 6 == pytest.approx(results["test"]["accuracy"])  # as the run measured
+
+    model = load_run(out)
+    pixels = prepare(load_data(str(folder)).test, 32, resolve_model_data_config(model.backbone))
+    with torch.no_grad():
+        expected = model(torch.stack([image for image, _ in pixels])).softmax(1)
+    said = [float(row["probability"]) for row in rows[:6]]
+    assert said == pytest.approx(expected.max(1).values.tolist(), abs=1e-4)
+    classes = sorted(COLOURS)
+    assert [classes.index(row["class"]) for row in rows[:6]] == expected.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("run", "image", "message"),
+    [("absent", "test", "no finished run"), ("out", "absent", "no such image"),
+     ("out", "empty", "no image in"), ("out", "damaged.png", "can't be read")],
+)  # fmt: skip
+def test_what_can_not_be_predicted_is_said(run, image, message, folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "out", "--method", "none") == 0
+    (folder / "empty").mkdir()
+    (folder / "damaged.png").write_bytes(b"no image")
+    capsys.readouterr()
+    assert cli.main(["predict", str(tmp_path / run), str(folder / image), "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert message in " ".join(printed.err.split())
+    assert printed.out == ""
+
+
 def test_a_finished_run_is_reused_and_another_never_overwritten(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert train(folder, out, "--epochs", "1") == 0
@@ -133,7 +181,7 @@ def test_interruption_ends_with_130_and_the_run_goes_on(folder, tmp_path, monkey
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
     """What was printed, without the line breaks of a narrow terminal."""
-    return " ".join(capsys.readouterr().out.split())
+    return " ".join("".join(capsys.readouterr()).split())
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,11 @@ def test_full_counts_are_asked_for_on_the_command_line(tmp_path, capsys):
     (folder / "val200.txt").write_text(last[0])
     capsys.readouterr()
     assert cli.main(command) == 2
-    printed = capsys.readouterr().out
+    said = capsys.readouterr()
+    printed = said.out
     assert f"{folder / 'val200.txt'} has 199 usable images; expected 200" in printed
     assert f"{folder / 'train800val200.txt'} has, unlike train800 and val200" in printed
-    assert "error: 2 faults" in printed
+    assert "error: 2 faults" in said.err
 
 
 def test_both_stages_are_loaded(pets):

@@ -122,7 +122,7 @@ def test_a_folder_of_images_by_the_command(tmp_path, capsys):
     labels = load_task(out.parent, camelyon).final.test.labels
     assert abs(sum(labels) - 100 * 400 / 1100) < 1
     assert cli.main(command) == 2
-    assert "nothing is overwritten" in " ".join(capsys.readouterr().out.split())
+    assert "nothing is overwritten" in capsys.readouterr().err
 
 
 def idx(path: Path, array: np.ndarray) -> None:

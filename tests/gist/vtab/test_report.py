@@ -220,7 +220,7 @@ def test_files(tmp_path, capsys):
         assert picture.size[0] > 500
     (tmp_path / "empty").mkdir()
     assert cli.main(["vtab", "report", str(tmp_path / "empty")]) == 2
-    assert "has no finished result" in capsys.readouterr().out
+    assert "has no finished result" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_stop_at_the_end_needs_no_selection(root, tmp_path, trained):
 
 def test_released_selects_on_test_only_when_that_is_said(root, tmp_path, trained, capsys):
     assert cli.main(command(root, tmp_path / "no", "--recipe", "released")) == 2
-    assert "say so with --select-on-test" in " ".join(capsys.readouterr().out.split())
+    assert "say so with --select-on-test" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "no").exists()
     assert cli.main(command(root, tmp_path / "no", "--select-on-test")) == 2
     plan = replace(TINY, recipe="released", select_on_test=True, epochs=3)
@@ -257,7 +257,7 @@ def test_faults_of_any_task_are_told_before_training(tmp_path, capsys):
     image = root / "smallnorb_ele" / "images" / "test" / "000001.png"
     image.unlink()
     assert cli.main(command(root, tmp_path / "out")) == 2
-    printed = capsys.readouterr().out.replace("\n", "")
+    printed = capsys.readouterr().err
     assert "smallnorb_ele/test.txt:2: " in printed
     assert not (tmp_path / "out").exists()
 
@@ -274,14 +274,14 @@ def test_faults_of_any_task_are_told_before_training(tmp_path, capsys):
 )
 def test_bad_options(root, tmp_path, capsys, options, message):
     assert cli.main(command(root, tmp_path / "out", *options)) == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_must_be_chosen(root, capsys):
     assert cli.main(["vtab", "run", str(root)]) == 2
     assert "--pretrained, --weights or --random-weights" in " ".join(
-        capsys.readouterr().out.split()
+        capsys.readouterr().err.split()
     )
 
 
