@@ -20,6 +20,8 @@ Call = Callable[[], object]
 _BLOCK = 4e-3
 # More than any GPU's last-level cache.
 _FLUSHED_BYTES = 256 << 20
+# Behind the name of a call that is timed as a CUDA graph.
+GRAPH = ", graph"
 
 
 @dataclass
@@ -47,38 +49,64 @@ class Case:
 
 
 def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
-    """A case's figures, as they go into a JSON file."""
-    failure = case.parity()
-    results = _table(case, in_turns(case.calls, device, seconds=seconds), failure)
-    for name, call in case.calls.items():
+    """A case's figures, as they go into a JSON file.
+
+    A contender that fails, for want of memory or of a compiler, is named with its error and takes
+    no part. Where ours fails, that is the case's error.
+    """
+    failure, failed = case.parity(), {}
+    ours = next(iter(case.calls))
+
+    def working(calls: Mapping[str, Call], prepare: Callable[[Call], Call], of: str) -> Any:
+        found = {}
+        for name, call in calls.items():
+            try:
+                found[name + of] = prepare(call)
+                found[name + of]()
+            except Exception as error:
+                if name == ours:
+                    raise
+                found.pop(name + of, None)
+                failed[name + of] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return found
+
+    calls = working(case.calls, lambda call: call, "")
+    results = _table(case, in_turns(calls, device, seconds=seconds), failure)
+    for name, call in calls.items():
         results[name]["peak_bytes"] = peak_bytes(call, device)
     if case.graphs and device.type == "cuda":
-        graphs = {name: graphed(case.calls[name]) for name in case.graphs}
-        replayed = _table(case, in_turns(graphs, device, seconds=seconds), failure)
-        results |= {f"{name}, graph": result for name, result in replayed.items()}
+        # With their floors, in the same form.
+        floors = [case.floors[name][0] for name in case.graphs if name in case.floors]
+        chosen = {name: calls[name] for name in (*case.graphs, *floors) if name in calls}
+        graphs = working(chosen, graphed, GRAPH)
+        results |= _table(case, in_turns(graphs, device, seconds=seconds), failure, GRAPH)
     return {
         "sizes": case.sizes,
         **({"varied": case.varied} if case.varied else {}),
         "dtype": str(case.dtype).removeprefix("torch."),
         "parity": failure or "ok",
+        **({"failed": failed} if failed else {}),
         "results": results,
     }
 
 
 def _table(
-    case: Case, times: dict[str, list[float]], failure: str | None
-) -> dict[str, dict[str, float]]:
-    ours = next(iter(case.calls))
+    case: Case, times: dict[str, list[float]], failure: str | None, of: str = ""
+) -> dict[str, Any]:
+    """Each contender's figures; the names in ``times`` are those of the case's calls with ``of``
+    behind them."""
+    ours = next(iter(case.calls)) + of
     results = {}
     for name, seconds in times.items():
+        call = name.removesuffix(of)
         results[name] = quantiles(seconds)
         if failure is None:
             results[name]["times_ours"] = ratio(seconds, times[ours])
-        if name in case.floors:
-            floor, factor = case.floors[name]
-            results[name]["of_floor"] = factor * ratio(times[floor], seconds)
-        if name in case.least_bytes:
-            results[name]["least_bytes"] = case.least_bytes[name]
+        floor, factor = case.floors.get(call, ("", 0.0))
+        if floor + of in times:
+            results[name]["of_floor"] = factor * ratio(times[floor + of], seconds)
+        if call in case.least_bytes:
+            results[name]["least_bytes"] = case.least_bytes[call]
         if case.images is not None:
             results[name]["images_per_second"] = case.images / results[name]["median"]
     return results

@@ -31,6 +31,8 @@ def print_head(run: Run, to: TextIO | None = None) -> None:
 def print_case(case: dict[str, Any], to: TextIO | None = None) -> None:
     if case["parity"] != "ok":
         print(f"{size_text(case['sizes'])}: {case['parity']}; hence no ratios", file=to)
+    for name, error in case.get("failed", {}).items():
+        print(f"{size_text(case['sizes'])}: {name} failed: {error}", file=to)
     for name, result in case["results"].items():
         cells = [f"{1e3 * result[key]:.4g}" for key in ("median", "q20", "q80")]
         cells.append(f"{result['times_ours']:.2f}" if "times_ours" in result else "")
@@ -124,6 +126,11 @@ def markdown(runs: list[Run]) -> str:
                     f"| {_images_per_second(result)} |"
                 )
         parts.append("\n".join(lines))
+        parts += [
+            f"{size_text(case['sizes'])}: {name} failed: {error}"
+            for case in run["cases"]
+            for name, error in case.get("failed", {}).items()
+        ]
         parts += [slope_text(slope) for slope in slopes(run)]
     return "\n\n".join(parts) + "\n"
 

@@ -47,6 +47,45 @@ def test_no_ratio_where_results_are_wrong(capsys):
     assert "no parity" in report.markdown([run | {"cases": [found]}])
 
 
+def test_a_contender_that_fails_is_named_and_ours_is_an_error(capsys):
+    def fails() -> None:
+        raise RuntimeError("no compiler\nand more")
+
+    calls = {"ours": lambda: None, "theirs": fails, "least": fails}
+    found = measure.run(case(calls=calls, floors={"ours": ("least", 1.0)}), CPU, seconds=0.01)
+    assert set(found["results"]) == {"ours"}
+    assert "of_floor" not in found["results"]["ours"]
+    report.print_case(found)
+    assert "B 2: theirs failed: RuntimeError: no compiler\n" in capsys.readouterr().out
+    run = {"benchmark": "b", "machine": {"device": "d"}, "limits": {}, "absent": {}}
+    assert "B 2: least failed: RuntimeError" in report.markdown([run | {"cases": [found]}])
+    with pytest.raises(RuntimeError, match="no compiler"):
+        measure.run(case(calls={"ours": fails, "theirs": calls["ours"]}), CPU, seconds=0.01)
+
+
+def test_graphs_are_held_against_the_graph_of_their_floor(monkeypatch):
+    """What a GPU's figures go through, with the host's clock in the place of the device's."""
+    monkeypatch.setattr(measure, "_on_device", measure._on_host)
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: 0)
+
+    def graphed(call):
+        if call is calls["theirs"]:
+            raise RuntimeError("not captured")
+        return lambda: time.sleep(2e-3) if call is calls["least"] else time.sleep(8e-3)
+
+    monkeypatch.setattr(measure, "graphed", graphed)
+    calls = {name: lambda ms=ms: time.sleep(ms / 1e3) for name, ms in
+             (("ours", 20), ("theirs", 30), ("least", 10))}  # fmt: skip
+    of_ours = {"floors": {"ours": ("least", 1.0)}, "graphs": ("ours", "theirs")}
+    found = measure.run(case(calls=calls, **of_ours), torch.device("cuda"), seconds=0.1)
+    assert set(found["results"]) == {"ours", "theirs", "least", "ours, graph", "least, graph"}
+    assert set(found["failed"]) == {"theirs, graph"}
+    assert found["results"]["ours"]["of_floor"] == pytest.approx(1 / 2, rel=0.3)
+    graph = found["results"]["ours, graph"]
+    assert graph["of_floor"] == pytest.approx(1 / 4, rel=0.4)
+    assert graph["times_ours"] == 1
+
+
 def test_mismatch_names_what_differs():
     exact = torch.tensor([1.0, -4.0], dtype=torch.float64)
     close = exact.float() + 1e-6
