@@ -21,6 +21,8 @@ SUBLAYERS = {
 }
 OTHERWISE = {"B": 4, "N": 198, "D": 384, "r": 4}
 HEAD_DIM = 64
+GRADIENTS = ("x", "down", "down_bias", "up", "up_bias")
+RESULTS = ("output", *(f"gradient of {name}" for name in GRADIENTS))
 
 
 def absent(device: torch.device) -> dict[str, str]:
@@ -80,13 +82,13 @@ def sublayers(varied: str, sizes: dict[str, int], dtype: torch.dtype, device: to
 
         pairs = {}
         for name, sublayer in (("attention", attention), ("mlp", mlp)):
-            found = differentiated(sublayer)()
+            found = sublayer(x).detach(), *differentiated(sublayer)()
             with gk.use_backend("reference"):
+                theirs = sublayer(x).detach(), *differentiated(sublayer)()
                 out = sublayer(x.double(), wide)
-            truth = torch.autograd.grad(out, (x, *trained), upstream.double())
-            pairs[name] = sublayer(x).detach(), out.detach()
-            named = zip(("x", "down", "down_bias", "up", "up_bias"), found, truth, strict=True)
-            pairs |= {f"{name}, gradient of {of}": (a, b) for of, a, b in named}
+            truth = out.detach(), *torch.autograd.grad(out, (x, *trained), upstream.double())
+            each = zip(found, truth, theirs, strict=True)
+            pairs |= {f"{name}, {of}": tensors for of, tensors in zip(RESULTS, each, strict=True)}
         return mismatch(pairs, relative=1e-5)
 
     return Case(

@@ -127,11 +127,11 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
     def parity() -> str | None:
         with torch.no_grad():
             with torch.autocast(device.type, dtype, enabled=half):
-                a = ours(images)
-            b = plain(images)
+                found, theirs = ours(images), plain(images)
+            exact = plain(images)
+        names = ("cls_logits", "gist_logits")
         return mismatch(
-            {"cls_logits": (a.cls_logits, b[0]), "gist_logits": (a.gist_logits, b[1])},
-            relative=1e-4,
+            dict(zip(names, zip(found, exact, theirs, strict=True), strict=True)), relative=1e-4
         )
 
     return Case(

@@ -64,26 +64,31 @@ def test_a_contender_that_fails_is_named_and_ours_is_an_error(capsys):
 
 
 def test_graphs_are_held_against_the_graph_of_their_floor(monkeypatch):
-    """What a GPU's figures go through, with the host's clock in the place of the device's."""
-    monkeypatch.setattr(measure, "_on_device", measure._on_host)
-    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: 0)
+    """What a GPU's figures go through, with times that are given in the place of its clock."""
+    calls = {name: lambda name=name: None for name in ("ours", "theirs", "least")}
+    seconds = dict(zip(calls.values(), (20e-3, 30e-3, 10e-3), strict=True))
 
     def graphed(call):
         if call is calls["theirs"]:
             raise RuntimeError("not captured")
-        return lambda: time.sleep(2e-3) if call is calls["least"] else time.sleep(8e-3)
 
+        def replay() -> None: ...
+
+        seconds[replay] = 2e-3 if call is calls["least"] else 8e-3
+        return replay
+
+    monkeypatch.setattr(measure, "_on_device", lambda call, repeats: seconds[call])
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: 0)
     monkeypatch.setattr(measure, "graphed", graphed)
-    calls = {name: lambda ms=ms: time.sleep(ms / 1e3) for name, ms in
-             (("ours", 20), ("theirs", 30), ("least", 10))}  # fmt: skip
     of_ours = {"floors": {"ours": ("least", 1.0)}, "graphs": ("ours", "theirs")}
     found = measure.run(case(calls=calls, **of_ours), torch.device("cuda"), seconds=0.1)
-    assert set(found["results"]) == {"ours", "theirs", "least", "ours, graph", "least, graph"}
-    assert set(found["failed"]) == {"theirs, graph"}
-    assert found["results"]["ours"]["of_floor"] == pytest.approx(1 / 2, rel=0.3)
-    graph = found["results"]["ours, graph"]
-    assert graph["of_floor"] == pytest.approx(1 / 4, rel=0.4)
-    assert graph["times_ours"] == 1
+    assert found["failed"] == {"theirs, graph": "RuntimeError: not captured"}
+    results = found["results"]
+    assert set(results) == {"ours", "theirs", "least", "ours, graph", "least, graph"}
+    assert results["ours"]["of_floor"] == pytest.approx(1 / 2)
+    assert results["theirs"]["times_ours"] == pytest.approx(3 / 2)
+    assert results["ours, graph"]["of_floor"] == pytest.approx(1 / 4)
+    assert results["least, graph"]["times_ours"] == pytest.approx(1 / 4)
 
 
 def test_mismatch_names_what_differs():
@@ -93,6 +98,11 @@ def test_mismatch_names_what_differs():
     assert "y is off by" in measure.mismatch({"x": (close, exact), "y": (close, -exact)}, 1e-5)
     assert "x is off by nan" in measure.mismatch({"x": (close * torch.nan, exact)}, 1e-5)
     assert measure.mismatch({"x": (exact.bfloat16() * 1.004, exact)}, 1e-5) is None
+    off = exact.float() + 1e-2
+    assert "x is off by 0.01" in measure.mismatch({"x": (off, exact)}, 1e-5)
+    assert measure.mismatch({"x": (off, exact, exact.float() + 6e-3)}, 1e-5) is None
+    assert "x is off by" in measure.mismatch({"x": (off, exact, exact.float() + 4e-3)}, 1e-5)
+    assert "x is off by" in measure.mismatch({"x": (off, exact, exact.float() * torch.nan)}, 1e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
