@@ -147,7 +147,7 @@ def attention_launches(
     q, k, v = torch.zeros(1, keys, 3 * heads * head_dim, dtype=dtype).chunk(3, dim=-1)
     with recorded(target) as found:
         out, lse = attention.forward(q, k, v, heads, 0.125)
-        attention.backward(out, q, k, v, out, lse, heads, 0.125, q, k, v)
+        attention.backward(out, q, k, v, lse, heads, 0.125, q, k, v)
     return found
 
 

@@ -52,7 +52,7 @@ class SublayerKernels(NamedTuple):
     (B, N, H Dh) keys and values, of any batch and row strides: backward takes one of the log-sum-
     exps, (B, H, Q), and of an object of the backend's own; the other is None."""
     attention_backward: Callable[..., None]
-    """``(d_out, q, k, v, out, lse, graph, num_heads, scale, d_q, d_k, d_v)``: writes the last
+    """``(d_out, q, k, v, lse, graph, num_heads, scale, d_q, d_k, d_v)``: writes the last
     three."""
     linear: Callable[..., torch.Tensor]
     """``(x, weight, bias) -> x weight^T + bias``."""
@@ -439,7 +439,9 @@ class _AttentionNode(torch.autograd.Function):
         )
         result, *of_last = sublayer.add_product(rows, out, attended)
         ctx.sublayer, ctx.grad_tokens = sublayer, grad_tokens
-        ctx.save_for_backward(*tensors, z, stats, qkv, attended, lse, *of_first, *of_last)
+        read = sublayer.last.down is not None or grad_tokens is not None
+        kept = attended if read else None
+        ctx.save_for_backward(*tensors, z, stats, qkv, kept, lse, *of_first, *of_last)
         return result
 
     @staticmethod
@@ -460,11 +462,11 @@ class _AttentionNode(torch.autograd.Function):
             adapter = _of_adapter_alone(kernels, sublayer.adapter, *rows)
             return None, None, None, *adapter, *(None,) * 6, *last, None
 
-        d_attended = d_attended.view(attended.shape)
+        d_attended = d_attended.view(*x.shape[:2], d_attended.shape[1])
         if ctx.grad_tokens is None or lse is None or inner_trained:
             d_qkv = torch.empty_like(qkv)
             kernels.attention_backward(
-                d_attended, *qkv.chunk(3, dim=-1), attended, lse, ctx.graph,
+                d_attended, *qkv.chunk(3, dim=-1), lse, ctx.graph,
                 weights.num_heads, weights.scale, *d_qkv.chunk(3, dim=-1),
             )  # fmt: skip
             d_x, inner = sublayer.through_norm(d_qkv, of_first, needs, *rows)
@@ -511,7 +513,8 @@ class _PrefixNode(torch.autograd.Function):
         )
         result, *of_last = sublayer.add_product(read, out, attended)
         ctx.sublayer, ctx.num_queries = sublayer, num_queries
-        ctx.save_for_backward(*tensors, z, stats, q, kv, attended, lse, *of_q, *of_kv, *of_last)
+        kept = attended if sublayer.last.down is not None else None
+        ctx.save_for_backward(*tensors, z, stats, q, kv, kept, lse, *of_q, *of_kv, *of_last)
         return result
 
     @staticmethod
@@ -534,7 +537,7 @@ class _PrefixNode(torch.autograd.Function):
 
         d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
         kernels.attention_backward(
-            d_attended.view(attended.shape), q, *kv.chunk(2, dim=-1), attended, lse, ctx.graph,
+            d_attended.view(q.shape), q, *kv.chunk(2, dim=-1), lse, ctx.graph,
             weights.num_heads, weights.scale, d_q, *d_kv.chunk(2, dim=-1),
         )  # fmt: skip
         of_queries, of_keys = _split(sublayer.first)
@@ -615,14 +618,14 @@ class _PackedAttentionNode(torch.autograd.Function):
             q[:, :num_queries], k, v, num_heads, scale, need_grad
         )
         ctx.options = kernels, num_heads, num_queries, scale
-        ctx.save_for_backward(qkv, out, lse)
+        ctx.save_for_backward(qkv, lse)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Tensors:
         kernels, num_heads, num_queries, scale = ctx.options
-        qkv, out, lse = ctx.saved_tensors
+        qkv, lse = ctx.saved_tensors
         q, k, v = qkv.chunk(3, dim=-1)
         d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
@@ -632,7 +635,7 @@ class _PackedAttentionNode(torch.autograd.Function):
         if d_out.stride(2) != 1:
             d_out = d_out.contiguous()
         kernels.attention_backward(
-            d_out, q[:, :num_queries], k, v, out, lse, ctx.graph, num_heads, scale,
+            d_out, q[:, :num_queries], k, v, lse, ctx.graph, num_heads, scale,
             d_q[:, :num_queries], d_k, d_v,
         )  # fmt: skip
         return None, None, None, None, None, d_qkv

@@ -32,7 +32,6 @@ def attention_by(kernels: Any) -> tuple[Callable[..., Any], Callable[..., None]]
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        out: torch.Tensor,
         lse: torch.Tensor | None,
         graph: Any,
         num_heads: int,
@@ -43,7 +42,7 @@ def attention_by(kernels: Any) -> tuple[Callable[..., Any], Callable[..., None]]
             _backward(d_out, graph, *gradients)
             return
         scale = _scale(q, num_heads, scale)
-        kernels.backward(d_out, q, k, v, out, lse, num_heads, scale, *gradients)
+        kernels.backward(d_out, q, k, v, lse, num_heads, scale, *gradients)
 
     return forward, backward
 

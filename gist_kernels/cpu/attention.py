@@ -64,7 +64,6 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     num_heads: int,
     scale: float,
@@ -74,7 +73,7 @@ def backward(
 ) -> None:
     """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
-    ``out`` and ``lse`` are what :func:`forward` returned, ``d_out`` is the gradient of ``out``.
+    ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its result.
     Strides may be any, but all except ``lse`` are contiguous in the last dimension. The gradients,
     slices of one packed tensor as a rule, must overlap neither each other nor an input. TypeError
     for dtypes, ValueError for all else.
@@ -82,7 +81,7 @@ def backward(
     sizes = _sizes(q, k, v, num_heads)
     batch, heads, queries, _, _ = sizes
     grads = ("d_q", d_q, q), ("d_k", d_k, k), ("d_v", d_v, v)
-    for name, tensor, like in (("d_out", d_out, q), ("out", out, q), *grads):
+    for name, tensor, like in (("d_out", d_out, q), *grads):
         _check(name, tensor, like)
     if lse.dtype is not torch.float32 or lse.shape != (batch, heads, queries):
         raise ValueError("lse must be what forward returned for these tensors")
@@ -95,7 +94,7 @@ def backward(
             _place(q),
             _place(k),
             _place(v),
-            _place(out),
+            _NOTHING,
             lse.data_ptr(),
             _place(d_out),
             _place(d_q),

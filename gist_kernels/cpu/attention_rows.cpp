@@ -3,7 +3,7 @@
 //
 // With S = Q K^T, P = softmax(scale S), and dO the gradient of O = P V,
 //
-//   dV = P^T dO      dP = dO V^T      dS = P (dP - delta)      delta = sum dO O, row by row
+//   dV = P^T dO      dP = dO V^T      dS = P (dP - delta)      delta = sum P dP, row by row
 //   dQ = scale dS K                   dK = scale dS^T Q
 //
 // The head's rows are first copied out of the packed tensors into scratch memory, as floats and
@@ -11,7 +11,8 @@
 // products is then one and the same kernel, of numbers of a left matrix, in any order, with vectors
 // of rows of a right one. Queries are taken a block at a time, so that their scores stay in the
 // second-level cache. The sums of exponentials are taken anew in backward: a log-sum-exp is rounded
-// by as much as the scores are large, and probabilities from it alone would not sum to 1.
+// by as much as the scores are large, and probabilities from it alone would not sum to 1. Where
+// values are alike, delta nearly cancels dP: as sum dO O, with O rounded, it would be off by more.
 
 #include <array>
 #include <utility>
@@ -157,19 +158,6 @@ void pack(Rows<S> from, int64_t columns, Matrix to) {
     });
 }
 
-// The sums of products of each row of x with the same row of y.
-template <class S>
-void dots(Rows<S> x, Matrix y, int64_t columns, float *to) {
-  for (int64_t i = 0; i < x.count(); ++i) {
-    Floats products = {};
-    for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
-      __builtin_prefetch(x.ahead(i) + j);
-      products = fma(load(x.at(i) + j, lanes, 0.0f), load(y.at(i) + j, Whole{}), products);
-    });
-    to[i] = float(sum<float>(products));
-  }
-}
-
 template <class S>
 void unpack_row(const float *from, int64_t columns, float factor, S *to) {
   for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
@@ -261,7 +249,12 @@ double exponentials(float *s, int64_t n, float scale, float shift, const Exp<flo
 }
 
 // p, not yet normalised, becomes P of its row; d_p becomes dS.
-void score_gradients(float *p, int64_t n, float inverse, float delta, float *d_p) {
+void score_gradients(float *p, int64_t n, float inverse, float *d_p) {
+  Floats products = {};
+  for_each_vector<float>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
+    products = fma(load(p + j, lanes, 0.0f), load(d_p + j, lanes, 0.0f), products);
+  });
+  const float delta = inverse * float(sum<float>(products));
   for (int64_t j = 0; j < n; j += kWide) {
     const Floats normalised = inverse * load(p + j, Whole{});
     store(p + j, Whole{}, normalised);
@@ -292,7 +285,6 @@ class Scratch {
     d_s = matrix(block, scores);
     d_keys = matrix(n, columns);
     d_values = matrix(n, columns);
-    delta = matrix(1, padded(block)).data;
   }
 
   int64_t floats() const { return used_; }
@@ -301,7 +293,6 @@ class Scratch {
   Matrix keys, keys_t, values, queries, result, p;
   float *inverse;  // 1 / sum of each row of p
   Matrix values_t, d_out, d_s, d_keys, d_values;
-  float *delta;
 
  private:
   Matrix matrix(int64_t rows, int64_t row) {
@@ -344,10 +335,9 @@ class Head {
         at_.inverse[i] = float(1 / total);
       }
       pack(rows(call_.d_out, first, count), columns, at_.d_out);
-      dots(rows(call_.out, first, count), at_.d_out, columns, at_.delta);
       product(count, n, columns, by_rows(at_.d_out), at_.values_t, at_.d_s, false);
       for (int64_t i = 0; i < count; ++i)
-        score_gradients(at_.p.at(i), n, at_.inverse[i], at_.delta[i], at_.d_s.at(i));
+        score_gradients(at_.p.at(i), n, at_.inverse[i], at_.d_s.at(i));
       product(count, columns, n, by_rows(at_.d_s), at_.keys, at_.result, false);
       for (int64_t i = 0; i < count; ++i)
         unpack_row(at_.result.at(i), columns, scale, row(call_.d_q, first + i));

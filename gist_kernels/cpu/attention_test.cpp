@@ -143,9 +143,11 @@ void run(const Case &c, int threads) {
         }
         for (double s : p) sum += std::exp(s - top);
         lse.push_back(top + std::log(sum));
-        for (double &s : p) s = std::exp(s - lse.back());
-        // Of the result as it was rounded, which is what backward is given.
-        for (int64_t e = first; e < end; ++e) delta += d_out.get(b, i, e) * found.out.get(b, i, e);
+        for (int64_t j = 0; j < c.keys; ++j) {
+          double &s = p[std::size_t(j)];
+          s = std::exp(s - lse.back());
+          delta += s * d_p[std::size_t(j)];
+        }
         for (int64_t j = 0; j < c.keys; ++j) {
           const double weight = p[std::size_t(j)];
           const double d_s = c.scale * weight * (d_p[std::size_t(j)] - delta);

@@ -109,8 +109,8 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    d_out, q, k, v, out, lse, d_q, d_k, d_v, queries, keys, heads,
-    d_out_batch, d_out_row, q_batch, q_row, k_batch, k_row, v_batch, v_row, out_batch, out_row,
+    d_out, q, k, v, lse, d_q, d_k, d_v, queries, keys, heads,
+    d_out_batch, d_out_row, q_batch, q_row, k_batch, k_row, v_batch, v_row,
     d_q_batch, d_q_row, d_k_batch, d_k_row, d_v_batch, d_v_row, scale,
     ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -131,14 +131,13 @@ def _backward_kernel(
         d_rows = _load(
             d_out, batch, head, d_out_batch, d_out_row, query, queries, column, ALIGN, HEAD_DIM
         )
-        rows = _load(out, batch, head, out_batch, out_row, query, queries, column, ALIGN, HEAD_DIM)
         total = tl.load(lse + index * queries + query, query < queries, 0.0)
         scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
         p = tl.exp2((scores - total[None, :]) * _LOG2_E)
         of_v += _product(p.to(d_rows.dtype), d_rows)
         d_p = _product(all_v, tl.trans(d_rows))
-        # The mean of d_p with weights p is (p v) . d_out.
-        mean = tl.sum(rows.to(tl.float32) * d_rows.to(tl.float32), 1)
+        # Where all values are alike it nearly cancels d_p: of the rounded output it would be off.
+        mean = tl.sum(p * d_p, 0)
         d_scores = (p * (d_p - mean[None, :])).to(q_rows.dtype)
         of_k += _product(d_scores, q_rows)
         of_q = scale * _product(tl.trans(d_scores), all_k)
@@ -184,7 +183,6 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     num_heads: int,
     scale: float,
@@ -194,7 +192,7 @@ def backward(
 ) -> None:
     """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
-    ``out`` and ``lse`` are what :func:`forward` returned, ``d_out`` is the gradient of ``out``.
+    ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its result.
     Batch and row strides may be any. The gradients must overlap neither each other nor an input.
     """
     if not lse.numel():
@@ -202,10 +200,10 @@ def backward(
     batch, queries, width = q.shape
     tile = _tile(q, k, num_heads)
     assert tile is not None, "of sizes that serves() refuses"
-    align, strides = _strides(width // num_heads, d_out, q, k, v, out, d_q, d_k, d_v)
+    align, strides = _strides(width // num_heads, d_out, q, k, v, d_q, d_k, d_v)
     with launch.on(q.device):
         _backward_kernel[(batch * num_heads,)](
-            d_out, q, k, v, out, lse.contiguous(), d_q, d_k, d_v, queries, k.shape[1], num_heads,
+            d_out, q, k, v, lse.contiguous(), d_q, d_k, d_v, queries, k.shape[1], num_heads,
             *strides, scale, ALIGN=align, HEAD_DIM=width // num_heads,
             **tile.meta(launch.warp_size(q.device)),
         )  # fmt: skip

@@ -16,6 +16,7 @@ import gist_kernels
 from gist import blocks
 from gist_kernels.cpu.sublayers import KERNELS
 from gist_kernels.fused import sublayer_operations
+from gist_kernels.gpu import DEVICE_TYPES, INTERPRETED
 
 
 @pytest.fixture
@@ -83,22 +84,44 @@ CONFIGS = PLAIN_CONFIGS | {
     ],
 )
 def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_forward):
+    compare_with_own_forward(name, config, dtype, own_forward)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, "autocast"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("vit", "gist"),
+        ("registers", "prompts"),
+        ("dinov2", "biases, norms, adapter, keys"),
+        ("deit3_registers", "ssf"),
+        ("average_pooled", "lora"),
+    ],
+)
+def test_triton_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_forward):
+    compare_with_own_forward(name, config, dtype, own_forward, "triton", DEVICE_TYPES[0])
+
+
+def compare_with_own_forward(name, config, dtype, own_forward, backend="auto", device="cpu"):
     options = {"drop_path_rate": 0.5} if name == "drop_path" else {}
     kind = "vit" if name == "drop_path" else name
-    model = wrapped(kind, CONFIGS[config], **options).train()
+    model = wrapped(kind, CONFIGS[config], **options).to(device).train()
     exact = copy.deepcopy(model).double()
-    draws = images(7 * 4).split(4)
+    # The interpreter takes seconds an image.
+    draws = images(3).split(1) if INTERPRETED else images(7 * 4).to(device).split(4)
     autocast = dtype == "autocast"
     dtype = torch.float32 if autocast else dtype
     model.backbone.to(dtype)
 
     def results(model, pixels, autocast=autocast):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             out = logits_of(model, pixels)
         return out.detach(), gradients_of(model, out)
 
-    fused = [results(model, pixels.to(dtype)) for pixels in draws]
-    assert name == "qk_norm" or "fused" in gist.explain(model)
+    with gist_kernels.use_backend(backend):
+        fused = [results(model, pixels.to(dtype)) for pixels in draws]
+        assert name == "qk_norm" or "fused" in gist.explain(model)
     own_forward()
     plain = [results(model, pixels.to(dtype)) for pixels in draws]
     if name == "drop_path":  # its draws differ between dtypes

@@ -152,6 +152,11 @@ def test_memory_kept_between_calls_holds_no_result():
         assert_same(ours(small), fresh)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_alike_values(dtype):
+    attention_cases.check_alike_values(attention, dtype)
+
+
 def test_gradients_of_one_packed_tensor():
     shape = Shape(2, 3, 21, 21, 16)
     case = draw(shape)
@@ -160,7 +165,7 @@ def test_gradients_of_one_packed_tensor():
     packed = Buffer(2, 21, 3 * shape.width, torch.float32)
     d_q, d_k, d_v = packed.view.split(shape.width, 2)
     _, scale, q, k, v, d_out = case
-    attention.backward(d_out, q, k, v, out, lse, 3, scale, d_q, d_k, d_v)
+    attention.backward(d_out, q, k, v, lse, 3, scale, d_q, d_k, d_v)
     assert_same(Result(out, lse, d_q, d_k, d_v), separate)
     assert packed.untouched_outside(packed.view)
 
@@ -179,7 +184,7 @@ def test_expanded_and_strided_inputs():
     spaced_lse = torch.stack((torch.zeros(3, 2, 10), ours(dense).lse), -1)[..., 1]
     gradients = [torch.empty(3, rows, 16) for rows in (10, 12, 12)]
     out = attention.forward(*dense[2:5], 2, case.scale)[0]
-    attention.backward(dense.d_out, *dense[2:5], out, spaced_lse, 2, case.scale, *gradients)
+    attention.backward(dense.d_out, *dense[2:5], spaced_lse, 2, case.scale, *gradients)
     assert_same(Result(out, ours(dense).lse, *gradients), ours(dense))
 
 
@@ -212,14 +217,14 @@ def test_what_it_does_not_take():
             attention.forward(q, k, v, heads, 1.0)
 
 
-@pytest.mark.parametrize("place", [0, 4, 5, 8, 9, 10])
+@pytest.mark.parametrize("place", [0, 4, 7, 8, 9])
 def test_backward_checks_every_tensor(place):
     x = torch.randn(2, 5, 24)
-    out, lse = attention.forward(x, x, x, 3, 1.0)
-    good = [x, x, x, x, out, lse, 3, 1.0, *(torch.zeros_like(x) for _ in range(3))]
+    _, lse = attention.forward(x, x, x, 3, 1.0)
+    good = [x, x, x, x, lse, 3, 1.0, *(torch.zeros_like(x) for _ in range(3))]
     attention.backward(*good)
     for bad in (good[place][:1], good[place].mT.contiguous().mT, good[place].double()):
-        if place == 5 and bad.shape == lse.shape and bad.dtype is lse.dtype:
+        if place == 4 and bad.shape == lse.shape and bad.dtype is lse.dtype:
             continue  # any strides
         with pytest.raises((ValueError, TypeError)):
             attention.backward(*good[:place], bad, *good[place + 1 :])

@@ -45,6 +45,11 @@ def test_difficult_scores(kind, keys, dtype):
     check(Shape(1, 2, keys, keys, 64), kind, dtype)
 
 
+@pytest.mark.parametrize("dtype", attention.DTYPES)
+def test_alike_values(dtype):
+    attention_cases.check_alike_values(attention, dtype, DEVICE)
+
+
 @pytest.mark.parametrize("multiprocessors", [2, 4, 6])
 def test_programs_that_take_several_blocks_of_queries(multiprocessors, monkeypatch):
     """All four of a head, or three and one, or two and two."""
