@@ -108,6 +108,9 @@ def backends() -> dict[str, BackendInfo]:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every call inside the ``with`` block by one backend, in this thread or task.
 
+    What ``torch.compile`` has traced is traced anew where the choice differs; before PyTorch 2.15,
+    it keeps the backend that it was traced with.
+
     Args:
         name: a key of :func:`backends`, or ``"auto"``, the default outside any block. It takes
             precedence over the environment variable ``GIST_KERNELS_BACKEND``, which is read when
@@ -130,9 +133,17 @@ def _checked(name: str, argument: str) -> str:
     return name
 
 
+def _requested() -> str:
+    return _override.get() or _DEFAULT
+
+
+if torch.__version__ < "2.15":  # there Dynamo can't trace a ContextVar, in 2.15 it guards on it
+    _requested = torch.compiler.assume_constant_result(_requested)
+
+
 def select(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The implementation of ``operation`` for tensors with this one's device and dtype."""
-    requested = _override.get() or _DEFAULT
+    requested = _requested()
     if torch.compiler.is_compiling():  # needs no cache, and the tracer would warn of it
         return _choose(requested, operation, tensor.device.type, tensor.dtype)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -147,7 +158,7 @@ def select(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
 
 def serving(operation: str, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend that would serve such a call outside torch.func transforms."""
-    found = _choose(_override.get() or _DEFAULT, operation, device_type, dtype)
+    found = _choose(_requested(), operation, device_type, dtype)
     return next(b.name for b in _BACKENDS if b.operations.get(operation) is found)
 
 

@@ -73,6 +73,16 @@ def test_context_is_one_threads_own():
     assert seen == ["served by fast"]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="kept as traced, as its docstring says")
+@pytest.mark.usefixtures("fake")
+def test_compiled_code_follows_the_context():
+    compiled = torch.compile(lambda a: gk.bidirectional_kl(a, a), fullgraph=True, backend="eager")
+    assert compiled(A) == "served by fast"
+    with gk.use_backend("reference"):
+        assert compiled(A).item() == 0
+    assert compiled(A) == "served by fast"
+
+
 @pytest.mark.parametrize(
     ("value", "printed"),
     [
