@@ -75,6 +75,9 @@ def register(commands: Any) -> None:
 
     parser = _add(vtab, "report", _report, "tables and a plot of what runs gave")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run's --out folders")
+    parser.add_argument("--tuned-apart", action="store_true",
+                        help="GIST and plain may differ in learning rate")  # fmt: skip
+    parser.add_argument("--baseline", metavar="COLUMN", help="gains of all others over this one")
     parser.add_argument("--out", type=Path, help="folder for report.md, report.csv, report.png")
 
     parser = _add(vtab, "export", _export, "write images in VTAB-1K's layout, as PNG")
@@ -189,7 +192,7 @@ def _load_named(task: Task) -> Stages:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    result = report(arguments.runs)
+    result = report(arguments.runs, tuned_apart=arguments.tuned_apart, baseline=arguments.baseline)
     _console().print(result.markdown(), markup=False, highlight=False, soft_wrap=True)
     if arguments.out is not None:
         result.write(arguments.out)

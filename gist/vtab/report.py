@@ -18,6 +18,7 @@ from gist.methods import method_type
 from gist.run import write_json
 from gist.vtab.run import RECORD_FILE, Record, read_record
 from gist.vtab.tasks import SUITES
+from gist_kernels.suggest import unknown_name
 
 CONFIDENCE = 0.95
 GIST = " + GIST"  # ends a variant's title
@@ -78,7 +79,7 @@ class Row:
         title: the task's name, or which mean.
         cells: seeds' mean and standard deviation by variant; None where something is missing. A
             mean's deviation is that of the seeds' means, nan where seeds differ between tasks.
-        gains: of each method, GIST minus plain, paired by task and seed.
+        gains: of each pair, such as GIST minus plain, paired by task and seed.
     """
 
     title: str
@@ -92,15 +93,20 @@ class Report:
 
     Args:
         records: as :func:`gist.vtab.run.run_suite` returns them.
+        tuned_apart: a method with GIST and without may differ in a task's learning rate, as when
+            each was tuned by itself. The report lists the rates.
 
     Raises:
         ValueError: records that may not stand in one table; it names the difference.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
+    def __init__(
+        self, records: Sequence[Record], *, tuned_apart: bool = False, baseline: str | None = None
+    ) -> None:
         if not records:
             raise ValueError("there is no record to report on")
         self.records = list(records)
+        self.tuned_apart = tuned_apart
         self.cells: dict[str, dict[str, dict[int, Record]]] = {}
         for record in records:
             config = record["config"]
@@ -111,17 +117,24 @@ class Report:
                 )
             seeds[config["seed"]] = record
         self.cells = dict(sorted(self.cells.items(), key=lambda c: (c[0].removesuffix(GIST), c[0])))
-        _check_comparable(self.cells)
         groups = {r["config"]["task"]: r["config"]["group"] for r in records}
         suite = SUITES.get(records[0]["config"]["suite"])
         order = [task.name for task in suite.tasks] if suite else sorted(groups)
         self.groups = {task: groups[task] for task in order if task in groups}
         self.missing = [task for task in order if task not in groups]
-        # Method to the pair of variants, plain and with GIST.
-        self.pairs = {v: (v, v + GIST) for v in self.cells if v + GIST in self.cells}
+        # A gain's title to its two columns: the second's accuracy less the first's.
+        if baseline is None:
+            self.pairs = {
+                f"{v}: GIST - plain": (v, v + GIST) for v in self.cells if v + GIST in self.cells
+            }
+        elif baseline in self.cells:
+            self.pairs = {f"{v} - {baseline}": (baseline, v) for v in self.cells if v != baseline}
+        else:
+            raise ValueError(unknown_name("baseline", baseline, tuple(self.cells)))
+        _check_comparable(self.cells, self.pairs.values(), {"lr"} if tuned_apart else set())
 
     def rows(self) -> list[Row]:
-        """Tasks in the suite's order, then, of several, both means."""
+        """Tasks in the suite's order, then the mean of several, and of several groups' means."""
         by_group: dict[str, list[str]] = {}
         for task, group in self.groups.items():
             by_group.setdefault(group, []).append(task)
@@ -130,13 +143,11 @@ class Report:
             task: 1 / len(by_group) / len(by_group[group]) for task, group in self.groups.items()
         }
         tasks = [self._row(task, group, {task: 1.0}) for task, group in self.groups.items()]
-        if len(tasks) == 1:
-            return tasks
-        return [
-            *tasks,
-            self._row(f"mean of {len(self.groups)} tasks", "", over_tasks),
-            self._row(f"mean of {len(by_group)} groups' means", "", over_groups),
-        ]
+        if len(tasks) > 1:
+            tasks.append(self._row(f"mean of {len(self.groups)} tasks", "", over_tasks))
+        if len(by_group) > 1:
+            tasks.append(self._row(f"mean of {len(by_group)} groups' means", "", over_groups))
+        return tasks
 
     def _row(self, title: str, group: str, weights: Mapping[str, float]) -> Row:
         """The weighted mean of tasks, for each variant and pair."""
@@ -154,8 +165,8 @@ class Report:
                 sum(w * _accuracy(tasks[t][seed]) for t, w in weights.items()) for seed in same
             )
 
-        def gain(plain: str, gist: str) -> Interval | None:
-            pair = self.cells[plain], self.cells[gist]
+        def gain(first: str, second: str) -> Interval | None:
+            pair = self.cells[first], self.cells[second]
             if any(task not in tasks for task in weights for tasks in pair):
                 return None
             seeds = set.intersection(*(set(tasks[task]) for task in weights for tasks in pair))
@@ -175,7 +186,7 @@ class Report:
             title,
             group,
             {name: cell(name) for name in self.cells},
-            {method: gain(*pair) for method, pair in self.pairs.items()},
+            {title: gain(*pair) for title, pair in self.pairs.items()},
         )
 
     def markdown(self) -> str:
@@ -183,10 +194,10 @@ class Report:
         variant is a row."""
         names = list(self.cells)
         blank = [""] * len(self.pairs)
-        lines = [["task", "group", *names, *(f"{m}: GIST - plain" for m in self.pairs)]]
+        lines = [["task", "group", *names, *self.pairs]]
         for row in self.rows():
             cells = [_cell(row.cells[name]) for name in names]
-            gains = [_gain(row.gains[method]) for method in self.pairs]
+            gains = [_gain(gain) for gain in row.gains.values()]
             lines.append([row.title, row.group, *cells, *gains])
         for part in ("method", "token", "head"):
             counts = [mean(r["parameters"][part] for r in self._of(name)) for name in names]
@@ -227,13 +238,24 @@ class Report:
                 (config["recipe"], config["stop"]),
                 "released: the EPOCH WAS CHOSEN ON THE TEST IMAGES, which flatters it",
             )
-            rates = max(len(r["config"]["task_settings"]["lr"]) for r in self._of(name))
+            tried = max(len(r["config"]["task_settings"]["lr"]) for r in self._of(name))
             yield (
                 f"{name}: {config['model']}, weights {weights}, "
                 f"{config['train']['epochs']} epochs, seeds {', '.join(map(str, seeds))}. "
                 f"Recipe {recipe}"
-                + (f"; {rates} learning rates tried on val." if rates > 1 else ".")
+                + (f"; {tried} learning rates tried on val." if tried > 1 else ".")
             )
+            if self.tuned_apart:
+                rates = {
+                    task: " or ".join(
+                        f"{lr:g}" for lr in sorted({_rate(r) for r in seeds.values()})
+                    )
+                    for task, seeds in self.cells[name].items()
+                }
+                listed = ", ".join(
+                    f"{rates[task]} ({task})" for task in self.groups if task in rates
+                )
+                yield f"{name}: learning rates {listed}."
             for task in self.groups:
                 if task not in self.cells[name]:
                     yield f"{name} has no result of {task}: no mean."
@@ -246,8 +268,8 @@ class Report:
         head = ["task", "group"]
         for name in self.cells:
             head += [name, f"{name}: sd"]
-        for method in self.pairs:
-            head += [f"{method}: gain {part}" for part in ("mean", "low", "high", "seeds")]
+        for title in self.pairs:
+            head += [f"{title}: {part}" for part in ("mean", "low", "high", "seeds")]
         table = csv.writer(text, lineterminator="\n")
         table.writerow(head)
         for row in self.rows():
@@ -287,32 +309,34 @@ class Report:
         for name in self.cells:
             cells = [row.cells[name] or (math.nan,) for row in rows]
             accuracy.plot([100 * cell[0] for cell in cells], list(places), "o", label=name)
-        for number, method in enumerate(self.pairs):
+        for number, title in enumerate(self.pairs):
             shift = 0.2 * ((len(self.pairs) - 1) / 2 - number)
             for row, y in zip(rows, places, strict=True):
-                gain = row.gains[method]
+                gain = row.gains[title]
                 if gain is not None:
                     half = 100 * (gain.high - gain.mean)
                     gains.errorbar(
                         100 * gain.mean, y + shift, xerr=None if math.isnan(half) else half,
                         fmt="o", color=f"C{number}", capsize=3,
-                        label=method if y == len(rows) else None,
+                        label=title if y == len(rows) else None,
                     )  # fmt: skip
         accuracy.set_yticks(list(places), [row.title for row in rows])
         accuracy.set(xlabel="test accuracy (%)")
-        gains.set(xlabel="GIST - plain, paired (points, 95 % interval over seeds)")
+        gains.set(xlabel="gain, paired (points, 95 % interval over seeds)")
         gains.axvline(0, color="black", linewidth=0.8)
         for axes in (accuracy, gains):
             axes.grid(alpha=0.3)
         figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=4)
-        if len(self.pairs) > 1:
-            figure.legend(*gains.get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        if self.pairs:
+            figure.legend(*gains.get_legend_handles_labels(), loc="outside upper right", ncols=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
 
 
-def report(runs: Iterable[Path]) -> Report:
-    """A report on every record below the folders ``runs``.
+def report(
+    runs: Iterable[Path], *, tuned_apart: bool = False, baseline: str | None = None
+) -> Report:
+    """A :class:`Report` on every record below the folders ``runs``.
 
     Raises:
         FileNotFoundError: a folder without records.
@@ -320,12 +344,13 @@ def report(runs: Iterable[Path]) -> Report:
     """
     files: dict[Path, None] = {}
     for folder in runs:
-        found = sorted(folder.rglob(RECORD_FILE))
-        if not found:
+        here = sorted(folder.rglob(RECORD_FILE))
+        if not here:
             raise FileNotFoundError(f"{folder} has no finished result of gist vtab run")
-        files |= dict.fromkeys(file.resolve() for file in found)
+        files |= dict.fromkeys(file.resolve() for file in here)
     records = [read_record(file.parent) for file in files]
-    return Report([record for record in records if record is not None])
+    found = [record for record in records if record is not None]
+    return Report(found, tuned_apart=tuned_apart, baseline=baseline)
 
 
 def variant(config: Mapping[str, Any]) -> str:
@@ -356,10 +381,15 @@ def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> str:
 
 # What may differ within a column, and between a method with GIST and without.
 OF_A_CELL = {"task", "group", "seed", "task_settings"}
-OF_A_VARIANT = {*OF_A_CELL, "gist"}
+OF_A_VARIANT = {*OF_A_CELL, "gist", "loss"}
 
 
-def _check_comparable(cells: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> None:
+def _check_comparable(
+    cells: Mapping[str, Mapping[str, Mapping[int, Record]]],
+    pairs: Iterable[tuple[str, str]],
+    of_a_side: set[str],
+) -> None:
+    """Each column with itself, the sides of each pair, and all columns' images."""
     first: dict[str, Mapping[str, Any]] = {}
     by_task: dict[tuple[str, str], Mapping[str, Any]] = {}
     images: dict[str, tuple[str, str]] = {}
@@ -367,17 +397,18 @@ def _check_comparable(cells: Mapping[str, Mapping[str, Mapping[int, Record]]]) -
         for task, seeds in tasks.items():
             for seed, record in seeds.items():
                 config, here = record["config"], f"{name}, {task}, seed {seed}"
-                plain = name.removesuffix(GIST)
                 settings = config["task_settings"]
                 _same(f"column {name!r}", first.setdefault(name, config), config, here, OF_A_CELL)
-                _same(
-                    f"pair {plain!r}", first.setdefault(plain, config), config, here, OF_A_VARIANT
-                )
-                known = by_task.setdefault((plain, task), settings)
-                _same(f"task {task!r} of {plain!r}", known, settings, here, set())
+                known = by_task.setdefault((name, task), settings)
+                _same(f"task {task!r} of {name!r}", known, settings, here, set())
                 mark, where = images.setdefault(task, (settings["data_fingerprint"], here))
                 if mark != settings["data_fingerprint"]:
                     raise ValueError(f"{here} had other images than {where}: no common table")
+    for one, other in pairs:
+        _same(f"a pair with {one!r}", first[one], first[other], other, OF_A_VARIANT)
+        for task in cells[one].keys() & cells[other].keys():
+            known, settings = by_task[one, task], by_task[other, task]
+            _same(f"task {task!r} of {one!r}", known, settings, f"{other}, {task}", of_a_side)
 
 
 def _same(
@@ -389,6 +420,10 @@ def _same(
                 f"{what} can't hold results that differ in {key}: {known.get(key)!r}, and "
                 f"{given.get(key)!r} in {where}"
             )
+
+
+def _rate(record: Record) -> float:
+    return record["selection"]["lr"]
 
 
 def _accuracy(record: Record) -> float:

@@ -32,6 +32,7 @@ def record(task="cifar", group="natural", seed=0, accuracy=0.5, gist=False, **co
             **config,
         },
         "test": {"accuracy": accuracy, "loss": 1.0, "images": 10},
+        "selection": {"on": None, "lr": 1e-3, "epoch": 100, "candidates": []},
         "parameters": {"method": 100, "token": 8 * gist, "head": len(task), "frozen": 1000},
         "seconds": 30.0,
     }  # fmt: skip
@@ -88,7 +89,7 @@ def test_the_table_by_hand():
     assert dtd.cells["adapter"] == pytest.approx((0.62, 0.0346410))
     # cifar's gains: 0.03, 0.01, 0.03; mean 7/300, standard deviation 0.0115470.
     half = 4.302653 * 0.0115470 / math.sqrt(3)
-    gain = cifar.gains["adapter"]
+    gain = cifar.gains["adapter: GIST - plain"]
     assert gain.mean == pytest.approx(7 / 300)
     assert (gain.low, gain.high) == pytest.approx((7 / 300 - half, 7 / 300 + half), rel=1e-5)
     # Seeds' means over the tasks: plain 0.63333, 0.60667, 0.65; GIST 0.64333, 0.61667, 0.67333.
@@ -96,14 +97,14 @@ def test_the_table_by_hand():
     assert over_tasks.cells["adapter"] == pytest.approx((0.63, 0.0218581), rel=1e-5)
     assert over_tasks.cells["adapter + GIST"][0] == pytest.approx(1.93333 / 3, rel=1e-5)
     # Gains of the seeds: 0.01, 0.01, 0.02333; mean 0.0144444, standard deviation 0.00769800.
-    gain, half = over_tasks.gains["adapter"], 4.302653 * 0.00769800 / math.sqrt(3)
+    gain, half = over_tasks.gains["adapter: GIST - plain"], 4.302653 * 0.00769800 / math.sqrt(3)
     assert gain.mean == pytest.approx(0.0144444, rel=1e-5)
     assert (gain.low, gain.high) == pytest.approx((gain.mean - half, gain.mean + half), rel=1e-4)
     # Groups: natural (0.52 + 0.62) / 2 = 0.57, structured 0.75.
     assert over_groups.title == "mean of 2 groups' means"
     assert over_groups.cells["adapter"][0] == pytest.approx(0.66)
     # Gains: natural 0.02, -0.005, 0.03; structured -0.01, 0.04, 0.01; halves of their sums.
-    gain = over_groups.gains["adapter"]
+    gain = over_groups.gains["adapter: GIST - plain"]
     assert gain.mean == pytest.approx((0.005 + 0.0175 + 0.02) / 3)
     assert gain.high - gain.mean == pytest.approx(4.302653 * 0.00803638 / math.sqrt(3), rel=1e-5)
 
@@ -142,18 +143,18 @@ def test_what_is_missing_gives_no_mean():
     for row in (dtd, over_tasks, over_groups):
         assert row.cells["adapter"] is not None
         assert row.cells["adapter + GIST"] is None
-        assert row.gains["adapter"] is None
+        assert row.gains["adapter: GIST - plain"] is None
     assert "adapter + GIST has no result of dtd: no mean." in made.markdown()
 
 
 def test_pairs_use_the_seeds_that_both_have():
     some = [r for r in records() if not (r["config"]["gist"]["gist"] and r["config"]["seed"] == 1)]
     cifar, *_ = Report(some).rows()
-    assert cifar.gains["adapter"].n == 2
-    assert cifar.gains["adapter"].mean == pytest.approx(0.03)
+    assert cifar.gains["adapter: GIST - plain"].n == 2
+    assert cifar.gains["adapter: GIST - plain"].mean == pytest.approx(0.03)
     uneven = [r for r in records() if (r["config"]["task"], r["config"]["seed"]) != ("cifar", 0)]
     *_, over_tasks, _ = Report(uneven).rows()
-    assert over_tasks.gains["adapter"].n == 2
+    assert over_tasks.gains["adapter: GIST - plain"].n == 2
     assert math.isnan(over_tasks.cells["adapter"][1])
     assert over_tasks.cells["adapter"][0] == pytest.approx((0.53 + 0.62 + 0.75) / 3)
 
@@ -179,13 +180,54 @@ def test_other_images_or_rates_may_not_stand_together(gist):
     for key, value in (("data_fingerprint", "other"), ("lr", [1e-3, 1e-2])):
         other = record(seed=1, gist=gist)
         other["config"]["task_settings"] = {**other["config"]["task_settings"], key: value}
-        with pytest.raises(ValueError, match=f"'cifar' of 'adapter' .* differ in {key}"):
+        with pytest.raises(ValueError, match=f"differ in {key}|had other images"):
             Report([record(), other])
     probe = record(gist=False)
     probe["config"]["gist"] = {"method": None, "gist": False, "token_dropout": 0.1}
     probe["config"]["task_settings"]["data_fingerprint"] = "other"
     with pytest.raises(ValueError, match="linear probe.* had other images than adapter"):
         Report([record(), probe])
+
+
+def test_sides_that_were_tuned_apart_are_paired_and_their_rates_listed():
+    apart = records()
+    for one in apart:
+        if one["config"]["gist"]["gist"] and one["config"]["task"] == "dtd":
+            one["config"]["task_settings"]["lr"] = [3e-3]
+            one["selection"]["lr"] = 3e-3
+    with pytest.raises(ValueError, match="differ in lr"):
+        Report(apart)
+    printed = Report(apart, tuned_apart=True).markdown()
+    assert "adapter: learning rates 0.001 (cifar), 0.001 (dtd), 0.001 (kitti)." in printed
+    assert "adapter + GIST: learning rates 0.001 (cifar), 0.003 (dtd), 0.001 (kitti)." in printed
+    assert printed.startswith(Report(records()).markdown().partition("- ")[0])
+    apart[-1]["config"]["task_settings"]["lr"] = [3e-3]  # of one seed alone
+    with pytest.raises(ValueError, match="'kitti' of 'adapter \\+ GIST'.* differ in lr"):
+        Report(apart, tuned_apart=True)
+    apart = records()
+    apart[0]["config"]["task_settings"]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="weight_decay"):
+        Report(apart, tuned_apart=True)
+
+
+def test_gains_over_a_baseline():
+    both = [
+        record(seed=seed, accuracy=accuracy, gist=True, loss=loss)
+        for loss, accuracies in (({}, (0.5, 0.6)), ({"temperature": 1.0}, (0.51, 0.63)))
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    title = "adapter + GIST (temperature=1.0)"
+    (row,) = Report(both, baseline="adapter + GIST").rows()
+    gain = row.gains[f"{title} - adapter + GIST"]
+    assert (gain.mean, gain.n) == (pytest.approx(0.02), 2)
+    t = 12.7062  # of one degree of freedom
+    assert gain.high - gain.mean == pytest.approx(0.01 * t, rel=1e-5)
+    assert "+2.00 [-10.71, +14.71] (2)" in Report(both, baseline="adapter + GIST").markdown()
+    with pytest.raises(ValueError, match="baseline: 'adapter' is not known; did you mean"):
+        Report(both, baseline="adapter")
+    both[-1]["config"]["task_settings"]["lr"] = both[-2]["config"]["task_settings"]["lr"] = [0.1]
+    with pytest.raises(ValueError, match="'cifar' of 'adapter \\+ GIST' .* differ in lr"):
+        Report(both, baseline="adapter + GIST")
 
 
 def test_settings_name_the_column_and_one_result_counts_once():
@@ -215,7 +257,7 @@ def test_files(tmp_path, capsys):
     rows = list(csv.DictReader(io.StringIO((out / "report.csv").read_text())))
     assert [row["task"] for row in rows[:3]] == ["cifar", "dtd", "kitti"]
     assert float(rows[0]["adapter + GIST"]) == pytest.approx(1.63 / 3)
-    assert float(rows[3]["adapter: gain mean"]) == pytest.approx(0.0144444, rel=1e-5)
+    assert float(rows[3]["adapter: GIST - plain: mean"]) == pytest.approx(0.0144444, rel=1e-5)
     with Image.open(out / "report.png") as picture:
         assert picture.size[0] > 500
     (tmp_path / "empty").mkdir()
