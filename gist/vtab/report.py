@@ -106,7 +106,7 @@ class Report:
         if not records:
             raise ValueError("there is no record to report on")
         self.records = list(records)
-        self.tuned_apart = tuned_apart
+        self.tuned_apart, self.baseline = tuned_apart, baseline
         self.cells: dict[str, dict[str, dict[int, Record]]] = {}
         for record in records:
             config = record["config"]
@@ -304,31 +304,34 @@ class Report:
             raise ImportError("plots need matplotlib: pip install 'gist-kernels[train]'") from error
         rows = self.rows()
         places = range(len(rows), 0, -1)
-        figure = Figure(figsize=(10, 1.6 + 0.32 * len(rows)), layout="constrained")
+        colors = {name: f"C{number}" for number, name in enumerate(self.cells)}
+        height = (
+            1.2 + max(0.32, 0.2 * len(self.pairs)) * len(rows) + 0.25 * math.ceil(len(colors) / 2)
+        )
+        figure = Figure(figsize=(10, height), layout="constrained")
         accuracy, gains = figure.subplots(1, 2, sharey=True)
         for name in self.cells:
             cells = [row.cells[name] or (math.nan,) for row in rows]
-            accuracy.plot([100 * cell[0] for cell in cells], list(places), "o", label=name)
-        for number, title in enumerate(self.pairs):
-            shift = 0.2 * ((len(self.pairs) - 1) / 2 - number)
+            centres = [100 * cell[0] for cell in cells]
+            accuracy.plot(centres, list(places), "o", color=colors[name], label=name)
+        for number, (title, (_, second)) in enumerate(self.pairs.items()):
+            shift = 0.6 * ((1 + 2 * number) / (2 * len(self.pairs)) - 0.5)
             for row, y in zip(rows, places, strict=True):
                 gain = row.gains[title]
                 if gain is not None:
                     half = 100 * (gain.high - gain.mean)
                     gains.errorbar(
-                        100 * gain.mean, y + shift, xerr=None if math.isnan(half) else half,
-                        fmt="o", color=f"C{number}", capsize=3,
-                        label=title if y == len(rows) else None,
+                        100 * gain.mean, y - shift, xerr=None if math.isnan(half) else half,
+                        fmt="o", color=colors[second], capsize=3,
                     )  # fmt: skip
         accuracy.set_yticks(list(places), [row.title for row in rows])
-        accuracy.set(xlabel="test accuracy (%)")
-        gains.set(xlabel="gain, paired (points, 95 % interval over seeds)")
+        accuracy.set(xlabel="test accuracy (%)", ylim=(0.5, len(rows) + 0.5))
+        over = "GIST - plain" if self.baseline is None else f"over {self.baseline}"
+        gains.set(xlabel=f"{over}\npaired, points, 95 % interval over seeds")
         gains.axvline(0, color="black", linewidth=0.8)
         for axes in (accuracy, gains):
             axes.grid(alpha=0.3)
-        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=4)
-        if self.pairs:
-            figure.legend(*gains.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
 
