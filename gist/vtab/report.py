@@ -95,6 +95,8 @@ class Report:
         records: as :func:`gist.vtab.run.run_suite` returns them.
         tuned_apart: a method with GIST and without may differ in a task's learning rate, as when
             each was tuned by itself. The report lists the rates.
+        baseline: a column's title. Gains are then those of every other column over this one; by
+            default, of each method with GIST over the same without.
 
     Raises:
         ValueError: records that may not stand in one table; it names the difference.
@@ -130,7 +132,7 @@ class Report:
         elif baseline in self.cells:
             self.pairs = {f"{v} - {baseline}": (baseline, v) for v in self.cells if v != baseline}
         else:
-            raise ValueError(unknown_name("baseline", baseline, tuple(self.cells)))
+            raise ValueError(unknown_name("baseline", baseline, self.cells))
         _check_comparable(self.cells, self.pairs.values(), {"lr"} if tuned_apart else set())
 
     def rows(self) -> list[Row]:
