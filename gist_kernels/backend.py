@@ -138,7 +138,8 @@ def _requested() -> str:
 
 
 if torch.__version__ < "2.15":  # there Dynamo can't trace a ContextVar, in 2.15 it guards on it
-    _requested = torch.compiler.assume_constant_result(_requested)
+    # What torch.compiler.assume_constant_result does, without its import of all of Dynamo.
+    _requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -18,9 +19,23 @@ try:
 except ImportError as error:
     _import_error = error
 
+INSTRUCTIONS_VARIABLE = "GIST_KERNELS_INSTRUCTIONS"
+"""Environment variable that selects the instruction set, read when gist_kernels is imported."""
+
+
+def _select_instructions(name: str) -> None:
+    try:
+        _native.use_instruction_set(name)
+    except ValueError as error:
+        raise ValueError(f"{INSTRUCTIONS_VARIABLE}: {error}") from None
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPERATIONS: dict[str, Callable[..., Any]] = {}
 if _native is not None:
+    if requested := os.environ.get(INSTRUCTIONS_VARIABLE):
+        _select_instructions(requested)
+
     from gist_kernels.cpu import loss
     from gist_kernels.cpu.sublayers import KERNELS
     from gist_kernels.fused import sublayer_operations

@@ -52,4 +52,11 @@ bool use_instruction_set(const char *name) {
   return false;
 }
 
+const char *instruction_sets(int index) {
+  for (const InstructionSet &candidate : kInstructionSets) {
+    if (candidate.supported() && index-- == 0) return candidate.name;
+  }
+  return nullptr;
+}
+
 }  // namespace gist

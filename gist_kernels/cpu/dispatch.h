@@ -33,8 +33,10 @@ namespace gist {
 int current_set();
 // Its name: "avx512", "avx2" or "portable".
 const char *instruction_set();
-// For tests. False if there is none of that name here.
+// Takes another one. False if there is none of that name here.
 bool use_instruction_set(const char *name);
+// Names of those that are here, widest first; nullptr past the last.
+const char *instruction_sets(int index);
 
 // Calls body(part) for 0 <= part < parts on `team` threads, the caller's among them, in any order.
 template <class Body>

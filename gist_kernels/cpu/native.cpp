@@ -3,6 +3,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include <string>
+
 #include "adapter.h"
 #include "attention.h"
 #include "loss.h"
@@ -26,9 +28,18 @@ int max_threads() {
 #endif
 }
 
+nb::list instruction_sets() {
+  nb::list names;
+  for (int i = 0; gist::instruction_sets(i) != nullptr; ++i) names.append(gist::instruction_sets(i));
+  return names;
+}
+
 void use_instruction_set(const char *name) {
-  if (!gist::use_instruction_set(name))
-    throw nb::value_error("this build or this processor has no such instruction set");
+  if (gist::use_instruction_set(name)) return;
+  std::string text = "'" + std::string(name) + "' is no instruction set of this build and processor";
+  for (int i = 0; gist::instruction_sets(i) != nullptr; ++i)
+    text += (i == 0 ? "; it has " : ", ") + std::string(gist::instruction_sets(i));
+  throw nb::value_error(text.c_str());
 }
 
 void *pointer(Address address) { return reinterpret_cast<void *>(address); }
@@ -175,8 +186,9 @@ NB_MODULE(_native, m) {
   m.doc() = "CPU side of gist_kernels, independent of torch.";
   m.def("instruction_set", &gist::instruction_set,
         "The vector instruction set kernels use here: 'avx512', 'avx2' or 'portable'.");
+  m.def("instruction_sets", &instruction_sets, "Those that can run here, widest first.");
   m.def("use_instruction_set", &use_instruction_set,
-        "Choose another one, for tests; ValueError where it can't run.");
+        "Choose one of them for the whole process; ValueError names them where there is none such.");
   m.def("max_threads", &max_threads,
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
   m.def("run_loss", &run_loss, "The loss kernels, as called by gist_kernels.cpu.loss.");

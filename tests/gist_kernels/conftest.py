@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each that the native kernels are compiled for and this processor has."""
+    """Each that the native kernels are compiled for and this processor has; or the chosen one."""
+    from gist_kernels.cpu import INSTRUCTIONS_VARIABLE
     from gist_kernels.cpu import _native as native
 
+    if os.environ.get(INSTRUCTIONS_VARIABLE, request.param) != request.param:
+        pytest.skip(f"{INSTRUCTIONS_VARIABLE} chooses another")
     before = native.instruction_set()
     try:
         native.use_instruction_set(request.param)

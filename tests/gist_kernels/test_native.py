@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ if os.environ.get("GIST_KERNELS_NATIVE") == "0":
     pytest.skip("installed without the native module", allow_module_level=True)
 
 # Where it was not left out on purpose, a missing module is a failure, not a skip.
+from gist_kernels.cpu import INSTRUCTIONS_VARIABLE
 from gist_kernels.cpu import _native as native
 
 
@@ -18,6 +22,29 @@ def test_instruction_set_is_one_this_processor_has():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     needed = {"avx512": "avx512bw", "avx2": "avx2", "portable": ""}
     assert needed[native.instruction_set()] in flags
+
+
+def test_the_widest_instruction_set_is_taken_unless_another_is_chosen():
+    assert native.instruction_sets()[-1] == "portable"
+    chosen = os.environ.get(INSTRUCTIONS_VARIABLE)
+    assert native.instruction_set() == (chosen or native.instruction_sets()[0])
+    with pytest.raises(ValueError, match="'mmx' is no .* it has .*portable"):
+        native.use_instruction_set("mmx")
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("portable", r"^C\+\+, portable instructions$"),
+        ("mmx", "ValueError: GIST_KERNELS_INSTRUCTIONS: 'mmx' is no .* it has .*portable"),
+    ],
+)
+def test_environment_variable_chooses_the_instruction_set(name, printed):
+    run = subprocess.run(
+        [sys.executable, "-c", "import gist_kernels as gk; print(gk.backends()['cpu'].detail)"],
+        env=os.environ | {INSTRUCTIONS_VARIABLE: name}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert re.search(printed, run.stdout + run.stderr, re.MULTILINE)
 
 
 def test_threads_follow_torch(set_threads):
