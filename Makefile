@@ -1,5 +1,6 @@
 # make demo       fine-tune real weights on real images, print and plot the result
 # make test       every test that needs no GPU
+# make test-avx2  the numerical tests as on a processor without AVX-512
 # make lint       ruff and mypy
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-quick   the small ones, to compare with a saved run
@@ -11,14 +12,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard gist_kernels/cpu/*.cpp gist_kernels/cpu/*.h)
 
-.PHONY: demo test lint bench bench-quick gpu sanitize clean
+# Tests run on all cores, each with one thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
+# Of our kernels, oneDNN, MKL and PyTorch's own.
+AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+  ATEN_CPU_CAPABILITY=avx2
+
+.PHONY: demo test test-avx2 lint bench bench-quick gpu sanitize clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton $(ARGS)
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS)
+
+test-avx2: $(VENV)/.installed-dev
+	$(AVX2) $(PYTEST) -m "not triton" $(or $(ARGS),tests/gist_kernels tests/gist/test_blocks.py \
+	  tests/gist/test_named_models.py --ignore=tests/gist_kernels/test_gpu_binaries.py)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

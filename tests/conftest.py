@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
+
+# Before torch is imported, and for the processes that tests start: pytest-xdist already has a
+# worker on each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 from gist_kernels.gpu import INTERPRETED
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--threads", type=int, default=1, help="CPU threads of each test that does not set its own"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -23,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads(pytestconfig: pytest.Config) -> None:
+    torch.set_num_threads(pytestconfig.getoption("threads"))
 
 
 @pytest.fixture(autouse=True)

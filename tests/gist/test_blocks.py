@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import socket
+import math
 
 import pytest
 import torch
 from models import BACKBONES, backbone, images, wrapped
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from training import in_processes
 
 import gist
 import gist_kernels
@@ -108,8 +109,9 @@ def compare_with_own_forward(name, config, dtype, own_forward, backend="auto", d
     kind = "vit" if name == "drop_path" else name
     model = wrapped(kind, CONFIGS[config], **options).to(device).train()
     exact = copy.deepcopy(model).double()
-    # The interpreter takes seconds an image.
-    draws = images(3).split(1) if INTERPRETED else images(7 * 4).to(device).split(4)
+    # The interpreter takes seconds an image. Random updates of low rank make much of any rounding.
+    count = 56 if "lora" in config else 14
+    draws = images(3).split(1) if INTERPRETED else images(count * 4).to(device).split(4)
     autocast = dtype == "autocast"
     dtype = torch.float32 if autocast else dtype
     model.backbone.to(dtype)
@@ -139,14 +141,19 @@ def compare_with_own_forward(name, config, dtype, own_forward, backend="auto", d
         return torch.tensor([[(g - t).norm() / t.norm() for g, t in draw] for draw in pairs])
 
     # Either path rounds in a dozen chained places: which one is closer to the truth in a single
-    # tensor or draw is luck, and only in all of them together a matter of the path.
+    # tensor or draw is luck, and only in all of them together a matter of the path. Geometric means
+    # over draws, as a ReLU that one rounding flips would be most of any other.
     ours, general = errors(fused), errors(plain)
     assert len(ours) == len(general) == len(draws)
     ratios = ours.norm(dim=1) / general.norm(dim=1)
-    assert ratios.median() <= 1.5, ratios
-    few = 8 * torch.finfo(torch.bfloat16 if autocast else dtype).eps
-    ours, general = ours.square().mean(0).sqrt(), general.square().mean(0).sqrt()
-    assert (ours <= 2 * general + few).all(), (ours, general)
+    assert geometric_mean(ratios) <= 1.5, ratios
+    ulp = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    ours, general = (geometric_mean(found.clamp_min(0.1 * ulp)) for found in (ours, general))
+    assert (ours <= 2 * general + 8 * ulp).all(), (ours, general)
+
+
+def geometric_mean(draws):
+    return draws.log().mean(0).exp()
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -247,23 +254,19 @@ def test_autocast_and_checkpointing_leave_blocks_fused():
     assert gist.explain(model) == "blocks 0 to 2: fused sublayers, served by 'cpu'"
 
 
-def data_parallel_step(rank, port, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+def data_parallel_step(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     model = torch.nn.parallel.DistributedDataParallel(wrapped().train())
     torch.stack(model(images(4)[rank::2])).square().mean().backward()
     if rank == 0:
         gradients = {n: p.grad for n, p in model.module.named_parameters() if p.requires_grad}
-        torch.save(gradients, f"{folder}/gradients.pt")
+        torch.save(gradients, folder / "gradients.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(data_parallel_step, (port, str(tmp_path)), nprocs=2)
+    assert in_processes(data_parallel_step, tmp_path, count=2) == [0, 0]
     found = torch.load(tmp_path / "gradients.pt")
     model = wrapped().train()
     torch.stack(model(images(4))).square().mean().backward()
@@ -298,6 +301,20 @@ def counting(kernels, counted):
     )
 
 
+def attention_flops(products):
+    """Of so many matrix products of queries with keys, from shapes (B, H, N, Dh)."""
+    return lambda q, k, *_, **__: products * 2 * math.prod(q) * k[2]
+
+
+# Not every release of PyTorch counts these.
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops(2),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda d_out, *args, **options: attention_flops(5)(*args, **options)
+    ),
+}
+
+
 def test_a_step_needs_7_percent_fewer_operations_than_without_adapter(monkeypatch, own_forward):
     options = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_classes": 10}
     pixels = torch.randn(1, 3, 224, 224)
@@ -314,7 +331,7 @@ def test_a_step_needs_7_percent_fewer_operations_than_without_adapter(monkeypatc
     # two products forward and four backward each.
     rest = 2 * 196 * 768 * 192 + 3 * 2 * 2 * 192 * 10 + 24 * 6 * 2 * 198 * 192 * 4
     own_forward()
-    with FlopCounterMode(display=False) as token_alone:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as token_alone:
         step(None)
     share = (sum(counted) + rest) / token_alone.get_total_flops()
     assert share <= 0.93, share
