@@ -380,8 +380,8 @@ def _parser() -> argparse.ArgumentParser:
         commands, "demo", _demo, "linear probe, adapter and GIST on real weights and images"
     )
     demo.add_argument("--data", default="mnist-1k")
-    demo.add_argument("--img-size", type=int, default=56)
-    demo.add_argument("--epochs", type=int, default=10)
+    demo.add_argument("--img-size", type=int, default=42)
+    demo.add_argument("--epochs", type=int, default=8)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
     _common(demo)

@@ -26,16 +26,26 @@ def case(**changes) -> measure.Case:
     return measure.Case(**(settings | changes))
 
 
-def test_ratios_and_shares_of_a_floor_are_what_the_clock_says():
-    calls = {name: lambda ms=ms: time.sleep(ms / 1e3) for name, ms in (("ours", 20), ("least", 5))}
+def test_ratios_and_shares_of_a_floor_are_what_the_clock_says(monkeypatch):
+    now = [0.0]
+
+    def taking(seconds):
+        def call():
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    calls = {"ours": taking(20e-3), "least": taking(5e-3)}
     found = measure.run(case(calls=calls, floors={"ours": ("least", 2.0)}), CPU, seconds=0.2)
     ours, least = found["results"]["ours"], found["results"]["least"]
     assert found["parity"] == "ok"
-    assert ours["q20"] <= ours["median"] <= ours["q80"]
-    assert ours["median"] == pytest.approx(20e-3, rel=0.3)
+    for quantile in ("q20", "median", "q80"):
+        assert ours[quantile] == pytest.approx(20e-3)
+        assert least[quantile] == pytest.approx(5e-3)
     assert ours["times_ours"] == 1
-    assert least["times_ours"] == pytest.approx(1 / 4, rel=0.4)
-    assert ours["of_floor"] == pytest.approx(2 / 4, rel=0.4)
+    assert least["times_ours"] == pytest.approx(1 / 4)
+    assert ours["of_floor"] == pytest.approx(2 / 4)
 
 
 def test_no_ratio_where_results_are_wrong(capsys):
