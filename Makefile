@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := pyproject.toml CMakeLists.txt $(wildcard gist_kernels/cpu/*.cpp gist_kernels/cpu/*.h)
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard $(addprefix gist_kernels/csrc/,*.cpp *.h kernels/*.cpp kernels/*.h))
 
 # Tests run on all cores, each with one thread.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from gist_kernels.gpu import activation, adapter, attention, heuristics, launch, loss
+from gist_kernels.kernels.triton import activation, adapter, attention, heuristics, launch, loss
 from gist_kernels.options import AdapterWeights, LossOptions, NormWeights
 
 TARGETS = {

@@ -13,7 +13,7 @@ import torch
 
 from bench import measure
 from gist.provenance import describe_machine
-from gist_kernels.cpu.linear import linear
+from gist_kernels.kernels.cpu.linear import linear
 
 
 def machine(device: torch.device) -> dict[str, Any]:

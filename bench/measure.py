@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gist_kernels.cpu import memory
+from gist_kernels.kernels.cpu import memory
 
 Call = Callable[[], object]
 

@@ -151,7 +151,7 @@ def linear_of(device: torch.device) -> Linear:
     """The fastest product with a frozen weight that this package knows of."""
     if device.type != "cpu":
         return F.linear
-    from gist_kernels.cpu.linear import linear
+    from gist_kernels.kernels.cpu.linear import linear
 
     return linear
 

@@ -2,8 +2,8 @@
 
     python -m bench.sweep [--out FILE] [--classes 100 1000 ...]
 
-For each number of classes and each pass it prints what `gist_kernels/gpu/heuristics.py` chooses and
-what was fastest. Nothing is tuned at run time: a better choice is made by changing that file.
+For each number of classes and each pass it prints what
+`gist_kernels/kernels/triton/heuristics.py` chooses and what was fastest. Nothing is tuned at run time: a better choice is made by changing that file.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 
 from bench import measure
 from bench.machine import machine
-from gist_kernels.gpu import heuristics
-from gist_kernels.gpu.heuristics import Tile
+from gist_kernels.kernels.triton import heuristics
+from gist_kernels.kernels.triton.heuristics import Tile
 from gist_kernels.options import LossOptions
 
 CLASSES = (2, 10, 100, 397, 1000, 4096, 8192, 21843, 32000, 131072)
@@ -45,7 +45,7 @@ def candidates(kind: str, classes: int) -> Iterator[Tile]:
 
 
 def sweep(kind: str, classes: int, device: torch.device, elements: int) -> dict[str, Any]:
-    from gist_kernels.gpu import loss
+    from gist_kernels.kernels.triton import loss
 
     rows = max(1, min(65536, elements // classes))
     cls, gist = torch.randn(2, rows, classes, device=device, dtype=torch.bfloat16).unbind()

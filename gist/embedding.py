@@ -20,7 +20,7 @@ def embed_patches(module: Any, images: torch.Tensor) -> torch.Tensor:
     """
     if not _is_plain(module) or not _fits(module, images):
         return module(images)
-    from gist_kernels.cpu.linear import linear
+    from gist_kernels.kernels.cpu.linear import linear
 
     proj, (high, wide) = module.proj, module.patch_size
     batch, channels, height, width = images.shape

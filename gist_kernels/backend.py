@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from gist_kernels import cpu, gpu, reference
+from gist_kernels import reference
+from gist_kernels.kernels import cpu, triton
 from gist_kernels.suggest import unknown_name
 
 ENVIRONMENT_VARIABLE = "GIST_KERNELS_BACKEND"
@@ -62,11 +63,11 @@ _BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         "triton",
-        operations=gpu.operations(),
-        unavailable=gpu.unavailable(),
-        device_types=gpu.DEVICE_TYPES,
-        dtypes=gpu.DTYPES,
-        detail=gpu.detail(),
+        operations=triton.operations(),
+        unavailable=triton.unavailable(),
+        device_types=triton.DEVICE_TYPES,
+        dtypes=triton.DTYPES,
+        detail=triton.detail(),
     ),
     Backend(
         "reference",

@@ -1,7 +1,7 @@
 """Loss kernels as differentiable operations.
 
-A kernel module (``gist_kernels.cpu.loss``, ``gist_kernels.gpu.loss``) offers forward and backward
-on plain tensors. In eager mode they are called through a bare ``torch.autograd.Function``: at
+A kernel module (``kernels.cpu.loss``, ``kernels.triton.loss``) offers forward and backward on plain
+tensors. In eager mode they are called through a bare ``torch.autograd.Function``: at
 VTAB's sizes a call takes microseconds, less than the dispatcher's Python layers would add. Under
 torch.compile and torch.export, and for tensors without memory of their own, the same kernels
 appear as ``torch.library`` operators with fake kernels.

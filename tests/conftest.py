@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from gist_kernels.gpu import INTERPRETED
+from gist_kernels.kernels.triton import INTERPRETED
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,9 +15,9 @@ from training import in_processes
 import gist
 import gist_kernels
 from gist import blocks
-from gist_kernels.cpu.sublayers import KERNELS
 from gist_kernels.fused import sublayer_operations
-from gist_kernels.gpu import DEVICE_TYPES, INTERPRETED
+from gist_kernels.kernels.cpu.sublayers import KERNELS
+from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED
 
 
 @pytest.fixture

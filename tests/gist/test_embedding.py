@@ -16,7 +16,7 @@ PLAIN = {"img_size": 24, "patch_size": 8, "embed_dim": 20}
 @pytest.fixture
 def products(monkeypatch):
     """How often the product ran."""
-    linear = pytest.importorskip("gist_kernels.cpu.linear")
+    linear = pytest.importorskip("gist_kernels.kernels.cpu.linear")
     counted = []
 
     def counting(*arguments, by=linear.linear):

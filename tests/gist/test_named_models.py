@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import gist
 from gist import blocks
 
-linear = pytest.importorskip("gist_kernels.cpu.linear")
+linear = pytest.importorskip("gist_kernels.kernels.cpu.linear")
 
 MODELS = {
     "ViT-Ti/16, all 12 blocks": ("vit_tiny_patch16_224", {}),

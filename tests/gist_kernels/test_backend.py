@@ -138,7 +138,7 @@ def test_unknown_name_offers_the_nearest():
 def test_missing_native_module_is_explained():
     script = """
 import sys
-sys.modules["gist_kernels.cpu._native"] = None
+sys.modules["gist_kernels.kernels.cpu._native"] = None
 import torch, gist_kernels
 print(gist_kernels.backends()["cpu"])
 print(gist_kernels.bidirectional_kl(torch.ones(1, 2), torch.ones(1, 2)).item())

@@ -11,9 +11,10 @@ import torch
 from gist_kernels.reference.adapter import ACTIVATIONS
 
 pytest.importorskip(
-    "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
+    "gist_kernels.kernels.cpu._native",
+    reason="the native module was not built",
 )
-activation = pytest.importorskip("gist_kernels.cpu.activation")
+activation = pytest.importorskip("gist_kernels.kernels.cpu.activation")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -15,9 +15,10 @@ from gist_kernels.options import AdapterWeights, NormWeights
 from gist_kernels.reference.adapter import ACTIVATIONS
 
 pytest.importorskip(
-    "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
+    "gist_kernels.kernels.cpu._native",
+    reason="the native module was not built",
 )
-kernels = pytest.importorskip("gist_kernels.cpu.adapter")
+kernels = pytest.importorskip("gist_kernels.kernels.cpu.adapter")
 
 WIDTHS = (1, 7, 64, 100, 384, 768, 1000)
 ROWS = (1, 2, 33, 198 * 2)

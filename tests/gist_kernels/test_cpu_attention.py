@@ -23,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip(
-    "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
+    "gist_kernels.kernels.cpu._native",
+    reason="the native module was not built",
 )
-attention = pytest.importorskip("gist_kernels.cpu.attention")
+attention = pytest.importorskip("gist_kernels.kernels.cpu.attention")
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
 

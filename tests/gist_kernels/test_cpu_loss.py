@@ -15,9 +15,10 @@ from gist_kernels.options import LossOptions
 from gist_kernels.reference import loss as reference
 
 pytest.importorskip(
-    "gist_kernels.cpu._native", reason="the native module was not built (GIST_KERNELS_NATIVE=0?)"
+    "gist_kernels.kernels.cpu._native",
+    reason="the native module was not built",
 )
-loss = pytest.importorskip("gist_kernels.cpu.loss")
+loss = pytest.importorskip("gist_kernels.kernels.cpu.loss")
 
 CLASSES = (1, 2, 5, 10, 45, 100, 397, 1000, 1023, 1024, 1025, 4096, 21843, 65537)
 TEMPERATURES = (0.5, 1.0, 2.0, 3.0, 4.0, 4.7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gist_kernels as gk
-from gist_kernels.cpu import memory
+from gist_kernels.kernels.cpu import memory
 
 
 @pytest.fixture(autouse=True)

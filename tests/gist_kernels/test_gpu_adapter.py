@@ -9,13 +9,13 @@ import pytest
 import torch
 from adapter_cases import Case, Result, assert_close, assert_same, computed, make
 
-from gist_kernels import gpu
+from gist_kernels.kernels import triton as gpu
 from gist_kernels.options import AdapterWeights, NormWeights
 from gist_kernels.reference.adapter import ACTIVATIONS
 
 pytest.importorskip("triton.language")
-kernels = importlib.import_module("gist_kernels.gpu.adapter")
-elementwise = importlib.import_module("gist_kernels.gpu.activation")
+kernels = importlib.import_module("gist_kernels.kernels.triton.adapter")
+elementwise = importlib.import_module("gist_kernels.kernels.triton.activation")
 
 DEVICE = gpu.DEVICE_TYPES[0]
 pytestmark = pytest.mark.triton

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gist_kernels as gk
-from gist_kernels.gpu import DEVICE_TYPES, INTERPRETED
+from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED
 
-attention = pytest.importorskip("gist_kernels.gpu.attention", exc_type=ImportError)
+attention = pytest.importorskip("gist_kernels.kernels.triton.attention", exc_type=ImportError)
 
 pytestmark = pytest.mark.triton
 DEVICE = DEVICE_TYPES[0]

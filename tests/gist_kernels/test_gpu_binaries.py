@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gist_kernels import gpu
+from gist_kernels.kernels import triton as gpu
 
 binaries = pytest.importorskip("bench.binaries", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 compiles nothing")

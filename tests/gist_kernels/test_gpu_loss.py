@@ -15,13 +15,13 @@ import oracles
 import pytest
 import torch
 
-from gist_kernels import gpu
-from gist_kernels.gpu import heuristics
+from gist_kernels.kernels import triton as gpu
+from gist_kernels.kernels.triton import heuristics
 from gist_kernels.options import LossOptions
 from gist_kernels.reference import loss as reference
 
 tl = pytest.importorskip("triton.language")
-loss = importlib.import_module("gist_kernels.gpu.loss")
+loss = importlib.import_module("gist_kernels.kernels.triton.loss")
 
 INTERPRETED = gpu.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 import gist_kernels as gk
-from gist_kernels.gpu import INTERPRETED
+from gist_kernels.kernels.triton import INTERPRETED
 
 SETTINGS = ([3.0, 1.0, 0.5, 0.75, 0.75, 0.1], -100)
 

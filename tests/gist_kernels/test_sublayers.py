@@ -19,7 +19,7 @@ from sublayer_cases import (
 )
 
 import gist_kernels as gk
-from gist_kernels.gpu import DEVICE_TYPES
+from gist_kernels.kernels.triton import DEVICE_TYPES
 
 
 def differentiated(function, x, adapter, upstream, **options):

@@ -8,7 +8,7 @@ from sublayer_cases import DROPPED, arguments, check, converted, exact_attention
 
 import gist_kernels as gk
 from gist_kernels import fused
-from gist_kernels.gpu import DEVICE_TYPES
+from gist_kernels.kernels.triton import DEVICE_TYPES
 
 KINDS = {
     "biases and norm": {},

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 
 from gist_kernels import check
-from gist_kernels.cpu import _native, memory
+from gist_kernels.kernels.cpu import _native, memory
 from gist_kernels.options import LossOptions
 
 Gradients: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gist_kernels.fused import SublayerKernels
-from gist_kernels.gpu import activation, adapter, attention
+from gist_kernels.kernels.triton import activation, adapter, attention
 from gist_kernels.sdpa import attention_by
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gist_kernels.gpu import heuristics, launch
+from gist_kernels.kernels.triton import heuristics, launch
 
 
 @triton.jit

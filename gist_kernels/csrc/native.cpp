@@ -191,12 +191,12 @@ NB_MODULE(_native, m) {
         "Choose one of them for the whole process; ValueError names them where there is none such.");
   m.def("max_threads", &max_threads,
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
-  m.def("run_loss", &run_loss, "The loss kernels, as called by gist_kernels.cpu.loss.");
+  m.def("run_loss", &run_loss, "The loss kernels, as called by gist_kernels.kernels.cpu.loss.");
   m.def("run_attention", &run_attention,
-        "The attention kernels, as called by gist_kernels.cpu.attention.");
+        "The attention kernels, as called by gist_kernels.kernels.cpu.attention.");
   m.def("run_adapter", &run_adapter,
-        "The adapter kernels, as called by gist_kernels.cpu.adapter.");
+        "The adapter kernels, as called by gist_kernels.kernels.cpu.adapter.");
   m.def("run_activation", &run_activation,
-        "The element-wise activation, as called by gist_kernels.cpu.activation.");
+        "The element-wise activation, as called by gist_kernels.kernels.cpu.activation.");
   m.attr("LOSS_STATS_PER_ROW") = gist::kRowStats;
 }

@@ -51,8 +51,8 @@ def operations() -> dict[str, Callable[..., Any]]:
     if unavailable() is not None:
         return {}
     from gist_kernels.fused import sublayer_operations
-    from gist_kernels.gpu import loss
-    from gist_kernels.gpu.sublayers import KERNELS
+    from gist_kernels.kernels.triton import loss
+    from gist_kernels.kernels.triton.sublayers import KERNELS
     from gist_kernels.ops import loss_operations
 
     return loss_operations("triton", loss) | sublayer_operations(KERNELS)

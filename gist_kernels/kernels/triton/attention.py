@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gist_kernels.gpu import INTERPRETED, heuristics, launch
+from gist_kernels.kernels.triton import INTERPRETED, heuristics, launch
 
 DTYPES = (torch.bfloat16, torch.float16)
 

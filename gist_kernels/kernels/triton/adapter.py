@@ -11,7 +11,7 @@ out every time. Two regimes, by rank and width alone (``heuristics``):
   products are ``tl.dot``. Weight gradients of such ranks fill no multiprocessor's registers: they
   take a launch of their own, from the dz that the first has left, which programs share by features.
 
-Sizes come in units of ALIGN elements, see :func:`gist_kernels.gpu.launch.alignment`.
+Sizes come in units of ALIGN elements, see :func:`gist_kernels.kernels.triton.launch.alignment`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gist_kernels.gpu import heuristics, launch
-from gist_kernels.gpu.activation import activate, slope
+from gist_kernels.kernels.triton import heuristics, launch
+from gist_kernels.kernels.triton.activation import activate, slope
 from gist_kernels.options import AdapterWeights, NormWeights
 
 _SIZES = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from gist_kernels.cpu import activation, adapter, attention, linear
 from gist_kernels.fused import SublayerKernels
+from gist_kernels.kernels.cpu import activation, adapter, attention, linear
 from gist_kernels.sdpa import attention_by
 
 _attention_forward, _attention_backward = attention_by(attention)

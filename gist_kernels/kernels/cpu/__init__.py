@@ -15,7 +15,7 @@ import torch  # first: _native then shares torch's OpenMP run-time and thread po
 _native: Any = None
 _import_error: ImportError | None = None
 try:
-    _native = import_module("gist_kernels.cpu._native")
+    _native = import_module("gist_kernels.kernels.cpu._native")
 except ImportError as error:
     _import_error = error
 
@@ -36,9 +36,9 @@ if _native is not None:
     if requested := os.environ.get(INSTRUCTIONS_VARIABLE):
         _select_instructions(requested)
 
-    from gist_kernels.cpu import loss
-    from gist_kernels.cpu.sublayers import KERNELS
     from gist_kernels.fused import sublayer_operations
+    from gist_kernels.kernels.cpu import loss
+    from gist_kernels.kernels.cpu.sublayers import KERNELS
     from gist_kernels.ops import loss_operations
 
     OPERATIONS |= loss_operations("cpu", loss)

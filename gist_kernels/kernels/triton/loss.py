@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gist_kernels.gpu import heuristics, launch
+from gist_kernels.kernels.triton import heuristics, launch
 from gist_kernels.options import LossOptions
 
 # What the forward pass keeps of a row, B float32 numbers each: either side's maximum, sum of

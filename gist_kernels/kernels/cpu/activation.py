@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from gist_kernels.cpu import _native, memory
+from gist_kernels.kernels.cpu import _native, memory
 
 # The native module's numbers (dtype.h, adapter.h).
 DTYPE_CODES = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from gist_kernels.cpu import _native, memory
-from gist_kernels.cpu.activation import ACTIVATION_CODES, DTYPE_CODES
+from gist_kernels.kernels.cpu import _native, memory
+from gist_kernels.kernels.cpu.activation import ACTIVATION_CODES, DTYPE_CODES
 from gist_kernels.options import AdapterWeights, NormWeights
 
 _NOTHING = 0

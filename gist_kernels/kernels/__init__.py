@@ -1,0 +1,1 @@
+"""The kernels behind the operations: a folder for each backend."""
