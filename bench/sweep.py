@@ -3,7 +3,8 @@
     python -m bench.sweep [--out FILE] [--classes 100 1000 ...]
 
 For each number of classes and each pass it prints what
-`gist_kernels/kernels/triton/heuristics.py` chooses and what was fastest. Nothing is tuned at run time: a better choice is made by changing that file.
+`gist_kernels/kernels/triton/heuristics.py` chooses and what was fastest. Nothing is tuned at run
+time: a better choice is made by changing that file.
 """
 
 from __future__ import annotations

@@ -60,9 +60,10 @@ def adapter(
     if residual is not None:
         check.shape("residual", residual, tuple(x.shape), "x's shape")
     device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
-        device_type
-    )
+    # Before PyTorch 2.15 Dynamo can't trace the first question, which is for devices without any.
+    autocast = (
+        torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    ) and torch.is_autocast_enabled(device_type)
     named = {
         "down_weight": down_weight,
         "down_bias": down_bias,

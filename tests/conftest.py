@@ -52,7 +52,7 @@ def _poisoned(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = plain(*args, **kwargs)
         if tensor.is_floating_point() and not torch.compiler.is_compiling():
-            tensor.fill_(torch.nan)
+            tensor.detach().fill_(torch.nan)  # a leaf may require a gradient
         return tensor
 
     return allocate

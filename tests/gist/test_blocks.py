@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from models import BACKBONES, backbone, images, wrapped
+from models import BACKBONES, backbone, geometric_mean, images, wrapped
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import in_processes
@@ -150,10 +150,6 @@ def compare_with_own_forward(name, config, dtype, own_forward, backend="auto", d
     ulp = torch.finfo(torch.bfloat16 if autocast else dtype).eps
     ours, general = (geometric_mean(found.clamp_min(0.1 * ulp)) for found in (ours, general))
     assert (ours <= 2 * general + 8 * ulp).all(), (ours, general)
-
-
-def geometric_mean(draws):
-    return draws.log().mean(0).exp()
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import geometric_mean
 
 import gist
 from gist import blocks
@@ -80,11 +81,14 @@ def test_logits_and_all_gradients(key, dtype, monkeypatch):
     # Of the rounded weights, of which the general path has the same ones.
     exact = copy.deepcopy(model).double()
     size = model.backbone.patch_embed.img_size
-    draws = [torch.randn(1, 3, *size).to(dtype) for _ in range(2)]
+    draws = [torch.randn(1, 3, *size).to(dtype) for _ in range(6)]
     fused = [results(model, images) for images in draws]
+    # The general path's matmuls: PyTorch's, of all tokens in the last block too, as the library may
+    # take another, less exact kernel for two rows.
     with monkeypatch.context() as patch:
         patch.setattr(linear, "_by_onednn", lambda x: False)
-        same_products = [results(model, images) for images in draws]
+        patch.setattr(type(model.anatomy), "reads_prefix_alone", False)
+        same_matmuls = [results(model, images) for images in draws]
     monkeypatch.setattr(blocks, "plan", lambda *_: "a test wants it so")
     plain = [results(model, images) for images in draws]
     truth = [results(exact, images.double()) for images in draws]
@@ -93,18 +97,20 @@ def test_logits_and_all_gradients(key, dtype, monkeypatch):
     assert len(truth[0]) == 4 * len(model.backbone.blocks) + 4
 
     def errors(found):
-        """Relative, of each tensor over all draws."""
-        parts = [
-            (torch.stack([f[name] - t[name] for f, t in zip(found, truth, strict=True)]).norm(),
-             torch.stack([t[name] for t in truth]).norm())
-            for name in truth[0]
-        ]  # fmt: skip
-        return torch.stack([error / norm for error, norm in parts])
+        """Relative, of each tensor: (draws, tensors)."""
+        return torch.tensor(
+            [
+                [(of[name] - exact[name]).norm() / exact[name].norm() for name in exact]
+                for of, exact in zip(found, truth, strict=True)
+            ]
+        )
 
-    ours, ours_with_same_products, general = map(errors, (fused, same_products, plain))
+    ours, ours_with_same_matmuls, general = map(errors, (fused, same_matmuls, plain))
     assert general.max() < 0.2, "too far from float64 for a comparison to say anything"
-    assert ours_with_same_products.norm() <= 1.5 * general.norm()
+    ratio = geometric_mean(ours_with_same_matmuls.norm(dim=1) / general.norm(dim=1))
+    assert ratio <= 1.5
     lost = lost_by_products(4 * model.backbone.embed_dim) if dtype is torch.float32 else 1.0
-    assert ours.norm() <= 1.5 * lost * general.norm()
+    assert geometric_mean(ours.norm(dim=1) / general.norm(dim=1)) <= 1.5 * lost
+    ours, general = geometric_mean(ours), geometric_mean(general)
     few = 8 * torch.finfo(dtype).eps
     assert (ours <= 2 * general + few).all(), dict(zip(truth[0], ours - general, strict=True))
