@@ -25,8 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.kernels.triton import activation, adapter, attention, heuristics, launch, loss
-from gist_kernels.options import AdapterWeights, LossOptions, NormWeights
+from gist_kernels.weights import AdapterWeights, NormWeights
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

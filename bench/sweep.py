@@ -21,9 +21,9 @@ import torch
 
 from bench import measure
 from bench.machine import machine
+from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.kernels.triton import heuristics
 from gist_kernels.kernels.triton.heuristics import Tile
-from gist_kernels.options import LossOptions
 
 CLASSES = (2, 10, 100, 397, 1000, 4096, 8192, 21843, 32000, 131072)
 ELEMENTS = 1 << 26

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
+from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.kernels.triton import adapter, attention, loss
-from gist_kernels.options import AdapterWeights, LossOptions, NormWeights
+from gist_kernels.weights import AdapterWeights, NormWeights
 
 PUBLISHED = LossOptions(3.0, 1.0, 0.5, 0.75, 0.75, 0.0, -100, "mean")
 

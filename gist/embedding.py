@@ -53,7 +53,7 @@ def _fits(module: Any, images: torch.Tensor) -> bool:
         or module.proj.weight.dtype is not torch.float32
     ):
         return False
-    if gk.backend.serving("adapter_mlp", "cpu", images.dtype) != "cpu":
+    if gk.backend.serving("sublayers", "cpu", images.dtype) != "cpu":
         return False
     size = tuple(images.shape[2:])
     if module.img_size is not None and module.strict_img_size and size != tuple(module.img_size):

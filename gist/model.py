@@ -319,7 +319,7 @@ def explain(model: GistModel) -> str:
     whole = _general_path(anatomy)
     if whole is not None:
         return f"blocks 0 to {len(anatomy.blocks) - 1}: the backbone's own forward, for {whole}"
-    serving = gist_kernels.backend.serving("adapter_attention", like.device.type, like.dtype)
+    serving = gist_kernels.backend.serving("sublayers", like.device.type, like.dtype)
     attached = model._attached()
     lines: list[tuple[int, int, str]] = []
     for index, block in enumerate(anatomy.blocks):

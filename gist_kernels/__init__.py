@@ -5,23 +5,24 @@ oracle in the tests, and is served by the fastest backend that can take the call
 :func:`backends` for what is available here, and :func:`use_backend` to choose.
 """
 
-from gist_kernels.adapter import adapter
 from gist_kernels.backend import BackendInfo, backends, use_backend
-from gist_kernels.loss import (
+from gist_kernels.functional.adapter import adapter
+from gist_kernels.functional.attention import prefix_attention
+from gist_kernels.functional.loss import (
     GistLossTerms,
     bidirectional_kl,
     gist_loss,
     gist_loss_and_grad,
     split_heads,
 )
-from gist_kernels.options import (
+from gist_kernels.functional.sublayers import adapter_attention, adapter_mlp
+from gist_kernels.weights import (
     AdapterWeights,
     AttentionWeights,
     LinearUpdate,
     MlpWeights,
     NormWeights,
 )
-from gist_kernels.sublayers import adapter_attention, adapter_mlp, prefix_attention
 
 __version__ = "0.1.0"
 

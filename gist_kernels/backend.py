@@ -1,82 +1,36 @@
-"""Which implementation serves a call: automatic, visible, overridable.
+"""Which backend serves a call: automatic, visible, overridable.
 
-A backend is a table of operations with the devices and dtypes it takes. ``"auto"`` asks them in
-order of speed and ends at ``"reference"``, which takes everything. A backend asked for by name
-either serves the call or raises: it never hands it on silently.
+:data:`BACKENDS` is the only list of them. ``"auto"`` asks them in order of speed and ends at
+``"reference"``, the plain PyTorch operations, which take everything. A backend asked for by name
+either serves the call or raises: it never hands the call on silently.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
-from gist_kernels import reference
 from gist_kernels.kernels import cpu, triton
+from gist_kernels.kernels.protocols import OPERATIONS, Backend
 from gist_kernels.suggest import unknown_name
 
 ENVIRONMENT_VARIABLE = "GIST_KERNELS_BACKEND"
+REFERENCE = "reference"
 
-
-@dataclass(frozen=True)
-class Backend:
-    """One row of the table: what a backend is called, what it offers, what it takes."""
-
-    name: str
-    operations: Mapping[str, Callable[..., Any]]
-    unavailable: str | None = None
-    """Why it can't run on this machine; None where it can."""
-    device_types: tuple[str, ...] | None = None
-    """Devices it takes, as in ``tensor.device.type``; None takes every device."""
-    dtypes: tuple[torch.dtype, ...] | None = None
-    detail: str = ""
-
-    def refusal(self, operation: str, device_type: str, dtype: torch.dtype) -> str | None:
-        """Why this backend can't serve such a call, or None when it can."""
-        if self.unavailable is not None:
-            return self.unavailable
-        if operation not in self.operations:
-            return f"it has no {operation}"
-        if self.device_types is not None and device_type not in self.device_types:
-            return f"it takes {' or '.join(self.device_types)} tensors, not {device_type}"
-        if self.dtypes is not None and dtype not in self.dtypes:
-            return f"it does not take {dtype}"
-        return None
-
-
-# In the order in which "auto" asks them: the fastest for a device first; the last one takes all.
-_BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "cpu",
-        operations=cpu.OPERATIONS,
-        unavailable=cpu.unavailable(),
-        device_types=("cpu",),
-        dtypes=cpu.DTYPES,
-        detail=cpu.detail(),
-    ),
-    Backend(
-        "triton",
-        operations=triton.operations(),
-        unavailable=triton.unavailable(),
-        device_types=triton.DEVICE_TYPES,
-        dtypes=triton.DTYPES,
-        detail=triton.detail(),
-    ),
-    Backend(
-        "reference",
-        operations=reference.OPERATIONS,
-        detail="plain PyTorch, any device",
-    ),
-)
-_BY_NAME = {backend.name: backend for backend in _BACKENDS}
+# In the order in which "auto" asks them: the fastest for a device first.
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, triton.BACKEND)
 _override: ContextVar[str | None] = ContextVar("gist_kernels_backend", default=None)
+
+
+def _by_name() -> dict[str, Backend]:
+    return {backend.name: backend for backend in BACKENDS}
 
 
 class BackendInfo(NamedTuple):
@@ -95,14 +49,21 @@ def backends() -> dict[str, BackendInfo]:
     >>> backends()["reference"].available
     True
     """
-    return {
+    found = {
         backend.name: BackendInfo(
             available=backend.unavailable is None,
             detail=backend.unavailable or backend.detail,
-            operations=tuple(sorted(backend.operations)),
+            operations=_operations(backend),
         )
-        for backend in _BACKENDS
+        for backend in BACKENDS
     }
+    every = tuple(sorted(name for names in OPERATIONS.values() for name in names))
+    return found | {REFERENCE: BackendInfo(True, "plain PyTorch, any device", every)}
+
+
+def _operations(backend: Backend) -> tuple[str, ...]:
+    served = (names for family, names in OPERATIONS.items() if backend.kernels(family) is not None)
+    return tuple(sorted(name for names in served for name in names))
 
 
 @contextmanager
@@ -129,8 +90,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _checked(name: str, argument: str) -> str:
-    if name != "auto" and name not in _BY_NAME:
-        raise ValueError(unknown_name(argument, name, ("auto", *_BY_NAME)))
+    known = ("auto", *_by_name(), REFERENCE)
+    if name not in known:
+        raise ValueError(unknown_name(argument, name, known))
     return name
 
 
@@ -143,41 +105,50 @@ if torch.__version__ < "2.15":  # there Dynamo can't trace a ContextVar, in 2.15
     _requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def select(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The implementation of ``operation`` for tensors with this one's device and dtype."""
+def select(family: str, tensor: torch.Tensor) -> Any:
+    """The kernels of a family, a key of :data:`~gist_kernels.kernels.protocols.OPERATIONS`, for
+    tensors with this one's device and dtype; None where the reference serves them.
+
+    Raises:
+        RuntimeError: the backend asked for by name can't serve such tensors.
+    """
     requested = _requested()
     if torch.compiler.is_compiling():  # needs no cache, and the tracer would warn of it
-        return _choose(requested, operation, tensor.device.type, tensor.dtype)
+        return _choose(requested, family, tensor.device.type, tensor.dtype)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        if requested not in ("auto", "reference"):
+        if requested not in ("auto", REFERENCE):
             raise RuntimeError(
-                f"backend {requested!r} can't serve {operation}: it takes no part in torch.func "
+                f"backend {requested!r} can't serve this call: it takes no part in torch.func "
                 "transforms and forward-mode differentiation; the backend 'reference' does"
             )
-        requested = "reference"
-    return _cached_choice(requested, operation, tensor.device.type, tensor.dtype)
+        return None
+    return _cached_choice(requested, family, tensor.device.type, tensor.dtype)
 
 
-def serving(operation: str, device_type: str, dtype: torch.dtype) -> str:
+def serving(family: str, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend that would serve such a call outside torch.func transforms."""
-    found = _choose(_requested(), operation, device_type, dtype)
-    return next(b.name for b in _BACKENDS if b.operations.get(operation) is found)
+    chosen = _choose_backend(_requested(), family, device_type, dtype)
+    return REFERENCE if chosen is None else chosen.name
 
 
-def _choose(
-    requested: str, operation: str, device_type: str, dtype: torch.dtype
-) -> Callable[..., Any]:
-    if requested != "auto":
-        backend = _BY_NAME[requested]
-        refusal = backend.refusal(operation, device_type, dtype)
-        if refusal is not None:
-            raise RuntimeError(f"backend {requested!r} can't serve {operation}: {refusal}")
-        return backend.operations[operation]
-    return next(
-        backend.operations[operation]
-        for backend in _BACKENDS
-        if backend.refusal(operation, device_type, dtype) is None
-    )
+def _choose(requested: str, family: str, device_type: str, dtype: torch.dtype) -> Any:
+    chosen = _choose_backend(requested, family, device_type, dtype)
+    return None if chosen is None else chosen.kernels(family)
+
+
+def _choose_backend(
+    requested: str, family: str, device_type: str, dtype: torch.dtype
+) -> Backend | None:
+    if requested == REFERENCE:
+        return None
+    for backend in BACKENDS:
+        if requested in ("auto", backend.name):
+            refusal = backend.refusal(family, device_type, dtype)
+            if refusal is None:
+                return backend
+            if requested != "auto":
+                raise RuntimeError(f"backend {requested!r} can't serve this call: {refusal}")
+    return None
 
 
 _cached_choice = lru_cache(_choose)

@@ -90,6 +90,13 @@ def weight_pair(name: str, value: Sequence[float]) -> None:
         finite(f"{name}[{index}]", weight)
 
 
+def token_count(name: str, count: int | None, tokens: int) -> None:
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= tokens:
+        raise ValueError(f"{name} must be an integer in [1, {tokens}], or None; it is {count!r}")
+
+
 def class_indices(name: str, value: torch.Tensor, classes: int, ignore_index: int) -> None:
     """Waits for the device. Floating-point targets are probabilities: nothing to check."""
     if value.is_floating_point():

@@ -8,8 +8,8 @@ import oracles
 import torch
 import torch.nn.functional as F
 
-from gist_kernels.options import AdapterWeights, NormWeights
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.activations import ACTIVATIONS
+from gist_kernels.weights import AdapterWeights, NormWeights
 
 EPS = 1e-6
 

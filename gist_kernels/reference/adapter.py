@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "identity": lambda x: x,
-    "relu": F.relu,
-    "silu": F.silu,
-}
+from gist_kernels.activations import ACTIVATIONS
 
 
 def adapter(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from gist_kernels import check
-from gist_kernels.options import LossOptions
+from gist_kernels.kernels.protocols import LossOptions
 
 
 def gist_loss(

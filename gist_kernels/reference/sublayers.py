@@ -8,31 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gist_kernels.options import (
+from gist_kernels.activations import ACTIVATIONS
+from gist_kernels.reference.adapter import adapter as bottleneck
+from gist_kernels.reference.attention import attention
+from gist_kernels.weights import (
     AdapterWeights,
     AttentionWeights,
     LinearUpdate,
     MlpWeights,
     NormWeights,
 )
-from gist_kernels.reference.adapter import ACTIVATIONS
-from gist_kernels.reference.adapter import adapter as bottleneck
-
-
-def prefix_attention(
-    qkv: torch.Tensor, num_heads: int, *, num_queries: int | None, scale: float | None
-) -> torch.Tensor:
-    """Attention of a packed (B, N, 3 H Dh), see :func:`gist_kernels.prefix_attention`."""
-    q, k, v = qkv.chunk(3, dim=-1)
-    return attention(q[:, :num_queries], k, v, num_heads, scale)
-
-
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float | None
-) -> torch.Tensor:
-    """Of (B, Q, H Dh) queries over (B, N, H Dh) keys and values; returns (B, Q, H Dh)."""
-    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
 def adapter_attention(
@@ -40,7 +25,6 @@ def adapter_attention(
     norm: NormWeights,
     weights: AttentionWeights,
     adapter: AdapterWeights | None,
-    *,
     num_queries: int | None,
     drop_path: torch.Tensor | None,
     grad_tokens: tuple[int, int] | None,
@@ -62,7 +46,6 @@ def adapter_mlp(
     norm: NormWeights,
     weights: MlpWeights,
     adapter: AdapterWeights | None,
-    *,
     drop_path: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from training import in_processes
 import gist
 import gist_kernels
 from gist import blocks
-from gist_kernels.fused import sublayer_operations
-from gist_kernels.kernels.cpu.sublayers import KERNELS
+from gist_kernels.functional import sublayers as functional_sublayers
+from gist_kernels.kernels.cpu import BACKEND
 from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED
 
 
@@ -271,29 +272,33 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 
 def counting(kernels, counted):
-    """The kernels, adding up the operations of their products and attentions."""
+    """The kernels, adding up the operations of their matmuls and attentions."""
 
-    def product(of):
+    def matmul(of):
         def count(*args):
-            *_, x, weight, _ = args if of is kernels.linear else (*args, None)
+            *_, x, weight = args[:3] if of is kernels.linear.add_linear else args[:2]
             counted.append(2 * x.shape[0] * weight.shape[0] * weight.shape[1])
             return of(*args)
 
         return count
 
-    def attention(of, products):
+    def attention(of, first, matmuls):
         def count(*args):
-            q, k = args[0:2] if of is kernels.attention_forward else args[1:3]
-            counted.append(products * 2 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2])
+            q, k = args[first : first + 2]
+            counted.append(matmuls * 2 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2])
             return of(*args)
 
         return count
 
     return kernels._replace(
-        linear=product(kernels.linear),
-        add_linear=product(kernels.add_linear),
-        attention_forward=attention(kernels.attention_forward, 2),
-        attention_backward=attention(kernels.attention_backward, 5),
+        linear=SimpleNamespace(
+            linear=matmul(kernels.linear.linear), add_linear=matmul(kernels.linear.add_linear)
+        ),
+        attention=SimpleNamespace(
+            serves=kernels.attention.serves,
+            forward=attention(kernels.attention.forward, 0, 2),
+            backward=attention(kernels.attention.backward, 1, 5),
+        ),
     )
 
 
@@ -320,8 +325,8 @@ def test_a_step_needs_7_percent_fewer_operations_than_without_adapter(monkeypatc
         torch.stack(model(pixels)).sum().backward()
 
     counted = []
-    operations = sublayer_operations(counting(KERNELS, counted))
-    monkeypatch.setattr(gist_kernels.backend, "select", lambda name, _: operations[name])
+    kernels = counting(BACKEND.sublayers, counted)
+    monkeypatch.setattr(functional_sublayers, "select", lambda *_: kernels)
     step(gist.Adapter(rank=4))
     # Not counted above: the patches' embedding, the head forward and backward, and 24 adapters,
     # two products forward and four backward each.

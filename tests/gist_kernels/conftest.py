@@ -12,8 +12,8 @@ import torch
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each that the native kernels are compiled for and this processor has; or the chosen one."""
-    from gist_kernels.kernels.cpu import INSTRUCTIONS_VARIABLE
     from gist_kernels.kernels.cpu import _native as native
+    from gist_kernels.kernels.cpu.native import INSTRUCTIONS_VARIABLE
 
     if os.environ.get(INSTRUCTIONS_VARIABLE, request.param) != request.param:
         pytest.skip(f"{INSTRUCTIONS_VARIABLE} chooses another")

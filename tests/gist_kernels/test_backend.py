@@ -7,30 +7,28 @@ import re
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gist_kernels as gk
 from gist_kernels import backend
-from gist_kernels.backend import Backend
+from gist_kernels.autograd import loss as autograd_loss
+from gist_kernels.kernels.protocols import OPERATIONS, Backend
 
 A = torch.tensor([[1.0, 2.0]])
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A first, fastest backend that serves bidirectional_kl of float32 CPU tensors alone."""
-    fast = Backend(
-        "fast",
-        operations={"bidirectional_kl": lambda *arguments: ("served by fast", None)},
-        device_types=("cpu",),
-        dtypes=(torch.float32,),
-    )
-    broken = Backend("broken", operations={}, unavailable="it was not built")
-    table = (fast, broken, *backend._BACKENDS)
-    monkeypatch.setattr(backend, "_BACKENDS", table)
-    monkeypatch.setattr(backend, "_BY_NAME", {b.name: b for b in table})
+    """A first, fastest backend that serves the loss of float32 CPU tensors only."""
+    served = "served by fast", None, None
+    loss = SimpleNamespace(NAME="fast", forward=lambda *arguments: served)
+    fast = Backend("fast", device_types=("cpu",), dtypes=(torch.float32,), loss=loss)
+    broken = Backend("broken", unavailable="it was not built")
+    monkeypatch.setattr(backend, "BACKENDS", (fast, broken, *backend.BACKENDS))
+    monkeypatch.setitem(autograd_loss._OPERATORS, "fast", (loss.forward, None))
     monkeypatch.setattr(backend, "_DEFAULT", "auto")
     backend._cached_choice.cache_clear()
     yield
@@ -39,7 +37,7 @@ def fake(monkeypatch):
 
 def test_every_backend_is_reported_with_what_it_serves_or_why_not(fake):
     report = gk.backends()
-    assert report["fast"] == (True, "", ("bidirectional_kl",))
+    assert report["fast"] == (True, "", OPERATIONS["loss"])
     assert report["broken"] == (False, "it was not built", ())
     assert "adapter" in report["reference"].operations
 
@@ -48,7 +46,7 @@ def test_every_backend_is_reported_with_what_it_serves_or_why_not(fake):
 def test_auto_takes_the_first_that_can_and_falls_back_silently():
     assert gk.bidirectional_kl(A, A) == "served by fast"
     assert gk.bidirectional_kl(A.double(), A.double()).item() == 0
-    assert gk.gist_loss(A, A, torch.tensor([0])).isfinite()
+    assert gk.adapter(A, A, None, A.T, None).isfinite().all()
 
 
 @pytest.mark.usefixtures("fake")
@@ -86,8 +84,8 @@ def test_compiled_code_follows_the_context():
 @pytest.mark.parametrize(
     ("value", "printed"),
     [
-        ("reference", "bidirectional_kl of reference"),
-        ("", "bidirectional_kl of cpu"),
+        ("reference", "the loss of reference"),
+        ("", "the loss of cpu"),
         ("referense", "GIST_KERNELS_BACKEND: 'referense' .* did you mean 'reference'"),
     ],
 )
@@ -95,14 +93,9 @@ def test_environment_variable_chooses_at_import_and_the_context_wins(value, prin
     script = """
 import torch, gist_kernels
 from gist_kernels import backend
-chosen = backend.select("bidirectional_kl", torch.ones(1, 1))
-for name, table in backend._BY_NAME.items():
-    if table.operations.get("bidirectional_kl") is chosen:
-        print("bidirectional_kl of", name)
+print("the loss of", backend.serving("loss", "cpu", torch.float32))
 with gist_kernels.use_backend("auto"):
-    assert backend.select("bidirectional_kl", torch.ones(1, 1)) is not (
-        backend._BY_NAME["reference"].operations["bidirectional_kl"]
-    )
+    assert backend.select("loss", torch.ones(1, 1)) is not None
 """
     environment = os.environ | {"GIST_KERNELS_BACKEND": value}
     run = subprocess.run(
@@ -120,7 +113,7 @@ with gist_kernels.use_backend("auto"):
             lambda: gk.bidirectional_kl(A.double(), A.double()),
             "does not take torch.float64",
         ),
-        ("fast", lambda: gk.gist_loss(A, A, torch.tensor([0])), "it has no gist_loss"),
+        ("fast", lambda: gk.adapter(A, A, None, A.T, None), "it has no adapter kernels"),
         ("fast", lambda: gk.bidirectional_kl(A.to("meta"), A.to("meta")), "takes cpu tensors"),
         ("broken", lambda: gk.bidirectional_kl(A, A), "it was not built"),
     ],

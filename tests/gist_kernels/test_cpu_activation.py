@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.activations import ACTIVATIONS
 
 pytest.importorskip(
     "gist_kernels.kernels.cpu._native",

@@ -11,8 +11,8 @@ from adapter_cases import EPS, Case, Result, assert_close, assert_same, computed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gist_kernels.options import AdapterWeights, NormWeights
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.activations import ACTIVATIONS
+from gist_kernels.weights import AdapterWeights, NormWeights
 
 pytest.importorskip(
     "gist_kernels.kernels.cpu._native",

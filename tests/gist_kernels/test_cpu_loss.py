@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 
-from gist_kernels.options import LossOptions
+from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.reference import loss as reference
 
 pytest.importorskip(

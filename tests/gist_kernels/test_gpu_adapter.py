@@ -9,9 +9,9 @@ import pytest
 import torch
 from adapter_cases import Case, Result, assert_close, assert_same, computed, make
 
+from gist_kernels.activations import ACTIVATIONS
 from gist_kernels.kernels import triton as gpu
-from gist_kernels.options import AdapterWeights, NormWeights
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.weights import AdapterWeights, NormWeights
 
 pytest.importorskip("triton.language")
 kernels = importlib.import_module("gist_kernels.kernels.triton.adapter")

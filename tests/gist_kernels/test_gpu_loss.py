@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from gist_kernels.kernels import triton as gpu
+from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.kernels.triton import heuristics
-from gist_kernels.options import LossOptions
 from gist_kernels.reference import loss as reference
 
 tl = pytest.importorskip("triton.language")
@@ -515,7 +515,7 @@ def test_tensors_on_another_than_the_current_device():
 
 
 def test_availability_is_told():
-    assert gpu.unavailable() is None
-    assert "Triton" in gpu.detail()
+    assert gpu.BACKEND.unavailable is None
+    assert "Triton" in gpu.BACKEND.detail
     assert torch.float64 not in gpu.DTYPES
     assert gpu.DEVICE_TYPES == (DEVICE,)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gist_kernels as gk
-from gist_kernels import loss as loss_module
+from gist_kernels.functional import loss as loss_module
 from gist_kernels.kernels.triton import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("served_by")

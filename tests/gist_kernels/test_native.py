@@ -14,8 +14,8 @@ if os.environ.get("GIST_KERNELS_NATIVE") == "0":
     pytest.skip("installed without the native module", allow_module_level=True)
 
 # Where it was not left out on purpose, a missing module is a failure, not a skip.
-from gist_kernels.kernels.cpu import INSTRUCTIONS_VARIABLE
 from gist_kernels.kernels.cpu import _native as native
+from gist_kernels.kernels.cpu.native import INSTRUCTIONS_VARIABLE
 
 
 def test_instruction_set_is_one_this_processor_has():

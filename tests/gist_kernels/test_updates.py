@@ -7,7 +7,7 @@ import torch
 from sublayer_cases import DROPPED, arguments, check, converted, exact_attention, exact_mlp, normal
 
 import gist_kernels as gk
-from gist_kernels import fused
+from gist_kernels.autograd import linear
 from gist_kernels.kernels.triton import DEVICE_TYPES
 
 KINDS = {
@@ -130,8 +130,8 @@ def test_frozen_weights_are_converted_once_under_autocast(monkeypatch):
     x, norm, _, mlp, adapter = arguments(torch.float32)
     converted = []
     monkeypatch.setattr(
-        fused, "_in_dtype",
-        lambda w, dtype, by=fused._in_dtype: converted.append(by(w, dtype)) or converted[-1],
+        linear, "in_dtype",
+        lambda w, dtype, by=linear.in_dtype: converted.append(by(w, dtype)) or converted[-1],
     )  # fmt: skip
     with torch.autocast("cpu", torch.bfloat16):
         first = gk.adapter_mlp(x, norm, mlp, adapter)

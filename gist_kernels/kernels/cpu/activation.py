@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from gist_kernels.kernels.cpu import _native, memory
+from gist_kernels.kernels.cpu import memory
+from gist_kernels.kernels.cpu.native import native as _native
 
 # The native module's numbers (dtype.h, adapter.h).
 DTYPE_CODES = {
@@ -40,7 +41,7 @@ def backward(
     Args:
         d_a: as ``u`` in shape and dtype, contiguous.
         u: contiguous, of any shape.
-        activation: a key of ``reference.adapter.ACTIVATIONS``.
+        activation: a key of ``activations.ACTIVATIONS``.
         into_d_a: write over ``d_a`` and return it; only for a caller that owns it.
 
     Raises:

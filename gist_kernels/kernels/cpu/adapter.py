@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from gist_kernels.kernels.cpu import _native, memory
+from gist_kernels.kernels.cpu import memory
 from gist_kernels.kernels.cpu.activation import ACTIVATION_CODES, DTYPE_CODES
-from gist_kernels.options import AdapterWeights, NormWeights
+from gist_kernels.kernels.cpu.native import native as _native
+from gist_kernels.weights import AdapterWeights, NormWeights
 
 _NOTHING = 0
 _NO_ROWS = (_NOTHING, 0)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from gist_kernels.kernels.cpu import _native
+from gist_kernels.kernels.cpu.native import native as _native
 
 # Address, stride of the batch, stride of the rows.
 Place: TypeAlias = tuple[int, int, int]

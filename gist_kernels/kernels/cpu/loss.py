@@ -12,13 +12,15 @@ from typing import TypeAlias
 import torch
 
 from gist_kernels import check
-from gist_kernels.kernels.cpu import _native, memory
-from gist_kernels.options import LossOptions
+from gist_kernels.kernels.cpu import memory
+from gist_kernels.kernels.cpu.native import native as _native
+from gist_kernels.kernels.protocols import LossOptions
 
 Gradients: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
 # Both gradients' addresses, and the stride of their rows.
 Places: TypeAlias = tuple[int, int, int]
 
+NAME = "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _STATS_PER_ROW: int = _native.LOSS_STATS_PER_ROW

@@ -17,7 +17,7 @@ from gist_kernels.kernels.triton import heuristics, launch
 
 @triton.jit
 def activate(z, KIND: tl.constexpr):
-    """The activation of float32 values; KIND is a key of ``reference.adapter.ACTIVATIONS``."""
+    """The activation of float32 values; KIND is a key of ``activations.ACTIVATIONS``."""
     if KIND == "identity":
         y = z
     elif KIND == "relu":

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from gist_kernels.kernels.triton import heuristics, launch
 from gist_kernels.kernels.triton.activation import activate, slope
-from gist_kernels.options import AdapterWeights, NormWeights
+from gist_kernels.weights import AdapterWeights, NormWeights
 
 _SIZES = (
     "rows", "feature_units", "stride_x", "stride_add", "stride_out", "stride_normed", "each",

@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gist_kernels.kernels.triton import INTERPRETED, heuristics, launch
+from gist_kernels.kernels.triton import heuristics, launch
+from gist_kernels.kernels.triton.launch import INTERPRETED
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -1,12 +1,44 @@
-"""What every launch of a Triton kernel needs to know."""
+"""Whether and where Triton kernels run, and what every launch needs to know of the device."""
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda",)
+"""As in ``tensor.device.type``; PyTorch calls ROCm devices "cuda" too."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Arithmetic is in float32, which would be a loss for float64."""
+
+
+def unavailable() -> str | None:
+    """Why the kernels can't be used here; None when they can. Initialises no device."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (it is published for Linux on x86-64)"
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "there is no CUDA or ROCm device"
+
+
+def detail() -> str:
+    """What the kernels run on here."""
+    if INTERPRETED:
+        where = "its interpreter, on CPU tensors (TRITON_INTERPRET=1)"
+    elif torch.version.hip is not None:
+        where = f"ROCm {torch.version.hip}"
+    else:
+        where = f"CUDA {torch.version.cuda}"
+    from triton import __version__
+
+    return f"Triton {__version__}, {where}"
 
 
 def alignment(*sizes: int, most: int = 16) -> int:

@@ -32,8 +32,10 @@ import torch
 import triton
 import triton.language as tl
 
+from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.kernels.triton import heuristics, launch
-from gist_kernels.options import LossOptions
+
+NAME = "triton"
 
 # What the forward pass keeps of a row, B float32 numbers each: either side's maximum, sum of
 # exp(x / T) and sum of exp(x); E_p[d] and E_q[d]; the target's total. `stats` ends with one number

@@ -1,19 +1,21 @@
-"""A transformer block's sublayers with an adapter: public functions, argument checks, dispatch."""
+"""A transformer block's sublayers with an adapter beside each."""
 
 from __future__ import annotations
 
 import torch
 
-from gist_kernels import backend, check
-from gist_kernels.options import (
+from gist_kernels import autograd, check, reference
+from gist_kernels.activations import ACTIVATIONS
+from gist_kernels.autograd.tensors import needs_dispatcher, negated
+from gist_kernels.backend import select
+from gist_kernels.suggest import unknown_name
+from gist_kernels.weights import (
     AdapterWeights,
     AttentionWeights,
     LinearUpdate,
     MlpWeights,
     NormWeights,
 )
-from gist_kernels.reference.adapter import ACTIVATIONS
-from gist_kernels.suggest import unknown_name
 
 
 def adapter_attention(
@@ -70,7 +72,7 @@ def adapter_attention(
     })  # fmt: skip
     _check_update("attention.qkv_update", attention.qkv_update, x, width, 3 * inner)
     _check_update("attention.proj_update", attention.proj_update, x, inner, width)
-    _check_count("num_queries", num_queries, x.shape[1])
+    check.token_count("num_queries", num_queries, x.shape[1])
     if grad_tokens is not None:
         if not isinstance(grad_tokens, tuple) or len(grad_tokens) != 2:
             raise TypeError(f"grad_tokens must be (start, count); it is {grad_tokens!r}")
@@ -80,11 +82,11 @@ def adapter_attention(
                 f"grad_tokens must be (start, count) within x's {x.shape[1]} tokens; "
                 f"it is {grad_tokens}"
             )
-    result: torch.Tensor = backend.select("adapter_attention", x)(
-        x, norm, attention, adapter,
-        num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens,
-    )  # fmt: skip
-    return result
+    arguments = x, norm, attention, adapter, num_queries, drop_path, grad_tokens
+    kernels = select("sublayers", x)
+    if kernels is None or needs_dispatcher(x) or negated(*arguments):
+        return reference.adapter_attention(*arguments)
+    return autograd.adapter_attention(kernels, *arguments)
 
 
 def adapter_mlp(
@@ -112,57 +114,11 @@ def adapter_mlp(
     })  # fmt: skip
     _check_update("mlp.fc1_update", mlp.fc1_update, x, width, hidden)
     _check_update("mlp.fc2_update", mlp.fc2_update, x, hidden, width)
-    result: torch.Tensor = backend.select("adapter_mlp", x)(
-        x, norm, mlp, adapter, drop_path=drop_path
-    )
-    return result
-
-
-def prefix_attention(
-    qkv: torch.Tensor,
-    num_heads: int,
-    *,
-    num_queries: int | None = None,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """Multi-head self-attention straight from a packed projection, of the first tokens or all.
-
-    Args:
-        qkv: (B, N, 3 H Dh): queries', keys' and values' features one after the other, each of
-            them H heads of Dh.
-        num_heads: H.
-        num_queries: tokens, the first ones, whose result is computed. Default: all.
-        scale: factor on the scores. Default: ``Dh ** -0.5``.
-
-    Returns:
-        (B, num_queries, H Dh), dense, in qkv's dtype.
-
-    Raises:
-        TypeError: not a floating-point tensor. ValueError: a wrong shape or value.
-    """
-    check.floating("qkv", qkv)
-    check.shape("qkv", qkv, (None, None, None), "(B, N, 3 * num_heads * head_dim)")
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads must be an integer of at least 1; it is {num_heads!r}")
-    if qkv.shape[2] == 0 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(
-            "qkv must have 3 * num_heads * head_dim features; it has "
-            f"{qkv.shape[2]} and num_heads is {num_heads}"
-        )
-    _check_count("num_queries", num_queries, qkv.shape[1])
-    if scale is not None:
-        check.finite("scale", scale)
-    result: torch.Tensor = backend.select("prefix_attention", qkv)(
-        qkv, num_heads, num_queries=num_queries, scale=scale
-    )
-    return result
-
-
-def _check_count(name: str, count: int | None, tokens: int) -> None:
-    if count is None:
-        return
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= tokens:
-        raise ValueError(f"{name} must be an integer in [1, {tokens}], or None; it is {count!r}")
+    arguments = x, norm, mlp, adapter, drop_path
+    kernels = select("sublayers", x)
+    if kernels is None or needs_dispatcher(x) or negated(*arguments):
+        return reference.adapter_mlp(*arguments)
+    return autograd.adapter_mlp(kernels, *arguments)
 
 
 def _check_block_input(

@@ -1,12 +1,15 @@
-"""The bottleneck adapter: public function, argument checks, dispatch."""
+"""The bottleneck adapter."""
 
 from __future__ import annotations
 
 import torch
 
-from gist_kernels import backend, check
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels import autograd, check, reference
+from gist_kernels.activations import ACTIVATIONS, Activation
+from gist_kernels.autograd.tensors import needs_dispatcher, negated
+from gist_kernels.backend import select
 from gist_kernels.suggest import unknown_name
+from gist_kernels.weights import AdapterWeights
 
 
 def adapter(
@@ -17,7 +20,7 @@ def adapter(
     up_bias: torch.Tensor | None,
     *,
     scale: float = 1.0,
-    activation: str = "gelu",
+    activation: Activation = "gelu",
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bottleneck adapter ``scale * (act(x Wd^T + bd) Wu^T + bu)``, plus ``residual`` if given.
@@ -77,13 +80,16 @@ def adapter(
     check.finite("scale", scale)
     if activation not in ACTIVATIONS:
         raise ValueError(unknown_name("activation", activation, ACTIVATIONS))
-    return backend.select("adapter", x)(
-        x,
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        scale=scale,
-        activation=activation,
-        residual=residual,
-    )
+    kernels = select("adapter", x)
+    weights = AdapterWeights(down_weight, down_bias, up_weight, up_bias, scale, activation)
+    # Under autocast the reference's matmuls are in its dtype, which the kernels do not have.
+    if (
+        kernels is None
+        or autocast
+        or needs_dispatcher(x, residual, *weights[:4])
+        or negated(x, residual, *weights[:4])
+    ):
+        return reference.adapter(
+            x, *weights[:4], scale=scale, activation=activation, residual=residual
+        )
+    return autograd.adapter(kernels, x, weights, residual)

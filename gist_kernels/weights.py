@@ -1,27 +1,10 @@
-"""Settings and weights of the operations, as every backend takes them."""
+"""Groups of weights that an operation takes as one argument."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-
-
-class LossOptions(NamedTuple):
-    """Checked arguments of :func:`gist_kernels.gist_loss`, under the names kernels use.
-
-    ``bidirectional_kl`` is a ``gist_loss`` without target.
-    """
-
-    temperature: float
-    cls_weight: float
-    gist_weight: float
-    kl_cls_gist_weight: float
-    kl_gist_cls_weight: float
-    label_smoothing: float
-    ignore_index: int
-    reduction: str
-    """"mean", "sum" or "none"; "batchmean" is "mean"."""
 
 
 class NormWeights(NamedTuple):
@@ -47,7 +30,7 @@ class AdapterWeights(NamedTuple):
     """(D,), bu."""
     scale: float
     activation: str
-    """A key of ``reference.adapter.ACTIVATIONS``."""
+    """A name in :data:`gist_kernels.activations.Activation`."""
 
 
 class LinearUpdate(NamedTuple):
@@ -101,7 +84,7 @@ class MlpWeights(NamedTuple):
     fc2_bias: torch.Tensor | None
     """(D,)."""
     activation: str = "gelu"
-    """A key of ``reference.adapter.ACTIVATIONS``."""
+    """A name in :data:`gist_kernels.activations.Activation`."""
     layer_scale: torch.Tensor | None = None
     """(D,), factor on the second layer's output."""
     fc1_update: LinearUpdate | None = None

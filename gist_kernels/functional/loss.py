@@ -1,4 +1,4 @@
-"""The knowledge-interaction loss: public functions, argument checks, dispatch.
+"""The knowledge-interaction loss.
 
 The method and its weights are those of GIST, "Improving Parameter Efficient Fine Tuning via
 Knowledge Interaction" (arXiv:2312.07255). With ``p = softmax(cls / T)`` and
@@ -16,15 +16,21 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 
-from gist_kernels import backend, check
-from gist_kernels.options import LossOptions
+from gist_kernels import autograd, check, reference
+from gist_kernels.backend import BACKENDS, select
+from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.suggest import unknown_name
 
-REDUCTIONS = ("mean", "batchmean", "sum", "none")
+Reduction: TypeAlias = Literal["mean", "batchmean", "sum", "none"]
+REDUCTIONS = get_args(Reduction)
+
+for _backend in BACKENDS:
+    if _backend.loss is not None:
+        autograd.register(_backend.loss)
 
 _CHECK_TARGETS = os.environ.get("GIST_KERNELS_CHECK_TARGETS", "0") not in ("", "0")
 
@@ -46,7 +52,7 @@ def bidirectional_kl(
     *,
     temperature: float = 1.0,
     weights: tuple[float, float] = (1.0, 1.0),
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
 ) -> torch.Tensor:
     """``weights[0] * KL(p || q) + weights[1] * KL(q || p)`` of two logit tensors' softmaxes.
 
@@ -72,9 +78,7 @@ def bidirectional_kl(
     options = _checked_options(temperature, 0.0, 0.0, weights, 0.0, -100, reduction, "weights")
     if not _plainly_valid(logits_a, logits_b):
         _check_logits("logits_a", logits_a, "logits_b", logits_b)
-    kernel = backend.select("bidirectional_kl", logits_a)
-    loss: torch.Tensor = kernel(logits_a, logits_b, None, options, False)[0]
-    return loss
+    return _gist_loss(logits_a, logits_b, None, options, False)[0]
 
 
 @overload
@@ -89,7 +93,7 @@ def gist_loss(
     kl_weights: tuple[float, float] = ...,
     label_smoothing: float = ...,
     ignore_index: int = ...,
-    reduction: str = ...,
+    reduction: Reduction = ...,
     return_terms: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -106,7 +110,7 @@ def gist_loss(
     kl_weights: tuple[float, float] = ...,
     label_smoothing: float = ...,
     ignore_index: int = ...,
-    reduction: str = ...,
+    reduction: Reduction = ...,
     return_terms: Literal[True],
 ) -> tuple[torch.Tensor, GistLossTerms]: ...
 
@@ -122,7 +126,7 @@ def gist_loss(
     kl_weights: tuple[float, float] = (0.75, 0.75),
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_terms: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, GistLossTerms]:
     """The GIST training loss (formula at the top of this module), defaults as published.
@@ -156,9 +160,21 @@ def gist_loss(
         temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction
     )
     _check_tensors(cls_logits, gist_logits, target, options)
-    kernel = backend.select("gist_loss", cls_logits)
-    loss, terms = kernel(cls_logits, gist_logits, target, options, return_terms)
-    return (loss, GistLossTerms(*terms.unbind())) if return_terms else loss
+    loss, terms = _gist_loss(cls_logits, gist_logits, target, options, return_terms)
+    return loss if terms is None or not return_terms else (loss, GistLossTerms(*terms.unbind()))
+
+
+def _gist_loss(
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    options: LossOptions,
+    want_terms: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    kernels = select("loss", cls)
+    if kernels is None:
+        return reference.gist_loss(cls, gist, target, options, want_terms)
+    return autograd.gist_loss(kernels, cls, gist, target, options, want_terms)
 
 
 def gist_loss_and_grad(
@@ -172,7 +188,7 @@ def gist_loss_and_grad(
     kl_weights: tuple[float, float] = (0.75, 0.75),
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`gist_loss` and its gradients in one call, outside autograd.
 
@@ -188,11 +204,10 @@ def gist_loss_and_grad(
         temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction
     )
     _check_tensors(cls_logits, gist_logits, target, options)
-    kernel = backend.select("gist_loss_and_grad", cls_logits)
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = kernel(
-        cls_logits, gist_logits, target, options
-    )
-    return result
+    kernels = select("loss", cls_logits)
+    if kernels is None:
+        return reference.gist_loss_and_grad(cls_logits, gist_logits, target, options)
+    return autograd.gist_loss_and_grad(kernels, cls_logits, gist_logits, target, options)
 
 
 def split_heads(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,17 @@
+"""Autograd nodes and registered operators, around kernels that are handed down: no backend is known
+here."""
+
+from gist_kernels.autograd.adapter import adapter
+from gist_kernels.autograd.attention import prefix_attention
+from gist_kernels.autograd.loss import gist_loss, gist_loss_and_grad, register
+from gist_kernels.autograd.sublayers import adapter_attention, adapter_mlp
+
+__all__ = [
+    "adapter",
+    "adapter_attention",
+    "adapter_mlp",
+    "gist_loss",
+    "gist_loss_and_grad",
+    "prefix_attention",
+    "register",
+]

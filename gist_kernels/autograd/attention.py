@@ -1,0 +1,160 @@
+"""Attention as an autograd node: a backend's kernels where they serve, or PyTorch's attention."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from gist_kernels import reference
+from gist_kernels.autograd.tensors import in_memory
+from gist_kernels.kernels.protocols import AttentionKernels
+from gist_kernels.weights import AttentionWeights
+
+
+class AttentionGraph(NamedTuple):
+    """PyTorch's attention with its own graph: which of its kernels runs, and what that keeps, is
+    not told outside."""
+
+    out: torch.Tensor
+    leaves: tuple[torch.Tensor, ...]
+
+
+def attention_forward(
+    kernels: AttentionKernels,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_heads: int,
+    scale: float | None,
+    need_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, AttentionGraph | None]:
+    """``(out, lse, graph)`` of (B, Q, H Dh) queries and (B, N, H Dh) keys and values.
+
+    Backward takes one of the log-sum-exps, (B, H, Q), and of the graph; the other is None.
+    """
+    if kernels.serves(q, k, num_heads):
+        out, lse = kernels.forward(q, k, v, num_heads, _scale(q, num_heads, scale))
+        return out, lse, None
+    if not need_grad:
+        return reference.attention(q, k, v, num_heads, scale), None, None
+    leaves = q, k, v = tuple(part.detach().requires_grad_() for part in (q, k, v))
+    with torch.enable_grad():
+        out = reference.attention(q, k, v, num_heads, scale)
+    return out.detach(), None, AttentionGraph(out, leaves)
+
+
+def attention_backward(
+    kernels: AttentionKernels,
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor | None,
+    graph: AttentionGraph | None,
+    num_heads: int,
+    scale: float | None,
+    d_q: torch.Tensor,
+    d_k: torch.Tensor,
+    d_v: torch.Tensor,
+) -> None:
+    """Writes the gradients of ``q``, ``k`` and ``v`` into the last three."""
+    if lse is not None:
+        scale = _scale(q, num_heads, scale)
+        kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v)
+        return
+    assert graph is not None
+    # Kept: a second backward of the node around it asks again.
+    grads = torch.autograd.grad(graph.out, graph.leaves, d_out, retain_graph=True)
+    for grad, place in zip(grads, (d_q, d_k, d_v), strict=True):
+        place.copy_(grad)
+
+
+def _scale(q: torch.Tensor, num_heads: int, scale: float | None) -> float:
+    return (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+
+
+def prefix_attention(
+    kernels: AttentionKernels,
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_queries: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention of the first tokens, or all, of a packed (B, N, 3 H Dh)."""
+    need_grad = torch.is_grad_enabled()
+    result: torch.Tensor = _PrefixAttention.apply(
+        kernels, need_grad, num_heads, num_queries, scale, qkv
+    )
+    return result
+
+
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: AttentionKernels,
+        need_grad: bool,
+        num_heads: int,
+        num_queries: int | None,
+        scale: float | None,
+        qkv: torch.Tensor,
+    ) -> torch.Tensor:
+        if qkv.stride(2) != 1:
+            qkv = qkv.contiguous()
+        q, k, v = qkv.chunk(3, dim=-1)
+        out, lse, ctx.graph = attention_forward(
+            kernels, q[:, :num_queries], k, v, num_heads, scale, need_grad
+        )
+        ctx.options = kernels, num_heads, num_queries, scale
+        ctx.save_for_backward(qkv, lse)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kernels, num_heads, num_queries, scale = ctx.options
+        qkv, lse = ctx.saved_tensors
+        q, k, v = qkv.chunk(3, dim=-1)
+        d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
+        if num_queries is not None:
+            d_q[:, num_queries:] = 0
+        d_out = in_memory(d_out)
+        if d_out.stride(2) != 1:
+            d_out = d_out.contiguous()
+        attention_backward(
+            kernels, d_out, q[:, :num_queries], k, v, lse, ctx.graph, num_heads, scale,
+            d_q[:, :num_queries], d_k, d_v,
+        )  # fmt: skip
+        return None, None, None, None, None, d_qkv
+
+
+def token_gradients(
+    d_out: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    weights: AttentionWeights,
+    tokens: slice,
+) -> torch.Tensor:
+    """(B, T, 3 H Dh) gradients of some tokens' queries, keys and values: rows and columns of the
+    (N, N) attention, where a full backward goes through all of it."""
+    heads = [
+        part.unflatten(-1, (weights.num_heads, -1)).transpose(1, 2)
+        for part in (*qkv.chunk(3, dim=-1), d_out, out)
+    ]
+    q, k, v, d, o = heads
+    scale = q.shape[-1] ** -0.5 if weights.scale is None else weights.scale
+    delta = (d * o).sum(-1, dtype=lse.dtype)
+
+    def d_scores(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d: torch.Tensor, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        p = torch.exp(scale * (q @ k.mT).to(lse.dtype) - lse[:, :, rows, None])
+        return p.to(q.dtype), (p * (d @ v.mT - delta[:, :, rows, None])).to(q.dtype)
+
+    _, d_rows = d_scores(q[:, :, tokens], k, v, d[:, :, tokens], tokens)
+    p, d_columns = d_scores(q, k[:, :, tokens], v[:, :, tokens], d, slice(None))
+    parts = scale * d_rows @ k, scale * d_columns.mT @ q, p.mT @ d
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=-1)

@@ -1,0 +1,159 @@
+"""A frozen linear layer and what is trained beside it, forward and backward on rows.
+
+The backward pass computes no gradient of the frozen weight, and keeps nothing that only such a
+gradient would need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gist_kernels.autograd.tensors import column_sums
+from gist_kernels.kernels.protocols import LinearKernels
+from gist_kernels.weights import LinearUpdate
+
+_converted: Any = WeakIdKeyDictionary()
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of a sublayer's matmuls: x's, or autocast's."""
+    device = x.device.type
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def in_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A frozen weight in the compute dtype, converted once unless it changes. Autocast itself
+    keeps copies of trained weights only."""
+    if weight.dtype is dtype:
+        return weight
+    version = -1 if weight.is_inference() else weight._version
+    state = version, weight.data_ptr(), dtype
+    found = _converted.get(weight)
+    if found is None or found[0] != state:
+        found = _converted[weight] = state, weight.detach().to(dtype)
+    return found[1]
+
+
+class LinearParts(NamedTuple):
+    """The tensors that may be trained beside a frozen weight; also whether each needs a gradient,
+    and these gradients."""
+
+    bias: Any = None
+    scale: Any = None
+    down: Any = None
+    up: Any = None
+
+
+class LinearSaved(NamedTuple):
+    """What a forward pass keeps for backward, each None where there is none."""
+
+    unscaled: torch.Tensor | None = None
+    """``W x``, (M, O), before the scale."""
+    low: torch.Tensor | None = None
+    """``down x``, (M, r)."""
+
+
+class FrozenLinear(NamedTuple):
+    """``y = scale * (W x) + bias + up (down x)`` of (M, I) rows, with a frozen W of (O, I)."""
+
+    kernels: LinearKernels
+    weight: torch.Tensor
+    parts: LinearParts
+
+    @classmethod
+    def of(
+        cls,
+        kernels: LinearKernels,
+        dtype: torch.dtype,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        update: LinearUpdate | None,
+    ) -> FrozenLinear:
+        parts = LinearParts(bias, *(update or LinearUpdate()))
+        return cls(kernels, in_dtype(weight, dtype), parts)
+
+    def outputs(self, chosen: slice) -> FrozenLinear:
+        """The layer of some of its outputs."""
+        bias, scale, down, up = self.parts
+        bias, scale, up = (None if t is None else t[chosen] for t in (bias, scale, up))
+        return self._replace(weight=self.weight[chosen], parts=LinearParts(bias, scale, down, up))
+
+    def without_bias(self) -> FrozenLinear:
+        return self._replace(parts=self.parts._replace(bias=None))
+
+    def computed(self) -> LinearParts:
+        """The parts in the weight's dtype."""
+        dtype = self.weight.dtype
+        return LinearParts(*(None if t is None else t.to(dtype) for t in self.parts))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, LinearSaved]:
+        """``y`` (M, O) in the weight's dtype."""
+        linear, unscaled, low = self.kernels.linear, None, None
+        bias, scale, down, up = self.computed()
+        x = x.to(self.weight.dtype)
+        if scale is None:
+            y = linear(x, self.weight, bias)
+        else:
+            unscaled = linear(x, self.weight, None)
+            y = unscaled * scale
+            y = y if bias is None else y.add_(bias)
+        if down is not None:
+            low = linear(x, down, None)
+            y = self.kernels.add_linear(y, low, up)
+        return y, LinearSaved(unscaled, low)
+
+    def backward(
+        self,
+        d_y: torch.Tensor,
+        x: Callable[[], torch.Tensor],
+        saved: LinearSaved,
+        needs: LinearParts,
+        need_dx: bool = True,
+    ) -> tuple[torch.Tensor | None, LinearParts]:
+        """``d_x`` in the weight's dtype, or None, and the parts' gradients. ``x`` is called only
+        where ``down`` is trained."""
+        linear, d_x, d_bias, d_scale, d_down, d_up = self.kernels.linear, *(None,) * 5
+        _, scale, down, up = self.computed()
+        if needs.bias and self.parts.bias is not None:
+            d_bias = column_sums(d_y, self.parts.bias)
+        if needs.scale and self.parts.scale is not None and saved.unscaled is not None:
+            d_scale = column_sums(d_y * saved.unscaled, self.parts.scale)
+        d_y = d_y.to(self.weight.dtype)
+        if need_dx:
+            d_x = linear(d_y if scale is None else d_y * scale, self.weight.t(), None)
+        if down is not None and up is not None:
+            d_low = linear(d_y, up.t(), None)
+            if needs.down:
+                d_down = (d_low.t() @ x().to(d_low.dtype)).to(self.parts.down.dtype)
+            if needs.up:
+                assert saved.low is not None
+                d_up = (d_y.t() @ saved.low).to(self.parts.up.dtype)
+            if d_x is not None:
+                d_x = self.kernels.add_linear(d_x, d_low, down.t())
+        return d_x, LinearParts(d_bias, d_scale, d_down, d_up)
+
+
+def split_projection(qkv: FrozenLinear) -> tuple[FrozenLinear, FrozenLinear]:
+    """The layers of the queries, and of the keys and values."""
+    inner = qkv.weight.shape[0] // 3
+    return qkv.outputs(slice(0, inner)), qkv.outputs(slice(inner, None))
+
+
+def joined_grads(queries: LinearParts, keys_values: LinearParts) -> LinearParts:
+    """The gradients of a layer that :func:`split_projection` has split."""
+
+    def stacked(q: torch.Tensor | None, kv: torch.Tensor | None) -> torch.Tensor | None:
+        return None if q is None or kv is None else torch.cat((q, kv))
+
+    return LinearParts(
+        stacked(queries.bias, keys_values.bias),
+        stacked(queries.scale, keys_values.scale),
+        None if keys_values.down is None else queries.down + keys_values.down,
+        stacked(queries.up, keys_values.up),
+    )

@@ -1,0 +1,194 @@
+"""The loss kernels as differentiable operations.
+
+Eager calls go through a bare ``torch.autograd.Function``: at VTAB's sizes a call takes
+microseconds, less than the dispatcher's Python layers would add. Under torch.compile and
+torch.export, and for tensors without memory of their own, the same kernels appear as
+``torch.library`` operators with fake kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gist_kernels.autograd.tensors import dense_rows, needs_dispatcher
+from gist_kernels.kernels.protocols import LossKernels, LossOptions
+
+
+def gist_loss(
+    kernels: LossKernels,
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    options: LossOptions,
+    want_terms: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``(loss, terms)``, differentiable once in both logits."""
+    cls, gist, target = dense_rows(cls), dense_rows(gist), dense_rows(target)
+    if needs_dispatcher(cls, gist, target):
+        forward, _ = _OPERATORS[kernels.NAME]
+        loss, terms, _ = forward(cls, gist, target, *_flat(options))
+        return loss, terms
+    if torch.is_grad_enabled() and (cls.requires_grad or gist.requires_grad):
+        return _GistLoss.apply(cls, gist, target, (kernels, options, want_terms))
+    return kernels.forward(cls, gist, target, options, want_terms)[:2]
+
+
+def gist_loss_and_grad(
+    kernels: LossKernels,
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor,
+    options: LossOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(loss, d_cls, d_gist)`` for an upstream gradient of 1."""
+    cls, gist, target = dense_rows(cls), dense_rows(gist), dense_rows(target)
+    if needs_dispatcher(cls, gist, target):
+        forward, backward = _OPERATORS[kernels.NAME]
+        cls, gist, target = cls.detach(), gist.detach(), target.detach()
+        loss, _, stats = forward(cls, gist, target, *_flat(options))
+        one = torch.ones_like(loss)
+        d_cls, d_gist = backward(one, cls, gist, target, stats, *_flat(options), True, True)
+        return loss, d_cls, d_gist
+    found: Any = kernels.forward_backward(cls, gist, target, options)
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = found
+    return result
+
+
+class _GistLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cls: torch.Tensor,
+        gist: torch.Tensor,
+        target: torch.Tensor | None,
+        settings: tuple[LossKernels, LossOptions, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        kernels, options, want_terms = ctx.settings = settings
+        loss, terms, ctx.stats = kernels.forward(cls, gist, target, options, want_terms)
+        ctx.save_for_backward(cls, gist, target)
+        if terms is not None:
+            ctx.mark_non_differentiable(terms)
+        ctx.set_materialize_grads(False)
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        kernels, options, _ = ctx.settings
+        cls, gist, target = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients = kernels.backward(
+            grad.resolve_neg(), cls, gist, target, ctx.stats, options, needs[0], needs[1]
+        )
+        if torch.is_grad_enabled():
+            gradients = tuple(
+                d if d is None else _NotTwice.apply(d, grad, cls, gist) for d in gradients
+            )
+        return *gradients, None, None
+
+
+class _NotTwice(torch.autograd.Function):
+    """Identity that raises if the gradient is differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        raise NotImplementedError(
+            "the loss kernels have no second derivative; compute the loss inside "
+            "gist_kernels.use_backend('reference')"
+        )
+
+
+def _flat(options: LossOptions) -> tuple[list[float], int, str]:
+    """The options in an operator schema's types; the inverse of :func:`_options_of`."""
+    return list(options[:6]), options.ignore_index, options.reduction
+
+
+def _options_of(settings: Sequence[float], ignore_index: int, reduction: str) -> LossOptions:
+    return LossOptions._make((*settings, ignore_index, reduction))
+
+
+_OPERATORS: dict[str, tuple[Any, Any]] = {}
+
+
+def register(kernels: LossKernels) -> None:
+    """Register the kernels as ``gist_kernels::{NAME}_loss`` and ``..._backward``, for tracing."""
+
+    @torch.library.custom_op(f"gist_kernels::{kernels.NAME}_loss", mutates_args=())
+    def loss_forward(
+        cls: torch.Tensor,
+        gist: torch.Tensor,
+        target: torch.Tensor | None,
+        settings: Sequence[float],
+        ignore_index: int,
+        reduction: str,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        options = _options_of(settings, ignore_index, reduction)
+        loss, terms, stats = kernels.forward(cls, gist, target, options, True)
+        assert terms is not None
+        return loss, terms, stats
+
+    @loss_forward.register_fake
+    def _(cls, gist, target, settings, ignore_index, reduction):  # type: ignore[no-untyped-def]
+        rows = cls.shape[0]
+        each = (rows,) if reduction == "none" else ()
+        dtype = torch.promote_types(cls.dtype, torch.float32)
+        return tuple(
+            torch.empty(shape, dtype=dtype, device=cls.device)
+            for shape in (each, (4, *each), kernels.stats_shape(rows))
+        )
+
+    @torch.library.custom_op(f"gist_kernels::{kernels.NAME}_loss_backward", mutates_args=())
+    def loss_backward(
+        grad: torch.Tensor,
+        cls: torch.Tensor,
+        gist: torch.Tensor,
+        target: torch.Tensor | None,
+        stats: torch.Tensor,
+        settings: Sequence[float],
+        ignore_index: int,
+        reduction: str,
+        need_cls: bool,
+        need_gist: bool,
+    ) -> list[torch.Tensor]:
+        options = _options_of(settings, ignore_index, reduction)
+        d_cls, d_gist = kernels.backward(
+            grad, cls, gist, target, stats, options, need_cls, need_gist
+        )
+        found = [d for d in (d_cls, d_gist) if d is not None]
+        # An operator's results may not share memory, as two halves of one tensor do.
+        storages = {d.untyped_storage().data_ptr() for d in found}
+        if len(storages) < len(found):
+            return [d.clone(memory_format=torch.contiguous_format) for d in found]
+        return found
+
+    @loss_backward.register_fake
+    def _(  # type: ignore[no-untyped-def]
+        grad, cls, gist, target, stats, settings, ignore_index, reduction, need_cls, need_gist
+    ):
+        return [cls.new_empty(cls.shape) for need in (need_cls, need_gist) if need]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        cls, gist, target, *ctx.settings = inputs
+        _, terms, stats = output
+        ctx.save_for_backward(cls, gist, target, stats)
+        ctx.mark_non_differentiable(terms, stats)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+        gradients: list[torch.Tensor | None] = [None, None]
+        needed = ctx.needs_input_grad[:2]
+        if grad is not None:
+            found = iter(loss_backward(grad, *ctx.saved_tensors, *ctx.settings, *needed))
+            gradients = [next(found) if need else None for need in needed]
+        return *gradients, None, None, None, None
+
+    loss_forward.register_autograd(backward, setup_context=setup_context)
+    _OPERATORS[kernels.NAME] = loss_forward, loss_backward

@@ -1,0 +1,519 @@
+"""A transformer block's sublayers with an adapter, as one autograd node each.
+
+A node computes ``x + drop_path(layer_scale(sublayer(norm(x)))) + adapter(x)`` for frozen weight
+matrices. Kernels that read x anyway carry the adapter along. Forward, the kernel that normalises x
+also writes ``x + adapter(x)``, onto which the last matmul is added. Backward, the kernel that goes
+through the norm also adds the adapter's part of the gradient of x, and sums up the gradients of the
+adapter's weights. Whatever else may be trained is small: the norm, the biases, and low-rank updates
+and scales of the linear layers.
+
+Under autocast the matmuls and the attention run in its dtype, with frozen weights converted once;
+the residual stream, norm and adapter stay in x's dtype.
+
+Backends differ in their :class:`~gist_kernels.kernels.protocols.SublayerKernels`; the equations are
+here only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gist_kernels.autograd.attention import (
+    attention_backward,
+    attention_forward,
+    token_gradients,
+)
+from gist_kernels.autograd.linear import (
+    FrozenLinear,
+    LinearParts,
+    LinearSaved,
+    joined_grads,
+    matmul_dtype,
+    split_projection,
+)
+from gist_kernels.autograd.tensors import as_result, column_sums, rows_of, versions_of
+from gist_kernels.kernels.protocols import SublayerKernels
+from gist_kernels.weights import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
+
+
+def adapter_attention(
+    kernels: SublayerKernels,
+    x: torch.Tensor,
+    norm: NormWeights,
+    weights: AttentionWeights,
+    adapter: AdapterWeights | None,
+    num_queries: int | None,
+    drop_path: torch.Tensor | None,
+    grad_tokens: tuple[int, int] | None,
+) -> torch.Tensor:
+    """See :func:`gist_kernels.adapter_attention`."""
+    dtype = matmul_dtype(x)
+    qkv = FrozenLinear.of(kernels.linear, dtype, *weights[:2], weights.qkv_update)
+    proj = FrozenLinear.of(kernels.linear, dtype, *weights[2:4], weights.proj_update)
+    versions = versions_of(*norm, *weights, drop_path)
+    sublayer = Sublayer(kernels, norm, weights, qkv, proj, drop_path, adapter, versions)
+    trained, need_grad = sublayer.trained().flat(), torch.is_grad_enabled()
+    if num_queries is None or num_queries >= x.shape[1]:
+        return _Attention.apply(sublayer, need_grad, grad_tokens, *trained, x)
+    return _PrefixAttention.apply(sublayer, need_grad, num_queries, *trained, x)
+
+
+def adapter_mlp(
+    kernels: SublayerKernels,
+    x: torch.Tensor,
+    norm: NormWeights,
+    weights: MlpWeights,
+    adapter: AdapterWeights | None,
+    drop_path: torch.Tensor | None,
+) -> torch.Tensor:
+    """See :func:`gist_kernels.adapter_mlp`."""
+    dtype = matmul_dtype(x)
+    fc1 = FrozenLinear.of(kernels.linear, dtype, *weights[:2], weights.fc1_update)
+    fc2 = FrozenLinear.of(kernels.linear, dtype, *weights[2:4], weights.fc2_update)
+    versions = versions_of(*norm, *weights, drop_path)
+    sublayer = Sublayer(kernels, norm, weights, fc1, fc2, drop_path, adapter, versions)
+    return _Mlp.apply(sublayer, *sublayer.trained().flat(), x)
+
+
+class AdapterParts(NamedTuple):
+    """An adapter's tensors; also whether each needs a gradient, and these gradients."""
+
+    down_weight: Any = None
+    down_bias: Any = None
+    up_weight: Any = None
+    up_bias: Any = None
+
+
+class NormParts(NamedTuple):
+    """A norm's tensors; also whether each needs a gradient, and these gradients."""
+
+    weight: Any = None
+    bias: Any = None
+
+
+class Trained(NamedTuple):
+    """All of a sublayer that may be trained beside x; also which of it needs a gradient, and these
+    gradients. The one place that knows the flat order that autograd takes."""
+
+    adapter: AdapterParts = AdapterParts()
+    norm: NormParts = NormParts()
+    first: LinearParts = LinearParts()
+    last: LinearParts = LinearParts()
+
+    def flat(self) -> tuple[Any, ...]:
+        return *self.adapter, *self.norm, *self.first, *self.last
+
+    @classmethod
+    def from_flat(cls, values: Sequence[Any]) -> Trained:
+        return cls(
+            AdapterParts._make(values[0:4]),
+            NormParts._make(values[4:6]),
+            LinearParts._make(values[6:10]),
+            LinearParts._make(values[10:14]),
+        )
+
+
+_TRAINED = 14  # the length of Trained.flat()
+
+
+class Sublayer(NamedTuple):
+    """What a node is given beside x."""
+
+    kernels: SublayerKernels
+    norm: NormWeights
+    weights: Any
+    """AttentionWeights or MlpWeights, for what is not in the linear layers."""
+    first: FrozenLinear
+    last: FrozenLinear
+    drop_path: torch.Tensor | None
+    adapter: AdapterWeights | None
+    versions: list[int]
+    """Version counters of what is frozen, as forward found it."""
+
+    def trained(self) -> Trained:
+        adapter = AdapterParts() if self.adapter is None else AdapterParts(*self.adapter[:4])
+        return Trained(adapter, NormParts(*self.norm[:2]), self.first.parts, self.last.parts)
+
+    def with_trained(self, trained: Trained) -> Sublayer:
+        """The sublayer of tensors that autograd has found unchanged since forward.
+
+        Raises:
+            RuntimeError: a frozen tensor has changed, as autograd raises for those that it saves.
+        """
+        if self.versions != versions_of(*self.norm, *self.weights, self.drop_path):
+            raise RuntimeError(
+                "a frozen weight of a sublayer, or its drop_path, was modified by an inplace "
+                "operation after forward, which backward needs it for; modify it after backward"
+            )
+        adapter = self.adapter
+        return self._replace(
+            adapter=adapter and AdapterWeights(*trained.adapter, *adapter[4:]),
+            norm=NormWeights(*trained.norm, self.norm.eps),
+            first=self.first._replace(parts=trained.first),
+            last=self.last._replace(parts=trained.last),
+        )
+
+    def output_factors(self) -> list[torch.Tensor]:
+        """What scales the last layer's output, bias included."""
+        return [f for f in (self.weights.layer_scale, self.drop_path) if f is not None]
+
+    def normed(self, x: torch.Tensor) -> Any:
+        """``norm(x)``, which the first layer reads, computed once more."""
+        return self.kernels.adapter.forward(x, None, self.norm, None, None)[0]
+
+    def normed_and_adapted(self, x: torch.Tensor, norm: NormWeights | None) -> Any:
+        """``(norm(x), x + adapter(x), z, stats)``, the second with the last layer's bias where
+        nothing scales that."""
+        scaled = self.output_factors() or self.last.parts.scale is not None
+        bias = None if scaled else self.last.parts.bias
+        return self.kernels.adapter.forward(x, x, norm, self.adapter, bias)
+
+    def add_last(
+        self, x: torch.Tensor, adapted: torch.Tensor | None, inner: torch.Tensor
+    ) -> tuple[torch.Tensor, LinearSaved]:
+        """The sublayer's output: the last layer of (B, N, I) ``inner``, added to ``adapted``."""
+        last, rows, factors = self.last, rows_of(inner), self.output_factors()
+        shape = *inner.shape[:2], len(last.weight)
+        if adapted is not None and not factors and last.parts.scale is None:
+            last = last.without_bias()  # which adapted has
+            if adapted.dtype is rows.dtype:
+                linear = self.kernels.linear
+                out, low = linear.add_linear(adapted, rows, last.weight), None
+                _, _, down, up = last.computed()
+                if down is not None:
+                    low = linear.linear(rows, down, None)
+                    out = linear.add_linear(out, low, up)
+                return as_result(out, shape), LinearSaved(None, low)
+        update, saved = last.forward(rows)
+        update = as_result(update, shape)
+        for factor in factors:
+            update = update * factor
+        out = (x if adapted is None else adapted).view(shape)
+        return (update.add_(out) if update.dtype is out.dtype else out + update), saved
+
+    def last_backward(
+        self,
+        d_out: torch.Tensor,
+        inner: Callable[[], torch.Tensor],
+        saved: LinearSaved,
+        needs: LinearParts,
+        need_dx: bool,
+    ) -> tuple[Any, LinearParts]:
+        """The gradient of the last layer's input, and those of its parts, from that of the
+        sublayer's output, (B, N, D)."""
+        for factor in self.output_factors():
+            d_out = d_out * factor
+        return self.last.backward(rows_of(d_out), inner, saved, needs, need_dx)
+
+    def first_backward(
+        self, d_first: torch.Tensor, saved: LinearSaved, needs: Trained, rows: SublayerRows
+    ) -> tuple[torch.Tensor, Trained]:
+        """The gradient of x, and those of adapter, norm and first layer, from that of the first
+        layer's output."""
+        d_normed, first = self.first.backward(
+            rows_of(d_first), lambda: self.normed(rows.x), saved, needs.first
+        )
+        assert d_normed is not None
+        d_normed = d_normed.to(rows.x.dtype)
+        norm = self.norm_grads(d_normed, rows, needs.norm)
+        d_x, *adapter = self.kernels.adapter.backward(
+            rows.d_out, d_normed, rows.x, self.norm, rows.stats, self.adapter, rows.z,
+            pass_through=True,
+        )  # fmt: skip
+        assert d_x is not None
+        return d_x, Trained(AdapterParts(*adapter), norm, first)
+
+    def norm_grads(self, d_normed: torch.Tensor, rows: SublayerRows, needs: NormParts) -> NormParts:
+        weight, bias, _ = self.norm
+        d_weight = d_bias = None
+        if needs.weight and weight is not None:
+            centred = rows.x.to(rows.stats.dtype).sub(rows.stats[:, :1]).mul_(rows.stats[:, 1:])
+            d_weight = column_sums(centred.mul_(d_normed), weight)
+        if needs.bias and bias is not None:
+            d_bias = column_sums(d_normed, bias)
+        return NormParts(d_weight, d_bias)
+
+    def adapter_grads(
+        self, d_out: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None
+    ) -> AdapterParts:
+        """The gradients of the adapter's tensors, without that of x."""
+        if self.adapter is None:
+            return AdapterParts()
+        _, *grads = self.kernels.adapter.backward(
+            d_out, None, x, None, None, self.adapter, z, pass_through=False, need_dx=False
+        )
+        return AdapterParts(*grads)
+
+
+class SublayerRows(NamedTuple):
+    """What the backward pass through norm and adapter reads, as (M, ...) rows."""
+
+    d_out: torch.Tensor
+    x: torch.Tensor
+    z: Any
+    stats: Any
+
+    def of_tokens(self, shape: tuple[int, int], tokens: slice) -> SublayerRows:
+        """The rows of some tokens, ``shape`` being (B, N)."""
+        return SublayerRows._make(
+            t if t is None else rows_of(t.view(*shape, t.shape[1])[:, tokens]) for t in self
+        )
+
+
+class _AttentionSaved(NamedTuple):
+    x: torch.Tensor
+    z: torch.Tensor | None
+    stats: torch.Tensor
+    qkv: torch.Tensor
+    attended: Any
+    lse: torch.Tensor | None
+    qkv_unscaled: torch.Tensor | None
+    qkv_low: torch.Tensor | None
+    proj_unscaled: torch.Tensor | None
+    proj_low: torch.Tensor | None
+
+
+class _Attention(torch.autograd.Function):
+    """Attention over all tokens. With ``grad_tokens``, dx is computed for those tokens only and is
+    zero elsewhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sublayer: Sublayer,
+        need_grad: bool,
+        grad_tokens: tuple[int, int] | None,
+        *tensors: Any,
+    ) -> torch.Tensor:
+        kernels, norm, weights = sublayer[:3]
+        x = tensors[-1]
+        rows = rows_of(x)
+        normed, adapted, z, stats = sublayer.normed_and_adapted(rows, norm)
+        qkv, of_qkv = sublayer.first.forward(normed)
+        qkv = qkv.view(*x.shape[:2], qkv.shape[1])
+        q, k, v = qkv.chunk(3, dim=-1)
+        attended, lse, ctx.graph = attention_forward(
+            kernels.attention, q, k, v, weights.num_heads, weights.scale, need_grad
+        )
+        result, of_proj = sublayer.add_last(rows, adapted, attended)
+        ctx.sublayer, ctx.grad_tokens = sublayer, grad_tokens
+        read_again = sublayer.last.parts.down is not None or grad_tokens is not None
+        kept = attended if read_again else None
+        saved = _AttentionSaved(x, z, stats, qkv, kept, lse, *of_qkv, *of_proj)
+        ctx.save_for_backward(*tensors[:-1], *saved)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        trained, saved = _restored(ctx, _AttentionSaved)
+        sublayer = ctx.sublayer.with_trained(trained)
+        kernels, _, weights = sublayer[:3]
+        needs, need_dx = _needs(ctx, 3)
+        x, lse = saved.x, saved.lse
+        rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
+        inner_trained = any(needs.norm) or any(needs.first)
+        d_attended, d_proj = sublayer.last_backward(
+            d_out, lambda: rows_of(saved.attended),
+            LinearSaved(saved.proj_unscaled, saved.proj_low), needs.last,
+            need_dx or inner_trained,
+        )  # fmt: skip
+        if d_attended is None:
+            adapter = sublayer.adapter_grads(rows.d_out, rows.x, rows.z)
+            return None, None, None, *Trained(adapter, last=d_proj).flat(), None
+
+        d_attended = d_attended.view(*x.shape[:2], d_attended.shape[1])
+        if ctx.grad_tokens is None or lse is None or inner_trained:
+            d_qkv = torch.empty_like(saved.qkv)
+            q, k, v = saved.qkv.chunk(3, dim=-1)
+            d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
+            attention_backward(
+                kernels.attention, d_attended, q, k, v, lse, ctx.graph,
+                weights.num_heads, weights.scale, d_q, d_k, d_v,
+            )  # fmt: skip
+            of_qkv = LinearSaved(saved.qkv_unscaled, saved.qkv_low)
+            d_x, grads = sublayer.first_backward(d_qkv, of_qkv, needs, rows)
+            d_x = d_x.view(x.shape)
+            if ctx.grad_tokens is not None:
+                start, count = ctx.grad_tokens
+                d_x[:, :start] = 0
+                d_x[:, start + count :] = 0
+            return None, None, None, *grads._replace(last=d_proj).flat(), d_x
+
+        start, count = ctx.grad_tokens
+        tokens = slice(start, start + count)
+        d_qkv = token_gradients(d_attended, saved.qkv, saved.attended, lse, weights, tokens)
+        adapter = sublayer.adapter_grads(rows.d_out, rows.x, rows.z)
+        d_tokens, _ = sublayer.first_backward(
+            d_qkv, LinearSaved(), needs, rows.of_tokens(x.shape[:2], tokens)
+        )
+        d_x = torch.zeros_like(x)
+        d_x[:, tokens] = d_tokens.view(x.shape[0], count, x.shape[2])
+        return None, None, None, *Trained(adapter, last=d_proj).flat(), d_x
+
+
+class _PrefixSaved(NamedTuple):
+    x: torch.Tensor
+    z: torch.Tensor | None
+    stats: torch.Tensor
+    q: torch.Tensor
+    kv: torch.Tensor
+    attended: Any
+    lse: torch.Tensor | None
+    q_unscaled: torch.Tensor | None
+    q_low: torch.Tensor | None
+    kv_unscaled: torch.Tensor | None
+    kv_low: torch.Tensor | None
+    proj_unscaled: torch.Tensor | None
+    proj_low: torch.Tensor | None
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """Attention of the first tokens only, where nothing else is read afterwards: only they have
+    queries, the projection, the residual and the adapter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sublayer: Sublayer, need_grad: bool, num_queries: int, *tensors: Any
+    ) -> torch.Tensor:
+        kernels, norm, weights = sublayer[:3]
+        x = tensors[-1]
+        read = rows_of(x[:, :num_queries])
+        normed, _, _, stats = kernels.adapter.forward(rows_of(x), None, norm, None, None)
+        assert normed is not None
+        assert stats is not None
+        _, adapted, z, _ = sublayer.normed_and_adapted(read, None)
+        q_linear, kv_linear = split_projection(sublayer.first)
+        q, of_q = q_linear.forward(rows_of(normed.view(x.shape)[:, :num_queries]))
+        kv, of_kv = kv_linear.forward(normed)
+        q = q.view(len(x), num_queries, q.shape[1])
+        kv = kv.view(*x.shape[:2], kv.shape[1])
+        k, v = kv.chunk(2, dim=-1)
+        attended, lse, ctx.graph = attention_forward(
+            kernels.attention, q, k, v, weights.num_heads, weights.scale, need_grad
+        )
+        result, of_proj = sublayer.add_last(read, adapted, attended)
+        ctx.sublayer, ctx.num_queries = sublayer, num_queries
+        kept = attended if sublayer.last.parts.down is not None else None
+        saved = _PrefixSaved(x, z, stats, q, kv, kept, lse, *of_q, *of_kv, *of_proj)
+        ctx.save_for_backward(*tensors[:-1], *saved)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        trained, saved = _restored(ctx, _PrefixSaved)
+        sublayer, num_queries = ctx.sublayer.with_trained(trained), ctx.num_queries
+        kernels, norm, weights = sublayer[:3]
+        needs, need_dx = _needs(ctx, 3)
+        x, q, kv = saved.x, saved.q, saved.kv
+        rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
+        read = rows_of(x[:, :num_queries])
+        d_attended, d_proj = sublayer.last_backward(
+            d_out, lambda: rows_of(saved.attended),
+            LinearSaved(saved.proj_unscaled, saved.proj_low), needs.last,
+            need_dx or any(needs.norm) or any(needs.first),
+        )  # fmt: skip
+        if d_attended is None:
+            adapter = sublayer.adapter_grads(rows.d_out, read, rows.z)
+            return None, None, None, *Trained(adapter, last=d_proj).flat(), None
+
+        d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
+        k, v = kv.chunk(2, dim=-1)
+        d_k, d_v = d_kv.chunk(2, dim=-1)
+        attention_backward(
+            kernels.attention, d_attended.view(q.shape), q, k, v, saved.lse, ctx.graph,
+            weights.num_heads, weights.scale, d_q, d_k, d_v,
+        )  # fmt: skip
+        q_linear, kv_linear = split_projection(sublayer.first)
+        d_normed, kv_grads = kv_linear.backward(
+            rows_of(d_kv), lambda: sublayer.normed(rows.x),
+            LinearSaved(saved.kv_unscaled, saved.kv_low), needs.first,
+        )  # fmt: skip
+        d_read_normed, q_grads = q_linear.backward(
+            rows_of(d_q), lambda: sublayer.normed(read),
+            LinearSaved(saved.q_unscaled, saved.q_low), needs.first,
+        )  # fmt: skip
+        assert d_normed is not None
+        assert d_read_normed is not None
+        of_read = d_normed.view(x.shape)[:, :num_queries]
+        of_read += d_read_normed.view(of_read.shape)
+        d_normed = d_normed.to(x.dtype)
+        norm_grads = sublayer.norm_grads(d_normed, rows, needs.norm)
+        d_x, *_ = kernels.adapter.backward(
+            None, d_normed, rows.x, norm, rows.stats, None, None, pass_through=False
+        )
+        assert d_x is not None
+        d_x, d_read, adapter = d_x.view(x.shape), rows.d_out, AdapterParts()
+        if sublayer.adapter is not None:
+            of_adapter: Any = kernels.adapter.backward(
+                d_read, None, read, None, None, sublayer.adapter, rows.z, pass_through=True
+            )
+            d_read, adapter = of_adapter[0], AdapterParts(*of_adapter[1:])
+        d_x[:, :num_queries] += d_read.view(of_read.shape)
+        grads = Trained(adapter, norm_grads, joined_grads(q_grads, kv_grads), d_proj)
+        return None, None, None, *grads.flat(), d_x
+
+
+class _MlpSaved(NamedTuple):
+    x: torch.Tensor
+    z: torch.Tensor | None
+    stats: torch.Tensor
+    u: torch.Tensor
+    fc1_unscaled: torch.Tensor | None
+    fc1_low: torch.Tensor | None
+    fc2_unscaled: torch.Tensor | None
+    fc2_low: torch.Tensor | None
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sublayer: Sublayer, *tensors: Any) -> torch.Tensor:
+        kernels, norm, weights = sublayer[:3]
+        x = tensors[-1]
+        rows = rows_of(x)
+        normed, adapted, z, stats = sublayer.normed_and_adapted(rows, norm)
+        u, of_fc1 = sublayer.first.forward(normed)
+        hidden = kernels.activation.forward(u, weights.activation)
+        hidden = hidden.view(*x.shape[:2], hidden.shape[1])
+        result, of_fc2 = sublayer.add_last(rows, adapted, hidden)
+        ctx.sublayer = sublayer
+        saved = _MlpSaved(x, z, stats, u, *of_fc1, *of_fc2)
+        ctx.save_for_backward(*tensors[:-1], *saved)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        trained, saved = _restored(ctx, _MlpSaved)
+        sublayer = ctx.sublayer.with_trained(trained)
+        activation, name = sublayer.kernels.activation, sublayer.weights.activation
+        needs, need_dx = _needs(ctx, 1)
+        rows = SublayerRows(rows_of(d_out), rows_of(saved.x), saved.z, saved.stats)
+        d_hidden, d_fc2 = sublayer.last_backward(
+            d_out, lambda: activation.forward(saved.u, name),
+            LinearSaved(saved.fc2_unscaled, saved.fc2_low), needs.last,
+            need_dx or any(needs.norm) or any(needs.first),
+        )  # fmt: skip
+        if d_hidden is None:
+            adapter = sublayer.adapter_grads(rows.d_out, rows.x, rows.z)
+            return None, *Trained(adapter, last=d_fc2).flat(), None
+        d_u = activation.backward(d_hidden, saved.u, name, into_d_a=True)
+        of_fc1 = LinearSaved(saved.fc1_unscaled, saved.fc1_low)
+        d_x, grads = sublayer.first_backward(d_u, of_fc1, needs, rows)
+        return None, *grads._replace(last=d_fc2).flat(), d_x.view(saved.x.shape)
+
+
+def _restored(ctx: Any, kind: Any) -> tuple[Trained, Any]:
+    """What a node saved: what may be trained, and its own ``kind`` of holder."""
+    saved = ctx.saved_tensors
+    return Trained.from_flat(saved[:_TRAINED]), kind._make(saved[_TRAINED:])
+
+
+def _needs(ctx: Any, options: int) -> tuple[Trained, bool]:
+    """Which of what may be trained needs a gradient, and whether x does, after ``options``."""
+    needs = ctx.needs_input_grad[options:]
+    return Trained.from_flat(needs[:_TRAINED]), needs[_TRAINED]

@@ -1,0 +1,68 @@
+"""Tensors as kernels read them: their numbers in memory, rows dense, and nothing traced."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+
+_T = TypeVar("_T", torch.Tensor, "torch.Tensor | None")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call is traced, or its tensors have no memory to give a kernel."""
+    return (
+        torch.compiler.is_compiling()
+        or any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def negated(*arguments: Any) -> bool:
+    """Whether a tensor's numbers are those in memory with the other sign (``torch._neg_view``,
+    the imaginary part of a conjugate), which kernels know nothing of."""
+    return any(
+        t.is_neg() if isinstance(t, torch.Tensor) else isinstance(t, tuple) and negated(*t)
+        for t in arguments
+    )
+
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its numbers as they lie in memory: an upstream gradient may be negated, or
+    zeros without memory."""
+    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., D) as (M, D), features side by side."""
+    rows = in_memory(tensor).reshape(-1, tensor.shape[-1])
+    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def dense_rows(tensor: _T) -> _T:
+    """The (B,) or (B, C) tensor with classes side by side, rows at any stride."""
+    if tensor is None:
+        return tensor
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if tensor.ndim == 1 or tensor.stride(1) == 1 or tensor.shape[1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def as_result(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A node's output in its shape, but no view: autograd lets nobody write to a node's views."""
+    result: torch.Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
+    return result
+
+
+def versions_of(*arguments: Any) -> list[int]:
+    """The version counters of the tensors among the arguments; inference tensors have none."""
+    return [t._version for t in arguments if isinstance(t, torch.Tensor) and not t.is_inference()]
+
+
+def column_sums(d: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The sums over rows, in float32 at least, in ``like``'s dtype."""
+    return d.sum(0, dtype=torch.promote_types(d.dtype, torch.float32)).to(like.dtype)

@@ -1,0 +1,1 @@
+"""The public operations: docstrings, argument checks, choice of kernels."""

@@ -1,0 +1,49 @@
+"""Attention of packed queries, keys and values."""
+
+from __future__ import annotations
+
+import torch
+
+from gist_kernels import autograd, check, reference
+from gist_kernels.autograd.tensors import needs_dispatcher, negated
+from gist_kernels.backend import select
+
+
+def prefix_attention(
+    qkv: torch.Tensor,
+    num_heads: int,
+    *,
+    num_queries: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Multi-head self-attention of a packed projection, for the first tokens or all.
+
+    Args:
+        qkv: (B, N, 3 H Dh): queries', keys' and values' features one after the other, each of
+            them H heads of Dh.
+        num_heads: H.
+        num_queries: number of first tokens whose result is computed. Default: all.
+        scale: factor on the scores. Default: ``Dh ** -0.5``.
+
+    Returns:
+        (B, num_queries, H Dh), dense, in qkv's dtype.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: a wrong shape or value.
+    """
+    check.floating("qkv", qkv)
+    check.shape("qkv", qkv, (None, None, None), "(B, N, 3 * num_heads * head_dim)")
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads must be an integer of at least 1; it is {num_heads!r}")
+    if qkv.shape[2] == 0 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            "qkv must have 3 * num_heads * head_dim features; it has "
+            f"{qkv.shape[2]} and num_heads is {num_heads}"
+        )
+    check.token_count("num_queries", num_queries, qkv.shape[1])
+    if scale is not None:
+        check.finite("scale", scale)
+    kernels = select("attention", qkv)
+    if kernels is None or needs_dispatcher(qkv) or negated(qkv):
+        return reference.prefix_attention(qkv, num_heads, num_queries, scale)
+    return autograd.prefix_attention(kernels, qkv, num_heads, num_queries, scale)

@@ -1,0 +1,219 @@
+"""What a backend is, and the contract of each family of kernels.
+
+A backend is one :class:`Backend` value. A family is a module (or any object) that meets its
+protocol here; mypy checks it. Kernels take plain tensors, know nothing of autograd, and write to no
+argument except where a line says so.
+
+B rows of a batch, C classes, D features, R rank, M rows of all sequences, N tokens, Q queries,
+H heads, Dh features of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from gist_kernels.weights import AdapterWeights, NormWeights
+
+
+class LossOptions(NamedTuple):
+    """Checked arguments of :func:`gist_kernels.gist_loss`, under the names kernels use.
+
+    ``bidirectional_kl`` is a ``gist_loss`` without target.
+    """
+
+    temperature: float
+    cls_weight: float
+    gist_weight: float
+    kl_cls_gist_weight: float
+    kl_gist_cls_weight: float
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+    """"mean", "sum" or "none"; "batchmean" is "mean"."""
+
+
+class LossKernels(Protocol):
+    """The loss family. ``target`` is None, (B,) class indices or (B, C) probabilities."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802
+        """The backend's, for the names of registered operators."""
+
+    def stats_shape(self, rows: int) -> tuple[int, ...]:
+        """The shape of the statistics that forward leaves for backward."""
+
+    def forward(
+        self,
+        cls: torch.Tensor,
+        gist: torch.Tensor,
+        target: torch.Tensor | None,
+        options: LossOptions,
+        want_terms: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """``(loss, terms, stats)``: terms (4,) or (4, B), stats what ``backward`` needs."""
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        cls: torch.Tensor,
+        gist: torch.Tensor,
+        target: torch.Tensor | None,
+        stats: torch.Tensor,
+        options: LossOptions,
+        need_cls: bool,
+        need_gist: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both gradients, in the logits' dtype; None for a side that needs none."""
+
+    def forward_backward(
+        self,
+        cls: torch.Tensor,
+        gist: torch.Tensor,
+        target: torch.Tensor | None,
+        options: LossOptions,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """``(loss, d_cls, d_gist)``, none of them None, for an upstream gradient of 1."""
+
+
+class AdapterKernels(Protocol):
+    """LayerNorm and the bottleneck adapter, which read the same rows."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None,
+        norm: NormWeights | None,
+        adapter: AdapterWeights | None,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """``(normed, out, z, stats)``: ``LayerNorm(x)`` (M, D); ``add + adapter(x) + bias`` (M, D);
+        ``z = x Wd^T + bd`` (M, R); each row's mean and 1 / standard deviation (M, 2)."""
+
+    def backward(
+        self,
+        d_out: torch.Tensor | None,
+        d_normed: torch.Tensor | None,
+        x: torch.Tensor,
+        norm: NormWeights | None,
+        stats: torch.Tensor | None,
+        adapter: AdapterWeights | None,
+        z: torch.Tensor | None,
+        *,
+        pass_through: bool,
+        need_dx: bool = True,
+    ) -> tuple[
+        torch.Tensor | None,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        torch.Tensor | None,
+    ]:
+        """``(dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias)``. With ``pass_through``,
+        dx includes ``d_out`` itself."""
+
+
+class ActivationKernels(Protocol):
+    """Element-wise activations of contiguous tensors."""
+
+    def forward(self, u: torch.Tensor, activation: str) -> torch.Tensor:
+        """``act(u)``."""
+
+    def backward(
+        self, d_a: torch.Tensor, u: torch.Tensor, activation: str, *, into_d_a: bool = False
+    ) -> torch.Tensor:
+        """``d_a * act'(u)``; ``into_d_a`` writes over d_a."""
+
+
+class AttentionKernels(Protocol):
+    """Multi-head attention of (B, Q, H Dh) queries over (B, N, H Dh) keys and values, of any batch
+    and row strides."""
+
+    def serves(self, q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
+        """Whether the kernels take such tensors; PyTorch's attention serves the rest."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(out, lse)``: (B, Q, H Dh), and the scores' log-sum-exps (B, H, Q) in float32."""
+
+    def backward(
+        self,
+        d_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lse: torch.Tensor,
+        num_heads: int,
+        scale: float,
+        d_q: torch.Tensor,
+        d_k: torch.Tensor,
+        d_v: torch.Tensor,
+    ) -> None:
+        """Writes the gradients of ``q``, ``k`` and ``v`` into the last three."""
+
+
+class LinearKernels(Protocol):
+    """Matmuls with frozen (O, I) weights."""
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x weight^T + bias``."""
+
+    def add_linear(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``out + x weight^T``; may write over ``out``."""
+
+
+class SublayerKernels(NamedTuple):
+    """What a transformer block's sublayers are made of."""
+
+    adapter: AdapterKernels
+    activation: ActivationKernels
+    attention: AttentionKernels
+    linear: LinearKernels
+
+
+OPERATIONS = {
+    "loss": ("bidirectional_kl", "gist_loss", "gist_loss_and_grad"),
+    "adapter": ("adapter",),
+    "attention": ("prefix_attention",),
+    "sublayers": ("adapter_attention", "adapter_mlp"),
+}
+"""The public operations that each family of kernels serves."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend: its name, what it takes, and its kernels, a family each."""
+
+    name: str
+    unavailable: str | None = None
+    """Why it can't run on this machine; None where it can."""
+    device_types: tuple[str, ...] = ()
+    """Devices it takes, as in ``tensor.device.type``."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    detail: str = ""
+    """What it runs on here."""
+    loss: LossKernels | None = None
+    adapter: AdapterKernels | None = None
+    attention: AttentionKernels | None = None
+    sublayers: SublayerKernels | None = None
+
+    def kernels(self, family: str) -> Any:
+        """Its kernels of a family, a key of :data:`OPERATIONS`, or None where it has none."""
+        return getattr(self, family)
+
+    def refusal(self, family: str, device_type: str, dtype: torch.dtype) -> str | None:
+        """Why this backend can't serve such a call, or None when it can."""
+        if self.unavailable is not None:
+            return self.unavailable
+        if self.kernels(family) is None:
+            return f"it has no {family} kernels"
+        if device_type not in self.device_types:
+            return f"it takes {' or '.join(self.device_types)} tensors, not {device_type}"
+        if dtype not in self.dtypes:
+            return f"it does not take {dtype}"
+        return None
