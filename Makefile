@@ -2,6 +2,7 @@
 # make test       every test that needs no GPU
 # make test-avx2  the numerical tests as on a processor without AVX-512
 # make lint       ruff and mypy
+# make docs       the documentation site, into build/docs; fails on a broken link or name
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-quick   the small ones, to compare with a saved run
 # make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
@@ -19,6 +20,7 @@ AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRU
   ATEN_CPU_CAPABILITY=avx2
 
 .PHONY: demo test test-avx2 lint bench bench-quick gpu sanitize clean
+.PHONY: docs  # a folder has this name too
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
@@ -35,6 +37,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/gist bench $(ARGS)

@@ -1,0 +1,67 @@
+"""The documentation: every public name is on a page, and the Python in it runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import gist
+import gist_kernels
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*$")
+SMALL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def snippets(path: Path) -> list[str]:
+    """A page's Python, each snippet behind as many lines as stand above it on the page."""
+    parts = re.split(r"^```(\w*)\n(.*?)^```$", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found, line = [], 0
+    for above, language, code in zip(parts[::3], parts[1::3], parts[2::3], strict=False):
+        line += above.count("\n") + 1
+        if language == "python" and not NOT_RUN.search(above):
+            found.append("\n" * line + code)
+        line += code.count("\n")
+    return found
+
+
+@pytest.mark.parametrize("package", [gist_kernels, gist])
+def test_every_public_name_is_documented(package):
+    text = "\n".join(path.read_text() for path in PAGES.values())
+    directives = set(re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE))
+    missing = {f"{package.__name__}.{name}" for name in package.__all__} - directives
+    assert not missing, f"add '::: NAME' to a page of docs/ for {sorted(missing)}"
+
+
+@pytest.mark.parametrize("package", [gist_kernels, gist])
+def test_no_page_documents_a_name_that_is_gone(package):
+    text = "\n".join(path.read_text() for path in PAGES.values())
+    named = re.findall(rf"^::: {package.__name__}\.(\w+)$", text, flags=re.MULTILINE)
+    assert set(named) <= set(package.__all__)
+
+
+@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if snippets(path)])
+def test_python_on_the_page_runs(page, monkeypatch, tmp_path):
+    create = timm.create_model
+
+    def create_small(name, pretrained=False, **options):
+        return create("vit_tiny_patch16_224" if pretrained else name, **{**SMALL, **options})
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+    monkeypatch.chdir(tmp_path)
+    data = TensorDataset(torch.randn(4, 3, 32, 32), torch.randint(10, (4,)))
+    names = {"__name__": "__main__", "loader": DataLoader(data, batch_size=2)}
+    for code in snippets(PAGES[page]):
+        exec(compile(code, str(PAGES[page]), "exec", dont_inherit=True), names)
+
+
+def test_readme_is_short():
+    lines = PAGES["README"].read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 110
