@@ -24,8 +24,7 @@ constexpr int64_t kLineFloats = 64 / sizeof(float);
 void attention(const AttentionCall &call, int threads) {
   const AttentionKernels &kernels = *kKernels[current_set()];
   const int64_t tasks = call.batch * call.heads;
-  const int64_t useful =
-      tasks * call.queries * call.keys * call.head_dim / kProductsPerThread;
+  const int64_t useful = tasks * call.queries * call.keys * call.head_dim / kProductsPerThread;
   int64_t team = threads < useful ? threads : useful;
   if (team > tasks) team = tasks;
   if (team < 1) team = 1;

@@ -61,7 +61,8 @@ int64_t reduce(const LossCall &call, int64_t kept) {
       // A term without weight may be infinite.
       if (call.weights[t] != 0) weighted += call.weights[t] * term;
       totals[t] += term;
-      if (terms != nullptr && call.reduction == Reduction::none) terms[t * call.rows + row] = A(term);
+      if (terms != nullptr && call.reduction == Reduction::none)
+        terms[t * call.rows + row] = A(term);
     }
     totals[4] += weighted;
     if (call.reduction == Reduction::none) loss[row] = A(weighted);

@@ -16,13 +16,13 @@ constexpr int kCls = 0, kGist = 1, kHeads[] = {kCls, kGist};
 // One row's statistics, all that the gradient needs; A is float, or double for float64 logits.
 template <class A>
 struct RowStats {
-  A max[2];         // of each head's logits
-  A tempered[2];    // 1 / sum exp((x - max) / T)
-  A plain[2];       // sum of the target / sum exp(x - max)
-  A mean[2];        // of x_cls - x_gist under p and under q, maxima subtracted
-  A mean_rest[2];   // what rounding took from the means
-  A scale;          // 1, or 1 / rows kept for a mean; 0 for an ignored row; NaN for a bad target
-  A terms[4];       // cross-entropy of cls, of gist, KL(cls || gist), KL(gist || cls)
+  A max[2];        // of each head's logits
+  A tempered[2];   // 1 / sum exp((x - max) / T)
+  A plain[2];      // sum of the target / sum exp(x - max)
+  A mean[2];       // of x_cls - x_gist under p and under q, maxima subtracted
+  A mean_rest[2];  // what rounding took from the means
+  A scale;         // 1, or 1 / rows kept for a mean; 0 for an ignored row; NaN for a bad target
+  A terms[4];      // cross-entropy of cls, of gist, KL(cls || gist), KL(gist || cls)
 };
 constexpr int kRowStats = sizeof(RowStats<float>) / sizeof(float);
 
@@ -43,10 +43,10 @@ struct LossCall {
   std::int64_t ignore_index;
   Reduction reduction;
 
-  void *stats;         // RowStats<A>[rows]
+  void *stats;  // RowStats<A>[rows]
   // Of type A: 1 and 4 numbers, or `rows` and 4 * rows for Reduction::none. Terms may be null.
   void *loss, *terms;
-  const void *grad;    // upstream, of type A; null stands for 1
+  const void *grad;  // upstream, of type A; null stands for 1
   std::int64_t grad_stride;
   void *d_logits[2];  // null where no gradient is wanted
   std::int64_t d_logits_stride;

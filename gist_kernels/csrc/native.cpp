@@ -30,13 +30,15 @@ int max_threads() {
 
 nb::list instruction_sets() {
   nb::list names;
-  for (int i = 0; gist::instruction_sets(i) != nullptr; ++i) names.append(gist::instruction_sets(i));
+  for (int i = 0; gist::instruction_sets(i) != nullptr; ++i)
+    names.append(gist::instruction_sets(i));
   return names;
 }
 
 void use_instruction_set(const char *name) {
   if (gist::use_instruction_set(name)) return;
-  std::string text = "'" + std::string(name) + "' is no instruction set of this build and processor";
+  std::string text =
+      "'" + std::string(name) + "' is no instruction set of this build and processor";
   for (int i = 0; gist::instruction_sets(i) != nullptr; ++i)
     text += (i == 0 ? "; it has " : ", ") + std::string(gist::instruction_sets(i));
   throw nb::value_error(text.c_str());
@@ -44,15 +46,15 @@ void use_instruction_set(const char *name) {
 
 void *pointer(Address address) { return reinterpret_cast<void *>(address); }
 
-// Forward where there is a loss to write, else backward; returns what loss_forward does. One flat call is the cheapest to make from
-// Python; loss.py beside this file says what the arguments are.
+// Forward where there is a loss to write, else backward; returns what loss_forward does. One flat
+// call is the cheapest to make from Python; loss.py beside this file says what the arguments are.
 int64_t run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t cls_stride,
-              Address gist, int64_t gist_stride, int target_dtype, Address target,
-              int64_t target_stride, double temperature, double cls_weight, double gist_weight,
-              double kl_cls_gist_weight, double kl_gist_cls_weight, double label_smoothing,
-              int64_t ignore_index, const char *reduction, Address stats, Address loss,
-              Address terms, Address grad, int64_t grad_stride, Address d_cls, Address d_gist,
-              int64_t d_stride, int threads) {
+                 Address gist, int64_t gist_stride, int target_dtype, Address target,
+                 int64_t target_stride, double temperature, double cls_weight, double gist_weight,
+                 double kl_cls_gist_weight, double kl_gist_cls_weight, double label_smoothing,
+                 int64_t ignore_index, const char *reduction, Address stats, Address loss,
+                 Address terms, Address grad, int64_t grad_stride, Address d_cls, Address d_gist,
+                 int64_t d_stride, int threads) {
   const nb::gil_scoped_release release;
   gist::LossCall call = {};
   call.rows = rows;
@@ -187,8 +189,9 @@ NB_MODULE(_native, m) {
   m.def("instruction_set", &gist::instruction_set,
         "The vector instruction set kernels use here: 'avx512', 'avx2' or 'portable'.");
   m.def("instruction_sets", &instruction_sets, "Those that can run here, widest first.");
-  m.def("use_instruction_set", &use_instruction_set,
-        "Choose one of them for the whole process; ValueError names them where there is none such.");
+  m.def(
+      "use_instruction_set", &use_instruction_set,
+      "Choose one of them for the whole process; ValueError names them where there is none such.");
   m.def("max_threads", &max_threads,
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
   m.def("run_loss", &run_loss, "The loss kernels, as called by gist_kernels.kernels.cpu.loss.");

@@ -2,6 +2,7 @@
 // CMakeLists.txt names the result by GIST_IN_SET(activation_rows).
 
 #include "activation.h"
+
 #include "adapter.h"
 #include "storage.h"
 

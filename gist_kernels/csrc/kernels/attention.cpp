@@ -14,10 +14,11 @@
 // by as much as the scores are large, and probabilities from it alone would not sum to 1. Where
 // values are alike, delta nearly cancels dP: as sum dO O, with O rounded, it would be off by more.
 
+#include "attention.h"
+
 #include <array>
 #include <utility>
 
-#include "attention.h"
 #include "storage.h"
 
 namespace gist {
@@ -77,9 +78,10 @@ template <int kRows, int kVectors>
 void tile(int64_t depth, Left a, const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
   Floats sum[kRows][kVectors];
   GIST_UNROLL
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kRows; ++i) {
     GIST_UNROLL
     for (int v = 0; v < kVectors; ++v) sum[i][v] = Floats{};
+  }
   for (int64_t k = 0; k < depth; ++k) {
     Floats right[kVectors];
     GIST_UNROLL
@@ -213,7 +215,8 @@ void transpose(Matrix from, int64_t rows, int64_t columns, Matrix to) {
 float row_max(const float *s, int64_t n, float scale) {
   Floats top = broadcast(scale * s[0]);
   for_each_vector<float>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    top = max(top, scale * load(s + j, lanes, s[0]));
+    const Floats scaled = scale * load(s + j, lanes, s[0]);
+    top = max(top, scaled);
   });
   return largest<float>(top);
 }
@@ -353,8 +356,8 @@ class Head {
 
  private:
   S *row(const AttentionTensor &tensor, int64_t i) const {
-    return static_cast<S *>(tensor.data) + image_ * tensor.batch_stride +
-           i * tensor.row_stride + head_ * call_.head_dim;
+    return static_cast<S *>(tensor.data) + image_ * tensor.batch_stride + i * tensor.row_stride +
+           head_ * call_.head_dim;
   }
   Rows<S> rows(const AttentionTensor &tensor, int64_t first, int64_t count) const {
     return {row(tensor, first), tensor.row_stride, count};

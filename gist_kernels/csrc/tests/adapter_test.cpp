@@ -1,6 +1,7 @@
 // LayerNorm, adapter and activation against plain loops in double; see kernel_test.h.
 
 #include "adapter.h"
+
 #include "kernel_test.h"
 
 namespace {
@@ -84,7 +85,8 @@ void run(const Case &c, int threads) {
   const Buffer x = rows(true), other = rows(c.add == Add::other), d_out = rows(reads_d_out),
                d_normed = rows(c.norm);
   const Buffer norm_weight = weight(c.norm && c.biases, n, 1),
-               norm_bias = weight(c.norm && c.biases, n, 1), bias = weight(adapter && c.biases, n, 1),
+               norm_bias = weight(c.norm && c.biases, n, 1),
+               bias = weight(adapter && c.biases, n, 1),
                down = weight(adapter, r * n, 1 / std::sqrt(double(n))),
                down_bias = weight(adapter && c.biases, r, 1),
                up = weight(adapter, n * r, adapter ? 1 / std::sqrt(double(r)) : 0),
@@ -216,7 +218,9 @@ void run(const Case &c, int threads) {
                                "d_down", "d_down_bias", "d_up", "d_up_bias"};
   for (std::size_t i = 0; i < kResults; ++i)
     compare(found[i], *exact[i], c.name() + names[i],
-            i == kDx ? largest_g : i == kDownBias ? largest_dz : 0);
+            i == kDx         ? largest_g
+            : i == kDownBias ? largest_dz
+                             : 0);
 }
 
 void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_place, int threads) {
@@ -224,8 +228,8 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
   Buffer u = normal.filled(dtype, size, 3), d = normal.filled(dtype, size), value(dtype, size),
          slope(dtype, size);
   // Past every range in which something is computed, and what is no number.
-  const double edges[] = {0,      -0.0, 1e-30, -1e-30, 14.5,     -14.5,     200,
-                          -200,   3e4,  -3e4,  6e4,    INFINITY, -INFINITY, NAN};
+  const double edges[] = {0,    -0.0, 1e-30, -1e-30, 14.5,     -14.5,     200,
+                          -200, 3e4,  -3e4,  6e4,    INFINITY, -INFINITY, NAN};
   for (int64_t i = 3; i < size; i += 5) u.set(i, edges[std::size_t(i) % std::size(edges)]);
   ActivationCall call = {};
   call.size = size;

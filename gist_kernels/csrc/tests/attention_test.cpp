@@ -1,6 +1,7 @@
 // Attention against plain loops in double; see kernel_test.h.
 
 #include "attention.h"
+
 #include "kernel_test.h"
 
 namespace {
@@ -164,7 +165,8 @@ void run(const Case &c, int threads) {
   const auto check = [&](const Slice &slice, const Doubles &exact, const char *what) {
     // Nearly all of a gradient may cancel.
     const double least = what[0] == 'd' ? 1 : 0;
-    compare(*slice.buffer, exact, least, c.name() + what, [&](int64_t i) { return slice.place(i); });
+    compare(*slice.buffer, exact, least, c.name() + what,
+            [&](int64_t i) { return slice.place(i); });
   };
   check(found.out, out, "out");
   compare(found.lse, lse, c.name() + "lse", 1);
