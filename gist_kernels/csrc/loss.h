@@ -1,5 +1,5 @@
-// What the loss kernels are given. The row kernels (loss_rows.cpp) are compiled once for every
-// instruction set; loss.cpp chooses among them, shares rows out to threads and reduces.
+// The loss. kernels/loss.cpp is compiled once for each instruction set; loss.cpp chooses among
+// them, shares rows out to threads and reduces.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,8 @@
 namespace gist {
 
 enum class Reduction : int { none, sum, mean };
+
+constexpr Dtype kLossDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16, Dtype::float64};
 
 constexpr int kCls = 0, kGist = 1, kHeads[] = {kCls, kGist};
 
@@ -61,9 +63,11 @@ using RowKernel = void (*)(const LossCall &, Pass, std::int64_t begin, std::int6
 
 extern const RowKernel GIST_EVERY_SET(loss_rows);
 
-// Writes statistics, loss and terms, and what gradients call.d_logits asks for. Returns the first
-// row whose class index is outside the classes, where loss and gradients are NaN; or -1.
+// Writes statistics, loss and terms. Returns the first row whose class index is outside the
+// classes, where the loss is NaN; or -1.
 std::int64_t loss_forward(LossCall call, int threads);
+// The same, and writes the gradients of the loss's sum that call.d_logits asks for.
+std::int64_t loss_forward_backward(LossCall call, int threads);
 // Writes the gradients that call.d_logits asks for, from what loss_forward left in call.stats.
 void loss_backward(LossCall call, int threads);
 

@@ -8,7 +8,7 @@
 
 #include "adapter.h"
 
-#include "activation.h"
+#include "activation_math.h"
 #include "storage.h"
 
 namespace gist {

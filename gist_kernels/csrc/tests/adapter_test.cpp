@@ -2,6 +2,7 @@
 
 #include "adapter.h"
 
+#include "activation.h"
 #include "kernel_test.h"
 
 namespace {
@@ -236,8 +237,8 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
   call.dtype = dtype;
   call.activation = activation;
   call.u = address(u);
-  call.to = address(value);
-  gist::run_activation(call, threads);
+  call.result = address(value);
+  activation_forward(call, threads);
   Doubles values, slopes;
   for (int64_t i = 0; i < size; ++i) {
     double h, s;
@@ -245,9 +246,9 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
     values.push_back(h);
     slopes.push_back(s * d[i]);
   }
-  call.d = address(d);
-  call.to = in_place ? address(d) : address(slope);
-  gist::run_activation(call, threads);
+  call.d_a = address(d);
+  call.result = in_place ? address(d) : address(slope);
+  activation_backward(call, threads);
   const std::string name = "dtype " + std::to_string(int(dtype)) + ", activation " +
                            std::to_string(int(activation)) + " of " + std::to_string(size) + ": ";
   // Each by itself: a number of 3e4 among them measures no other.
@@ -261,9 +262,6 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
   }
 }
 
-constexpr Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh,
-                                       Activation::identity, Activation::relu, Activation::silu};
-
 }  // namespace
 
 int main() {
@@ -275,8 +273,8 @@ int main() {
         for (int64_t rank : {0, 1, 3, 4, 5, 8, 17, 33})
           for (int64_t rows : {1, 3, 4, 5, 17}) {
             const bool odd = ++count % 2 != 0, third = count % 3 == 0, fifth = count % 5 == 0;
-            run({dtype, rows, width, rank, kActivations[count % 5], !third || rank == 0, !fifth,
-                 static_cast<Add>(count / 2 % 3), odd || rank == 0, !fifth, odd ? 3 : 0},
+            run({dtype, rows, width, rank, kActivations[count % 5].code, !third || rank == 0,
+                 !fifth, static_cast<Add>(count / 2 % 3), odd || rank == 0, !fifth, odd ? 3 : 0},
                 1);
           }
       for (int64_t rank : {0, 5})
@@ -286,7 +284,7 @@ int main() {
       run({dtype, 261, 133, 34, Activation::silu, true, false, Add::other, false, true, 0}, 3);
       run({dtype, 530, 99, 0, Activation::gelu, true, true, Add::nothing, false, true, 2}, 3);
 
-      for (Activation activation : kActivations)
+      for (const auto &[name, activation] : kActivations)
         for (int64_t size : {0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 95, 1000})
           run_activation(dtype, activation, size, size % 2 != 0, 1);
       run_activation(dtype, Activation::gelu, 3 * 32 * 1024 + 5, dtype == Dtype::float32, 4);

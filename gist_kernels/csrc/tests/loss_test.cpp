@@ -87,7 +87,7 @@ void run(const Case &c, int threads) {
   call.d_logits[kGist] = c.d_gist ? address(gradients[kGist]) : nullptr;
   loss_backward(call, threads);
   for (int s : kHeads) call.d_logits[s] = address(again[s]);
-  loss_forward(call, threads);
+  loss_forward_backward(call, threads);
 
   const double relative = tolerance(accumulate);
   const auto near = [&](double value, double exact, double allowed, const char *what) {
