@@ -1,7 +1,7 @@
 # make demo       fine-tune real weights on real images, print and plot the result
 # make test       every test that needs no GPU
 # make test-avx2  the numerical tests as on a processor without AVX-512
-# make lint       ruff and mypy
+# make lint       ruff, mypy and clang-format
 # make docs       the documentation site, into build/docs; fails on a broken link or name
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-quick   the small ones, to compare with a saved run
@@ -37,6 +37,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix gist_kernels/csrc/,*.cpp *.h */*.cpp */*.h))
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

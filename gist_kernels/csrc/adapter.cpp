@@ -1,4 +1,4 @@
-// The adapter and the activation over a batch: packing of weights, shares of threads, reductions.
+// LayerNorm and the adapter over a batch: packing of weights, shares of threads, reductions.
 
 #include "adapter.h"
 
@@ -13,14 +13,8 @@ namespace {
 
 using std::int64_t;
 
-constexpr const AdapterKernels *kAdapterKernels[] = GIST_TABLE(AdapterKernels, adapter_rows);
-constexpr const ActivationKernel *kActivationKernels[] =
-    GIST_TABLE(ActivationKernel, activation_rows);
+constexpr const AdapterKernels *kKernels[] = GIST_TABLE(AdapterKernels, adapter_rows);
 
-// Numbers of a tensor that a thread must have to be worth waking.
-constexpr int64_t kNumbersPerThread = 16 * 1024;
-// Numbers of a part that one thread takes at a time: enough for a processor to read far ahead.
-constexpr int64_t kNumbersPerPart = 32 * 1024;
 // Rows of a part of the backward pass, which has sums of its own: more where those are larger, and
 // no more parts than so many and so many bytes.
 constexpr int64_t kRowsPerSum = 64, kRowsPerLargeSum = 128;
@@ -109,11 +103,6 @@ PackedWeights pack(const AdapterCall &call, const AdapterLayout &layout, Memory<
   return packed;
 }
 
-int64_t useful_threads(int64_t numbers, int threads) {
-  const int64_t useful = numbers / kNumbersPerThread;
-  return useful < 1 ? 1 : useful < threads ? useful : threads;
-}
-
 int64_t team_for(const AdapterCall &call, int threads) {
   return useful_threads(call.rows * call.width * (1 + call.rank / 4), threads);
 }
@@ -135,7 +124,7 @@ void forward(const AdapterCall &call, int threads) {
   const int64_t size = rounded_up(scratch_size(layout), kPaddedWidth);
   Memory<A> memory(packed_size(layout) + team * size);
   const PackedWeights packed = pack(call, layout, memory);
-  const auto kernel = kAdapterKernels[current_set()]->forward;
+  const auto kernel = kKernels[current_set()]->forward;
   const int64_t rows = rounded_up((kNumbersPerPart + call.width - 1) / call.width, layout.group);
   const int64_t parts = (call.rows + rows - 1) / rows;
   for_each_part(parts, team, memory.take(team * size), size, [&](int64_t part, A *scratch) {
@@ -196,7 +185,7 @@ void backward(const AdapterCall &call, int threads) {
   Memory<A> memory(packed_size(layout) + team * size + (adapter ? parts * sums.size() : 0));
   const PackedWeights packed = pack(call, layout, memory);
   A *const partial = memory.take(adapter ? parts * sums.size() : 0);
-  const auto kernel = kAdapterKernels[current_set()]->backward;
+  const auto kernel = kKernels[current_set()]->backward;
   for_each_part(parts, team, memory.take(team * size), size, [&](int64_t part, A *scratch) {
     PartialGradients gradients = {};
     if (adapter) {
@@ -232,16 +221,6 @@ void adapter_forward(const AdapterCall &call, int threads) {
 
 void adapter_backward(const AdapterCall &call, int threads) {
   call.dtype == Dtype::float64 ? backward<double>(call, threads) : backward<float>(call, threads);
-}
-
-void run_activation(const ActivationCall &call, int threads) {
-  const ActivationKernel kernel = *kActivationKernels[current_set()];
-  const int64_t team = useful_threads(call.size, threads);
-  const int64_t parts = (call.size + kNumbersPerPart - 1) / kNumbersPerPart;
-  parallel_for(parts, team, [&](int64_t part) {
-    const int64_t begin = part * kNumbersPerPart, end = begin + kNumbersPerPart;
-    kernel(call, begin, end < call.size ? end : call.size);
-  });
 }
 
 }  // namespace gist

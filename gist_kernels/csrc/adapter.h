@@ -1,16 +1,17 @@
-// What the adapter kernels and the element-wise activation are given. Their row kernels
-// (adapter_rows.cpp, activation_rows.cpp) are compiled once for every instruction set; adapter.cpp
-// packs weights, shares rows out to threads and reduces.
+// LayerNorm and the adapter. kernels/adapter.cpp is compiled once for each instruction set;
+// adapter.cpp chooses among them, packs weights, shares rows out to threads and reduces.
 #pragma once
 
 #include <cstdint>
 
+#include "activation.h"
 #include "dispatch.h"
 #include "dtype.h"
 
 namespace gist {
 
-enum class Activation : int { gelu, gelu_tanh, identity, relu, silu };
+constexpr Dtype kAdapterDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16,
+                                    Dtype::float64};
 
 // One forward or backward call on (rows, width) tensors. What is absent is null. Strides count
 // elements from row to row; the last dimension is contiguous. What is written is contiguous, and A
@@ -31,6 +32,7 @@ struct AdapterCall {
   void *stats;  // A (rows, 2): mean and 1 / standard deviation
   void *z;      // A (rows, rank)
   // Of type A, contiguous: (width), (rank, width) and (rank) down, (width, rank) and (width) up.
+  // Backward reads only norm_weight, down_weight and up_weight.
   const void *norm_weight, *norm_bias, *bias, *down_weight, *down_bias, *up_weight, *up_bias;
   void *d_down_weight, *d_down_bias, *d_up_weight, *d_up_bias;
 };
@@ -79,19 +81,5 @@ extern const AdapterKernels GIST_EVERY_SET(adapter_rows);
 static constexpr std::int64_t scratch_size(const AdapterLayout &layout) {
   return layout.group * (3 * layout.stride + 3 * layout.ranks);
 }
-
-// The activation of each number, or the gradient d * act'(u).
-struct ActivationCall {
-  std::int64_t size;
-  Dtype dtype;
-  Activation activation;
-  const void *u, *d;  // d null for the activation itself
-  void *to;           // may be d
-};
-void run_activation(const ActivationCall &call, int threads);
-
-// Numbers [begin, end).
-using ActivationKernel = void (*)(const ActivationCall &, std::int64_t begin, std::int64_t end);
-extern const ActivationKernel GIST_EVERY_SET(activation_rows);
 
 }  // namespace gist

@@ -19,13 +19,10 @@ constexpr const AttentionKernels *kKernels[] = GIST_TABLE(AttentionKernels, atte
 constexpr int64_t kProductsPerThread = 256 * 1024;
 constexpr int64_t kLineFloats = 64 / sizeof(float);
 
-}  // namespace
-
-void attention(const AttentionCall &call, int threads) {
+void run(const AttentionCall &call, Direction direction, int threads) {
   const AttentionKernels &kernels = *kKernels[current_set()];
   const int64_t tasks = call.batch * call.heads;
-  const int64_t useful =
-      tasks * call.queries * call.keys * call.head_dim / kProductsPerThread;
+  const int64_t useful = tasks * call.queries * call.keys * call.head_dim / kProductsPerThread;
   int64_t team = threads < useful ? threads : useful;
   if (team > tasks) team = tasks;
   if (team < 1) team = 1;
@@ -33,7 +30,8 @@ void attention(const AttentionCall &call, int threads) {
   // Kept from call to call: new pages would cost a good part of the kernels' own time. It is the
   // caller's thread that allocates, so that it is the caller who learns of a lack of memory.
   thread_local std::vector<float> memory;
-  const int64_t size = (kernels.scratch(call) + kLineFloats - 1) / kLineFloats * kLineFloats;
+  const int64_t size =
+      (kernels.scratch(call, direction) + kLineFloats - 1) / kLineFloats * kLineFloats;
   const std::size_t needed = std::size_t(team * size + kLineFloats);
   if (memory.size() < needed) {
     memory = {};
@@ -46,8 +44,18 @@ void attention(const AttentionCall &call, int threads) {
   std::atomic<int64_t> next{0};
   parallel_for(team, team, [&](int64_t member) {
     for (int64_t task; (task = next.fetch_add(1)) < tasks;)
-      kernels.run(call, task / call.heads, task % call.heads, scratch + member * size);
+      kernels.run(call, direction, task / call.heads, task % call.heads, scratch + member * size);
   });
+}
+
+}  // namespace
+
+void attention_forward(const AttentionCall &call, int threads) {
+  run(call, Direction::forward, threads);
+}
+
+void attention_backward(const AttentionCall &call, int threads) {
+  run(call, Direction::backward, threads);
 }
 
 }  // namespace gist

@@ -1,15 +1,16 @@
-// What the attention kernels are given. attention_rows.cpp is compiled once for every instruction
-// set; attention.cpp chooses among them and shares images and heads out to threads.
+// Multi-head attention. kernels/attention.cpp is compiled once for each instruction set;
+// attention.cpp chooses among them and shares images and heads out to threads.
 #pragma once
 
 #include <cstdint>
 
 #include "dispatch.h"
+#include "dtype.h"
 
 namespace gist {
 
 // How queries, keys, values, outputs and their gradients are stored; arithmetic is in float.
-enum class AttentionDtype : int { float32, bfloat16, float16 };
+constexpr Dtype kAttentionDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
 
 // (batch, rows, heads * head_dim); strides count elements, the last dimension is contiguous.
 struct AttentionTensor {
@@ -17,26 +18,32 @@ struct AttentionTensor {
   std::int64_t batch_stride, row_stride;
 };
 
-// One call, forward where d_out is null. Inputs are only read.
+// One forward or backward call. Inputs are only read.
 struct AttentionCall {
-  AttentionDtype dtype;
+  Dtype dtype;
   std::int64_t batch, heads, queries, keys, head_dim;
   double scale;
-  AttentionTensor q, k, v, out;
-  float *lse;  // (batch, heads, queries)
-  AttentionTensor d_out, d_q, d_k, d_v;
+  AttentionTensor q, k, v;
+  AttentionTensor out;  // forward only
+  float *lse;           // (batch, heads, queries): forward writes it, backward reads it
+  AttentionTensor d_out, d_q, d_k, d_v;  // backward only
 };
+
+enum class Direction : int { forward, backward };
 
 // The kernels of one instruction set: one head of one image at a time.
 struct AttentionKernels {
   // Floats of scratch memory, on a cache line's boundary, that `run` needs.
-  std::int64_t (*scratch)(const AttentionCall &);
-  void (*run)(const AttentionCall &, std::int64_t image, std::int64_t head, float *scratch);
+  std::int64_t (*scratch)(const AttentionCall &, Direction);
+  void (*run)(const AttentionCall &, Direction, std::int64_t image, std::int64_t head,
+              float *scratch);
 };
 
 extern const AttentionKernels GIST_EVERY_SET(attention_rows);
 
-// Forward writes out and lse, backward d_q, d_k and d_v.
-void attention(const AttentionCall &call, int threads);
+// Writes call.out and call.lse.
+void attention_forward(const AttentionCall &call, int threads);
+// Writes call.d_q, call.d_k and call.d_v, from what attention_forward left in call.lse.
+void attention_backward(const AttentionCall &call, int threads);
 
 }  // namespace gist

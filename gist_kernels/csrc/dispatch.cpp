@@ -1,9 +1,14 @@
+// The instruction sets of this build and processor, and the choice among them.
+
 #include "dispatch.h"
 
 #include <cstring>
 
 namespace gist {
 namespace {
+
+// Numbers of a tensor that a thread must have to be worth waking.
+constexpr std::int64_t kNumbersPerThread = 16 * 1024;
 
 struct InstructionSet {
   const char *name;
@@ -57,6 +62,11 @@ const char *instruction_sets(int index) {
     if (candidate.supported() && index-- == 0) return candidate.name;
   }
   return nullptr;
+}
+
+std::int64_t useful_threads(std::int64_t numbers, int threads) {
+  const std::int64_t useful = numbers / kNumbersPerThread;
+  return useful < 1 ? 1 : useful < threads ? useful : threads;
 }
 
 }  // namespace gist

@@ -1,5 +1,5 @@
 // Which instruction set kernels use here, and how work is shared out to threads. Every family of
-// kernels (loss, adapter, attention) goes through this file alone.
+// kernels (loss, adapter, activation, attention) goes through this file alone.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,11 @@ const char *instruction_set();
 bool use_instruction_set(const char *name);
 // Names of those that are here, widest first; nullptr past the last.
 const char *instruction_sets(int index);
+
+// How many of `threads` threads a tensor of so many numbers keeps busy; at least 1.
+std::int64_t useful_threads(std::int64_t numbers, int threads);
+// Numbers of a part that one thread takes at a time: enough for a processor to read far ahead.
+constexpr std::int64_t kNumbersPerPart = 32 * 1024;
 
 // Calls body(part) for 0 <= part < parts on `team` threads, the caller's among them, in any order.
 template <class Body>

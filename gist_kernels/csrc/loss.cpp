@@ -61,7 +61,8 @@ int64_t reduce(const LossCall &call, int64_t kept) {
       // A term without weight may be infinite.
       if (call.weights[t] != 0) weighted += call.weights[t] * term;
       totals[t] += term;
-      if (terms != nullptr && call.reduction == Reduction::none) terms[t * call.rows + row] = A(term);
+      if (terms != nullptr && call.reduction == Reduction::none)
+        terms[t * call.rows + row] = A(term);
     }
     totals[4] += weighted;
     if (call.reduction == Reduction::none) loss[row] = A(weighted);
@@ -82,15 +83,20 @@ bool streams(const LossCall &call) {
   return gradients * call.rows * call.classes * bytes_of(call.dtype) > kStreamedBytes;
 }
 
-}  // namespace
-
-int64_t loss_forward(LossCall call, int threads) {
+int64_t forward(LossCall &call, Pass pass, int threads) {
   const int64_t kept = count_kept(call);
-  const bool gradients = call.d_logits[kCls] != nullptr || call.d_logits[kGist] != nullptr;
   call.row_scale = call.reduction == Reduction::mean ? 1 / double(kept) : 1;
   call.stream = streams(call);
-  run_rows(call, gradients ? Pass::forward_backward : Pass::forward, threads);
+  run_rows(call, pass, threads);
   return call.dtype == Dtype::float64 ? reduce<double>(call, kept) : reduce<float>(call, kept);
+}
+
+}  // namespace
+
+int64_t loss_forward(LossCall call, int threads) { return forward(call, Pass::forward, threads); }
+
+int64_t loss_forward_backward(LossCall call, int threads) {
+  return forward(call, Pass::forward_backward, threads);
 }
 
 void loss_backward(LossCall call, int threads) {

@@ -1,5 +1,5 @@
-// What the loss kernels are given. The row kernels (loss_rows.cpp) are compiled once for every
-// instruction set; loss.cpp chooses among them, shares rows out to threads and reduces.
+// The loss. kernels/loss.cpp is compiled once for each instruction set; loss.cpp chooses among
+// them, shares rows out to threads and reduces.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +11,20 @@ namespace gist {
 
 enum class Reduction : int { none, sum, mean };
 
+constexpr Dtype kLossDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16, Dtype::float64};
+
 constexpr int kCls = 0, kGist = 1, kHeads[] = {kCls, kGist};
 
 // One row's statistics, all that the gradient needs; A is float, or double for float64 logits.
 template <class A>
 struct RowStats {
-  A max[2];         // of each head's logits
-  A tempered[2];    // 1 / sum exp((x - max) / T)
-  A plain[2];       // sum of the target / sum exp(x - max)
-  A mean[2];        // of x_cls - x_gist under p and under q, maxima subtracted
-  A mean_rest[2];   // what rounding took from the means
-  A scale;          // 1, or 1 / rows kept for a mean; 0 for an ignored row; NaN for a bad target
-  A terms[4];       // cross-entropy of cls, of gist, KL(cls || gist), KL(gist || cls)
+  A max[2];        // of each head's logits
+  A tempered[2];   // 1 / sum exp((x - max) / T)
+  A plain[2];      // sum of the target / sum exp(x - max)
+  A mean[2];       // of x_cls - x_gist under p and under q, maxima subtracted
+  A mean_rest[2];  // what rounding took from the means
+  A scale;         // 1, or 1 / rows kept for a mean; 0 for an ignored row; NaN for a bad target
+  A terms[4];      // cross-entropy of cls, of gist, KL(cls || gist), KL(gist || cls)
 };
 constexpr int kRowStats = sizeof(RowStats<float>) / sizeof(float);
 
@@ -43,10 +45,10 @@ struct LossCall {
   std::int64_t ignore_index;
   Reduction reduction;
 
-  void *stats;         // RowStats<A>[rows]
+  void *stats;  // RowStats<A>[rows]
   // Of type A: 1 and 4 numbers, or `rows` and 4 * rows for Reduction::none. Terms may be null.
   void *loss, *terms;
-  const void *grad;    // upstream, of type A; null stands for 1
+  const void *grad;  // upstream, of type A; null stands for 1
   std::int64_t grad_stride;
   void *d_logits[2];  // null where no gradient is wanted
   std::int64_t d_logits_stride;
@@ -61,9 +63,11 @@ using RowKernel = void (*)(const LossCall &, Pass, std::int64_t begin, std::int6
 
 extern const RowKernel GIST_EVERY_SET(loss_rows);
 
-// Writes statistics, loss and terms, and what gradients call.d_logits asks for. Returns the first
-// row whose class index is outside the classes, where loss and gradients are NaN; or -1.
+// Writes statistics, loss and terms. Returns the first row whose class index is outside the
+// classes, where the loss is NaN; or -1.
 std::int64_t loss_forward(LossCall call, int threads);
+// The same, and writes the gradients of the loss's sum that call.d_logits asks for.
+std::int64_t loss_forward_backward(LossCall call, int threads);
 // Writes the gradients that call.d_logits asks for, from what loss_forward left in call.stats.
 void loss_backward(LossCall call, int threads);
 

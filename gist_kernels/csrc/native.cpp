@@ -1,10 +1,16 @@
 // The native module of gist_kernels. It links against neither torch nor Python's numeric packages:
-// tensors arrive as addresses and strides, checked by the Python modules beside this file.
+// tensors arrive as addresses and strides, checked by the Python modules in kernels/cpu, each of
+// which calls the entries of its own family. The address 0 stands for an absent tensor.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 
+#include <optional>
 #include <string>
+#include <tuple>
 
+#include "activation.h"
 #include "adapter.h"
 #include "attention.h"
 #include "loss.h"
@@ -14,6 +20,7 @@
 #endif
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace {
 
@@ -30,31 +37,57 @@ int max_threads() {
 
 nb::list instruction_sets() {
   nb::list names;
-  for (int i = 0; gist::instruction_sets(i) != nullptr; ++i) names.append(gist::instruction_sets(i));
+  for (int i = 0; gist::instruction_sets(i) != nullptr; ++i)
+    names.append(gist::instruction_sets(i));
   return names;
 }
 
 void use_instruction_set(const char *name) {
   if (gist::use_instruction_set(name)) return;
-  std::string text = "'" + std::string(name) + "' is no instruction set of this build and processor";
+  std::string text =
+      "'" + std::string(name) + "' is no instruction set of this build and processor";
   for (int i = 0; gist::instruction_sets(i) != nullptr; ++i)
     text += (i == 0 ? "; it has " : ", ") + std::string(gist::instruction_sets(i));
   throw nb::value_error(text.c_str());
 }
 
+// Names and codes.
+template <class Code, std::size_t kCount>
+nb::dict codes_of(const gist::Named<Code> (&table)[kCount]) {
+  nb::dict codes;
+  for (const auto &[name, code] : table) codes[name] = int(code);
+  return codes;
+}
+
+template <std::size_t kCount>
+nb::dict codes_of(const gist::Dtype (&dtypes)[kCount]) {
+  nb::dict codes;
+  for (const gist::Dtype dtype : dtypes)
+    for (const auto &[name, code] : gist::kDtypes)
+      if (code == dtype) codes[name] = int(code);
+  return codes;
+}
+
 void *pointer(Address address) { return reinterpret_cast<void *>(address); }
 
-// Forward where there is a loss to write, else backward; returns what loss_forward does. One flat call is the cheapest to make from
-// Python; loss.py beside this file says what the arguments are.
-int64_t run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t cls_stride,
-              Address gist, int64_t gist_stride, int target_dtype, Address target,
-              int64_t target_stride, double temperature, double cls_weight, double gist_weight,
-              double kl_cls_gist_weight, double kl_gist_cls_weight, double label_smoothing,
-              int64_t ignore_index, const char *reduction, Address stats, Address loss,
-              Address terms, Address grad, int64_t grad_stride, Address d_cls, Address d_gist,
-              int64_t d_stride, int threads) {
-  const nb::gil_scoped_release release;
+// Groups of the loss's arguments.
+using Logits = std::tuple<int, int64_t, int64_t, Address, int64_t, Address, int64_t>;
+using Target = std::tuple<int, Address, int64_t>;
+using LossOptions =
+    std::tuple<double, double, double, double, double, double, int64_t, const char *>;
+using LossGradients = std::tuple<Address, Address, int64_t>;
+
+constexpr char kLossGroups[] =
+    "\n\n"
+    "logits: (dtype, rows, classes, cls, stride of its rows, gist, stride of its rows)\n"
+    "target: (dtype, address, stride of its rows); the dtype is that of `none` without target\n"
+    "options: the fields of LossOptions, in their order\n"
+    "stats: (rows, LOSS_STATS_PER_ROW), contiguous\n";
+
+gist::LossCall loss_call(const Logits &logits, const Target &target, const LossOptions &options,
+                         Address stats) {
   gist::LossCall call = {};
+  const auto [dtype, rows, classes, cls, cls_stride, gist, gist_stride] = logits;
   call.rows = rows;
   call.classes = classes;
   call.dtype = static_cast<gist::Dtype>(dtype);
@@ -62,122 +95,287 @@ int64_t run_loss(int dtype, int64_t rows, int64_t classes, Address cls, int64_t 
   call.logits[gist::kGist] = pointer(gist);
   call.logit_stride[gist::kCls] = cls_stride;
   call.logit_stride[gist::kGist] = gist_stride;
+
+  const auto [target_dtype, target_address, target_stride] = target;
   call.target_dtype = static_cast<gist::Dtype>(target_dtype);
-  call.target = pointer(target);
+  call.target = pointer(target_address);
   call.target_stride = target_stride;
-  call.temperature = temperature;
-  call.weights[0] = cls_weight;
-  call.weights[1] = gist_weight;
-  call.weights[2] = kl_cls_gist_weight;
-  call.weights[3] = kl_gist_cls_weight;
-  call.label_smoothing = label_smoothing;
-  call.ignore_index = ignore_index;
+
+  const char *reduction;
+  std::tie(call.temperature, call.weights[0], call.weights[1], call.weights[2], call.weights[3],
+           call.label_smoothing, call.ignore_index, reduction) = options;
   call.reduction = reduction[0] == 'n'   ? gist::Reduction::none
                    : reduction[0] == 's' ? gist::Reduction::sum
                                          : gist::Reduction::mean;
   call.stats = pointer(stats);
-  call.loss = pointer(loss);
-  call.terms = pointer(terms);
-  call.grad = pointer(grad);
-  call.grad_stride = grad_stride;
+  return call;
+}
+
+void set_gradients(gist::LossCall &call, const LossGradients &gradients) {
+  const auto [d_cls, d_gist, stride] = gradients;
   call.d_logits[gist::kCls] = pointer(d_cls);
   call.d_logits[gist::kGist] = pointer(d_gist);
-  call.d_logits_stride = d_stride;
-  if (loss != 0) return gist::loss_forward(call, threads);
+  call.d_logits_stride = stride;
+}
+
+int64_t loss_forward(const Logits &logits, const Target &target, const LossOptions &options,
+                     Address stats, Address loss, Address terms, int threads) {
+  const nb::gil_scoped_release release;
+  gist::LossCall call = loss_call(logits, target, options, stats);
+  call.loss = pointer(loss);
+  call.terms = pointer(terms);
+  return gist::loss_forward(call, threads);
+}
+
+void loss_backward(const Logits &logits, const Target &target, const LossOptions &options,
+                   Address stats, const std::tuple<Address, int64_t> &grad,
+                   const LossGradients &gradients, int threads) {
+  const nb::gil_scoped_release release;
+  gist::LossCall call = loss_call(logits, target, options, stats);
+  call.grad = pointer(std::get<0>(grad));
+  call.grad_stride = std::get<1>(grad);
+  set_gradients(call, gradients);
   gist::loss_backward(call, threads);
-  return -1;
 }
 
-// adapter.py beside this file says what the arguments are; what one direction does not use is 0.
-void run_adapter(bool backward, int dtype, int64_t rows, int64_t width, int64_t rank,
-                 int activation, double scale, bool has_norm, double eps, Address x,
-                 int64_t x_stride, Address add, int64_t add_stride, Address d_out,
-                 int64_t d_out_stride, Address d_normed, int64_t d_normed_stride, Address normed,
-                 Address out, Address dx, bool pass_through, Address stats, Address z,
-                 Address norm_weight, Address norm_bias, Address bias, Address down_weight,
-                 Address down_bias, Address up_weight, Address up_bias, Address d_down_weight,
-                 Address d_down_bias, Address d_up_weight, Address d_up_bias, int threads) {
+int64_t loss_forward_backward(const Logits &logits, const Target &target,
+                              const LossOptions &options, Address stats, Address loss,
+                              const LossGradients &gradients, int threads) {
   const nb::gil_scoped_release release;
+  gist::LossCall call = loss_call(logits, target, options, stats);
+  call.loss = pointer(loss);
+  set_gradients(call, gradients);
+  return gist::loss_forward_backward(call, threads);
+}
+
+// Groups of the adapter's arguments.
+using Shape = std::tuple<int64_t, int64_t>;
+using Rows = std::tuple<Address, int64_t>;
+using ForwardNorm = std::tuple<double, Address, Address, Address, Address>;
+using BackwardNorm = std::tuple<Address, Address, Rows>;
+using ForwardAdapter =
+    std::tuple<int64_t, int, double, Address, Address, Address, Address, Address, Address>;
+using BackwardAdapter = std::tuple<int64_t, int, double, Address, Address, Address>;
+using WeightGradients = std::tuple<Address, Address, Address, Address>;
+
+gist::AdapterCall adapter_call(int dtype, const Shape &shape, const Rows &x) {
   gist::AdapterCall call = {};
-  call.rows = rows;
-  call.width = width;
-  call.rank = rank;
   call.dtype = static_cast<gist::Dtype>(dtype);
-  call.activation = static_cast<gist::Activation>(activation);
-  call.has_norm = has_norm;
-  call.eps = eps;
-  call.scale = scale;
-  call.x = pointer(x);
-  call.x_stride = x_stride;
-  call.add = pointer(add);
-  call.add_stride = add_stride;
-  call.d_out = pointer(d_out);
-  call.d_out_stride = d_out_stride;
-  call.d_normed = pointer(d_normed);
-  call.d_normed_stride = d_normed_stride;
-  call.normed = pointer(normed);
-  call.out = pointer(out);
-  call.dx = pointer(dx);
-  call.pass_through = pass_through;
-  call.stats = pointer(stats);
-  call.z = pointer(z);
-  call.norm_weight = pointer(norm_weight);
-  call.norm_bias = pointer(norm_bias);
-  call.bias = pointer(bias);
-  call.down_weight = pointer(down_weight);
-  call.down_bias = pointer(down_bias);
-  call.up_weight = pointer(up_weight);
-  call.up_bias = pointer(up_bias);
-  call.d_down_weight = pointer(d_down_weight);
-  call.d_down_bias = pointer(d_down_bias);
-  call.d_up_weight = pointer(d_up_weight);
-  call.d_up_bias = pointer(d_up_bias);
-  backward ? gist::adapter_backward(call, threads) : gist::adapter_forward(call, threads);
+  std::tie(call.rows, call.width) = shape;
+  call.x = pointer(std::get<0>(x));
+  call.x_stride = std::get<1>(x);
+  return call;
 }
 
-void run_activation(int dtype, int64_t size, int activation, Address u, Address d, Address to,
-                    int threads) {
+void adapter_forward(int dtype, const Shape &shape, const Rows &x, const Rows &add, Address bias,
+                     const std::optional<ForwardNorm> &norm,
+                     const std::optional<ForwardAdapter> &adapter, int threads) {
   const nb::gil_scoped_release release;
+  gist::AdapterCall call = adapter_call(dtype, shape, x);
+  call.add = pointer(std::get<0>(add));
+  call.add_stride = std::get<1>(add);
+  call.bias = pointer(bias);
+  if (norm) {
+    const auto [eps, weight, norm_bias, normed, stats] = *norm;
+    call.has_norm = true;
+    call.eps = eps;
+    call.norm_weight = pointer(weight);
+    call.norm_bias = pointer(norm_bias);
+    call.normed = pointer(normed);
+    call.stats = pointer(stats);
+  }
+  if (adapter) {
+    const auto [rank, activation, scale, down_weight, down_bias, up_weight, up_bias, out, z] =
+        *adapter;
+    call.rank = rank;
+    call.activation = static_cast<gist::Activation>(activation);
+    call.scale = scale;
+    call.down_weight = pointer(down_weight);
+    call.down_bias = pointer(down_bias);
+    call.up_weight = pointer(up_weight);
+    call.up_bias = pointer(up_bias);
+    call.out = pointer(out);
+    call.z = pointer(z);
+  }
+  gist::adapter_forward(call, threads);
+}
+
+void adapter_backward(int dtype, const Shape &shape, const Rows &x, const Rows &d_out,
+                      bool pass_through, const std::optional<BackwardNorm> &norm,
+                      const std::optional<BackwardAdapter> &adapter,
+                      const WeightGradients &gradients, Address dx, int threads) {
+  const nb::gil_scoped_release release;
+  gist::AdapterCall call = adapter_call(dtype, shape, x);
+  call.d_out = pointer(std::get<0>(d_out));
+  call.d_out_stride = std::get<1>(d_out);
+  call.pass_through = pass_through;
+  call.dx = pointer(dx);
+  if (norm) {
+    const auto [weight, stats, d_normed] = *norm;
+    call.has_norm = true;
+    call.norm_weight = pointer(weight);
+    call.stats = pointer(stats);
+    call.d_normed = pointer(std::get<0>(d_normed));
+    call.d_normed_stride = std::get<1>(d_normed);
+  }
+  if (adapter) {
+    const auto [rank, activation, scale, down_weight, up_weight, z] = *adapter;
+    call.rank = rank;
+    call.activation = static_cast<gist::Activation>(activation);
+    call.scale = scale;
+    call.down_weight = pointer(down_weight);
+    call.up_weight = pointer(up_weight);
+    call.z = pointer(z);
+    const auto [d_down_weight, d_down_bias, d_up_weight, d_up_bias] = gradients;
+    call.d_down_weight = pointer(d_down_weight);
+    call.d_down_bias = pointer(d_down_bias);
+    call.d_up_weight = pointer(d_up_weight);
+    call.d_up_bias = pointer(d_up_bias);
+  }
+  gist::adapter_backward(call, threads);
+}
+
+gist::ActivationCall activation_call(int dtype, int activation, int64_t size, Address u,
+                                     Address result) {
   gist::ActivationCall call = {};
-  call.size = size;
   call.dtype = static_cast<gist::Dtype>(dtype);
   call.activation = static_cast<gist::Activation>(activation);
+  call.size = size;
   call.u = pointer(u);
-  call.d = pointer(d);
-  call.to = pointer(to);
-  gist::run_activation(call, threads);
+  call.result = pointer(result);
+  return call;
 }
 
-// Address, stride of the batch, stride of rows; the address 0 stands for no tensor.
-gist::AttentionTensor attention_tensor(const nb::tuple &place) {
-  return {pointer(nb::cast<Address>(place[0])), nb::cast<int64_t>(place[1]),
-          nb::cast<int64_t>(place[2])};
+void activation_forward(int dtype, int activation, int64_t size, Address u, Address result,
+                        int threads) {
+  const nb::gil_scoped_release release;
+  gist::activation_forward(activation_call(dtype, activation, size, u, result), threads);
 }
 
-// Forward without d_out, else backward.
-void run_attention(int dtype, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
-                   int64_t head_dim, double scale, const nb::tuple &q, const nb::tuple &k,
-                   const nb::tuple &v, const nb::tuple &out, Address lse, const nb::tuple &d_out,
-                   const nb::tuple &d_q, const nb::tuple &d_k, const nb::tuple &d_v, int threads) {
+void activation_backward(int dtype, int activation, int64_t size, Address u, Address d_a,
+                         Address result, int threads) {
+  const nb::gil_scoped_release release;
+  gist::ActivationCall call = activation_call(dtype, activation, size, u, result);
+  call.d_a = pointer(d_a);
+  gist::activation_backward(call, threads);
+}
+
+// Groups of attention's arguments.
+using AttentionSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+using AttentionTensor = std::tuple<Address, int64_t, int64_t>;
+
+constexpr char kAttentionGroups[] =
+    "\n\n"
+    "sizes: (batch, heads, queries, keys, columns of a head)\n"
+    "tensors: (address, stride of the batch, stride of the rows)\n"
+    "lse: (batch, heads, queries) floats, contiguous\n";
+
+gist::AttentionTensor attention_tensor(const AttentionTensor &tensor) {
+  const auto [address, batch_stride, row_stride] = tensor;
+  return {pointer(address), batch_stride, row_stride};
+}
+
+gist::AttentionCall attention_call(int dtype, const AttentionSizes &sizes, double scale,
+                                   const AttentionTensor &q, const AttentionTensor &k,
+                                   const AttentionTensor &v, Address lse) {
   gist::AttentionCall call = {};
-  call.dtype = static_cast<gist::AttentionDtype>(dtype);
-  call.batch = batch;
-  call.heads = heads;
-  call.queries = queries;
-  call.keys = keys;
-  call.head_dim = head_dim;
+  call.dtype = static_cast<gist::Dtype>(dtype);
+  std::tie(call.batch, call.heads, call.queries, call.keys, call.head_dim) = sizes;
   call.scale = scale;
   call.q = attention_tensor(q);
   call.k = attention_tensor(k);
   call.v = attention_tensor(v);
-  call.out = attention_tensor(out);
   call.lse = static_cast<float *>(pointer(lse));
+  return call;
+}
+
+void attention_forward(int dtype, const AttentionSizes &sizes, double scale,
+                       const AttentionTensor &q, const AttentionTensor &k, const AttentionTensor &v,
+                       Address lse, const AttentionTensor &out, int threads) {
+  const nb::gil_scoped_release release;
+  gist::AttentionCall call = attention_call(dtype, sizes, scale, q, k, v, lse);
+  call.out = attention_tensor(out);
+  gist::attention_forward(call, threads);
+}
+
+void attention_backward(int dtype, const AttentionSizes &sizes, double scale,
+                        const AttentionTensor &q, const AttentionTensor &k,
+                        const AttentionTensor &v, Address lse, const AttentionTensor &d_out,
+                        const AttentionTensor &d_q, const AttentionTensor &d_k,
+                        const AttentionTensor &d_v, int threads) {
+  const nb::gil_scoped_release release;
+  gist::AttentionCall call = attention_call(dtype, sizes, scale, q, k, v, lse);
   call.d_out = attention_tensor(d_out);
   call.d_q = attention_tensor(d_q);
   call.d_k = attention_tensor(d_k);
   call.d_v = attention_tensor(d_v);
-  const nb::gil_scoped_release release;
-  gist::attention(call, threads);
+  gist::attention_backward(call, threads);
+}
+
+std::string doc(const char *summary, const char *groups) { return std::string(summary) + groups; }
+
+void define_loss(nb::module_ &m) {
+  const std::string gradients =
+      std::string(kLossGroups) +
+      "gradients: (of cls, of gist, stride of the rows); 0 for one that is not wanted\n";
+  m.attr("LOSS_STATS_PER_ROW") = gist::kRowStats;
+  m.attr("LOSS_DTYPES") = codes_of(gist::kLossDtypes);
+  m.def("loss_forward", &loss_forward, "logits"_a, "target"_a, "options"_a, "stats"_a, "loss"_a,
+        "terms"_a, "threads"_a,
+        doc("Writes stats, loss, and terms unless 0. Returns the first row whose class index is "
+            "outside the classes, or -1.",
+            kLossGroups)
+            .c_str());
+  m.def("loss_backward", &loss_backward, "logits"_a, "target"_a, "options"_a, "stats"_a, "grad"_a,
+        "gradients"_a, "threads"_a,
+        (doc("Writes the gradients from loss_forward's stats.", gradients.c_str()) +
+         "grad: (address, stride) of the loss's gradient\n")
+            .c_str());
+  m.def("loss_forward_backward", &loss_forward_backward, "logits"_a, "target"_a, "options"_a,
+        "stats"_a, "loss"_a, "gradients"_a, "threads"_a,
+        doc("Writes stats, loss and the gradients of the loss's sum. Returns what loss_forward "
+            "returns.",
+            gradients.c_str())
+            .c_str());
+}
+
+void define_adapter(nb::module_ &m) {
+  m.attr("ADAPTER_DTYPES") = codes_of(gist::kAdapterDtypes);
+  m.def("adapter_forward", &adapter_forward, "dtype"_a, "shape"_a, "x"_a, "add"_a, "bias"_a,
+        "norm"_a.none(), "adapter"_a.none(), "threads"_a,
+        "Writes LayerNorm(x) and the adapter's output.\n\n"
+        "shape: (rows, width)\n"
+        "x, add: (address, stride of the rows)\n"
+        "norm: None, or (eps, weight, bias, normed, stats); it writes the last two\n"
+        "adapter: None, or (rank, activation, scale, down weight, down bias, up weight, up bias, "
+        "out, z); it writes the last two\n");
+  m.def("adapter_backward", &adapter_backward, "dtype"_a, "shape"_a, "x"_a, "d_out"_a,
+        "pass_through"_a, "norm"_a.none(), "adapter"_a.none(), "gradients"_a, "dx"_a, "threads"_a,
+        "Writes dx unless 0, and the adapter's weights' gradients.\n\n"
+        "shape: (rows, width)\n"
+        "x, d_out: (address, stride of the rows)\n"
+        "norm: None, or (weight, stats, (d_normed, stride of its rows))\n"
+        "adapter: None, or (rank, activation, scale, down weight, up weight, z)\n"
+        "gradients: (of down weight, of down bias, of up weight, of up bias)\n");
+}
+
+void define_activation(nb::module_ &m) {
+  m.attr("ACTIVATIONS") = codes_of(gist::kActivations);
+  m.attr("ACTIVATION_DTYPES") = codes_of(gist::kActivationDtypes);
+  m.def("activation_forward", &activation_forward, "dtype"_a, "activation"_a, "size"_a, "u"_a,
+        "result"_a, "threads"_a, "Writes act(u) of `size` contiguous numbers.");
+  m.def("activation_backward", &activation_backward, "dtype"_a, "activation"_a, "size"_a, "u"_a,
+        "d_a"_a, "result"_a, "threads"_a,
+        "Writes d_a * act'(u) of `size` contiguous numbers; the result may be d_a.");
+}
+
+void define_attention(nb::module_ &m) {
+  m.attr("ATTENTION_DTYPES") = codes_of(gist::kAttentionDtypes);
+  m.def("attention_forward", &attention_forward, "dtype"_a, "sizes"_a, "scale"_a, "q"_a, "k"_a,
+        "v"_a, "lse"_a, "out"_a, "threads"_a, doc("Writes out and lse.", kAttentionGroups).c_str());
+  m.def("attention_backward", &attention_backward, "dtype"_a, "sizes"_a, "scale"_a, "q"_a, "k"_a,
+        "v"_a, "lse"_a, "d_out"_a, "d_q"_a, "d_k"_a, "d_v"_a, "threads"_a,
+        doc("Writes d_q, d_k and d_v from attention_forward's lse.", kAttentionGroups).c_str());
 }
 
 }  // namespace
@@ -188,15 +386,13 @@ NB_MODULE(_native, m) {
         "The vector instruction set kernels use here: 'avx512', 'avx2' or 'portable'.");
   m.def("instruction_sets", &instruction_sets, "Those that can run here, widest first.");
   m.def("use_instruction_set", &use_instruction_set,
-        "Choose one of them for the whole process; ValueError names them where there is none such.");
+        "Choose one of them for the whole process; ValueError names them where there is none "
+        "such.");
   m.def("max_threads", &max_threads,
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
-  m.def("run_loss", &run_loss, "The loss kernels, as called by gist_kernels.kernels.cpu.loss.");
-  m.def("run_attention", &run_attention,
-        "The attention kernels, as called by gist_kernels.kernels.cpu.attention.");
-  m.def("run_adapter", &run_adapter,
-        "The adapter kernels, as called by gist_kernels.kernels.cpu.adapter.");
-  m.def("run_activation", &run_activation,
-        "The element-wise activation, as called by gist_kernels.kernels.cpu.activation.");
-  m.attr("LOSS_STATS_PER_ROW") = gist::kRowStats;
+  m.attr("DTYPES") = codes_of(gist::kDtypes);
+  define_loss(m);
+  define_adapter(m);
+  define_activation(m);
+  define_attention(m);
 }

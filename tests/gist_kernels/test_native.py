@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from gist_kernels.reference.adapter import ACTIVATIONS
 
 if os.environ.get("GIST_KERNELS_NATIVE") == "0":
     pytest.skip("installed without the native module", allow_module_level=True)
@@ -51,3 +54,12 @@ def test_threads_follow_torch(set_threads):
     for threads in (1, 2):
         set_threads(threads)
         assert native.max_threads() == threads
+
+
+def test_codes_name_the_dtypes_and_activations_that_python_has():
+    assert native.ACTIVATIONS.keys() == ACTIVATIONS.keys()
+    assert {"float32", "bfloat16", "float16", "float64", "int64", "none"} == native.DTYPES.keys()
+    assert all(hasattr(torch, name) for name in native.DTYPES if name != "none")
+    assert len(set(native.DTYPES.values())) == len(native.DTYPES)
+    for family in ("LOSS", "ADAPTER", "ACTIVATION", "ATTENTION"):
+        assert getattr(native, f"{family}_DTYPES").items() <= native.DTYPES.items()

@@ -6,8 +6,9 @@
 // kernels, tile by tile in registers: inner products of rows (`project`) and sums of multiples of
 // rows (`add_multiples`).
 
-#include "activation.h"
 #include "adapter.h"
+
+#include "activation_math.h"
 #include "storage.h"
 
 namespace gist {
@@ -230,12 +231,10 @@ GIST_INLINE void row_stats(const A *x, int64_t n, int64_t stride, double eps, A 
     }
   };
   const int64_t whole = n / kLanes<A> * kLanes<A>;
-  for (int64_t j = 0; j < whole; j += kLanes<A>)
-    add(j, [](Vec<A> d) GIST_LAMBDA { return d; });
+  for (int64_t j = 0; j < whole; j += kLanes<A>) add(j, [](Vec<A> d) GIST_LAMBDA { return d; });
   if (whole < n)
-    add(whole, [&](Vec<A> d) GIST_LAMBDA {
-      return lane_numbers<A>() < A(n - whole) ? d : Vec<A>{};
-    });
+    add(whole,
+        [&](Vec<A> d) GIST_LAMBDA { return lane_numbers<A>() < A(n - whole) ? d : Vec<A>{}; });
   sums_of(sums, off);
   sums_of(squares, square);
   for (int r = 0; r < kRows; ++r) {
@@ -467,9 +466,8 @@ void forward_any(const AdapterCall &call, const AdapterLayout &layout, const Pac
   run(call, layout, packed, scratch, begin, end);
 }
 
-void backward_any(const AdapterCall &call, const AdapterLayout &layout,
-                  const PackedWeights &packed, void *scratch, const PartialGradients &sums,
-                  int64_t begin, int64_t end) {
+void backward_any(const AdapterCall &call, const AdapterLayout &layout, const PackedWeights &packed,
+                  void *scratch, const PartialGradients &sums, int64_t begin, int64_t end) {
   const auto run = call.dtype == Dtype::float32    ? backward<float>
                    : call.dtype == Dtype::bfloat16 ? backward<BFloat16>
                    : call.dtype == Dtype::float16  ? backward<Float16>

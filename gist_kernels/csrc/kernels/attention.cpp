@@ -14,10 +14,11 @@
 // by as much as the scores are large, and probabilities from it alone would not sum to 1. Where
 // values are alike, delta nearly cancels dP: as sum dO O, with O rounded, it would be off by more.
 
+#include "attention.h"
+
 #include <array>
 #include <utility>
 
-#include "attention.h"
 #include "storage.h"
 
 namespace gist {
@@ -77,9 +78,10 @@ template <int kRows, int kVectors>
 void tile(int64_t depth, Left a, const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
   Floats sum[kRows][kVectors];
   GIST_UNROLL
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kRows; ++i) {
     GIST_UNROLL
     for (int v = 0; v < kVectors; ++v) sum[i][v] = Floats{};
+  }
   for (int64_t k = 0; k < depth; ++k) {
     Floats right[kVectors];
     GIST_UNROLL
@@ -213,7 +215,8 @@ void transpose(Matrix from, int64_t rows, int64_t columns, Matrix to) {
 float row_max(const float *s, int64_t n, float scale) {
   Floats top = broadcast(scale * s[0]);
   for_each_vector<float>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    top = max(top, scale * load(s + j, lanes, s[0]));
+    const Floats scaled = scale * load(s + j, lanes, s[0]);
+    top = max(top, scaled);
   });
   return largest<float>(top);
 }
@@ -265,7 +268,7 @@ void score_gradients(float *p, int64_t n, float inverse, float *d_p) {
 // Where everything lies in scratch memory.
 class Scratch {
  public:
-  Scratch(const AttentionCall &call, float *memory) : memory_(memory) {
+  Scratch(const AttentionCall &call, Direction direction, float *memory) : memory_(memory) {
     const int64_t n = call.keys, columns = padded(call.head_dim), scores = padded(n);
     const int64_t whole_n = round_up(n, kWide), whole_dim = round_up(call.head_dim, kWide);
     // Blocks of equal size, and of whole tiles.
@@ -279,7 +282,7 @@ class Scratch {
     result = matrix(block, columns);
     p = matrix(block, scores);
     inverse = matrix(1, padded(block)).data;
-    if (call.d_out.data == nullptr) return;
+    if (direction == Direction::forward) return;
     values_t = matrix(whole_dim, scores);
     d_out = matrix(block, columns);
     d_s = matrix(block, scores);
@@ -308,8 +311,8 @@ class Scratch {
 template <class S>
 class Head {
  public:
-  Head(const AttentionCall &call, int64_t image, int64_t head, float *memory)
-      : call_(call), image_(image), head_(head), at_(call, memory), exp_(1) {}
+  Head(const AttentionCall &call, Direction direction, int64_t image, int64_t head, float *memory)
+      : call_(call), image_(image), head_(head), at_(call, direction, memory), exp_(1) {}
 
   void forward() {
     pack_transposed(call_.k, at_.keys, at_.keys_t);
@@ -353,8 +356,8 @@ class Head {
 
  private:
   S *row(const AttentionTensor &tensor, int64_t i) const {
-    return static_cast<S *>(tensor.data) + image_ * tensor.batch_stride +
-           i * tensor.row_stride + head_ * call_.head_dim;
+    return static_cast<S *>(tensor.data) + image_ * tensor.batch_stride + i * tensor.row_stride +
+           head_ * call_.head_dim;
   }
   Rows<S> rows(const AttentionTensor &tensor, int64_t first, int64_t count) const {
     return {row(tensor, first), tensor.row_stride, count};
@@ -409,18 +412,22 @@ class Head {
 };
 
 template <class S>
-void run_as(const AttentionCall &call, int64_t image, int64_t head, float *memory) {
-  Head<S> of(call, image, head, memory);
-  call.d_out.data == nullptr ? of.forward() : of.backward();
+void run_as(const AttentionCall &call, Direction direction, int64_t image, int64_t head,
+            float *memory) {
+  Head<S> of(call, direction, image, head, memory);
+  direction == Direction::forward ? of.forward() : of.backward();
 }
 
-int64_t scratch(const AttentionCall &call) { return Scratch(call, nullptr).floats(); }
+int64_t scratch(const AttentionCall &call, Direction direction) {
+  return Scratch(call, direction, nullptr).floats();
+}
 
-void run(const AttentionCall &call, int64_t image, int64_t head, float *memory) {
+void run(const AttentionCall &call, Direction direction, int64_t image, int64_t head,
+         float *memory) {
   switch (call.dtype) {
-    case AttentionDtype::float32: return run_as<float>(call, image, head, memory);
-    case AttentionDtype::bfloat16: return run_as<BFloat16>(call, image, head, memory);
-    case AttentionDtype::float16: return run_as<Float16>(call, image, head, memory);
+    case Dtype::float32: return run_as<float>(call, direction, image, head, memory);
+    case Dtype::bfloat16: return run_as<BFloat16>(call, direction, image, head, memory);
+    default: return run_as<Float16>(call, direction, image, head, memory);
   }
 }
 

@@ -14,6 +14,7 @@
 // digits to a large common offset.
 
 #include "loss.h"
+
 #include "storage.h"
 
 namespace gist {
@@ -103,8 +104,7 @@ Peaks<A> row_peaks(Pair<S> logits, int64_t n) {
   Peaks<A> peaks;
   for (int s : kHeads) peaks.max[s] = largest<A>(top[s]);
   for (int s : kHeads) {
-    const A at_peak =
-        largest<A>(top[s] == broadcast(peaks.max[s]) ? other[s] : broadcast(masked));
+    const A at_peak = largest<A>(top[s] == broadcast(peaks.max[s]) ? other[s] : broadcast(masked));
     const A below = at_peak - peaks.max[1 - s];
     peaks.difference[s] = below - below != 0 ? A(0) : s == kCls ? -below : below;
   }
@@ -256,7 +256,7 @@ const A *probabilities(const LossCall &call, const void *row, int64_t begin, int
 
 // Sums over the target y, smoothing included.
 struct TargetSums {
-  double mass = 0;         // sum y
+  double mass = 0;          // sum y
   double weighted[2] = {};  // sum y x
 };
 
@@ -355,8 +355,8 @@ struct GroupStats {
     for (int s : kHeads) {
       const Lanes mean =
           load(sums.peak[s], Whole{}) + load(sums.difference[s], Whole{}) * inverse[s];
-      const Lanes kl = s == kCls ? mean * inverse_temperature - ratio
-                                 : ratio - mean * inverse_temperature;
+      const Lanes kl =
+          s == kCls ? mean * inverse_temperature - ratio : ratio - mean * inverse_temperature;
       const Lanes mass = load(sums.mass, Whole{}), plain = load(sums.plain[s], Whole{});
       const bool target = call.target_dtype != Dtype::none;
       const Lanes cross_entropy =
@@ -432,8 +432,8 @@ struct Gradient {
 
 // `y` are probabilities, or null, and then `index` is the target's place in this run, if it is.
 template <bool kPastCache, class S, int kPower, class A = Arithmetic<S>>
-void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponentials,
-                    Gradient<A> k, const A *y, int64_t index, S *to_cls, S *to_gist) {
+void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponentials, Gradient<A> k,
+                    const A *y, int64_t index, S *to_cls, S *to_gist) {
   for_each_vectors<A>(n, [&](int64_t j, auto lanes, auto count) GIST_LAMBDA {
     Vec<A> x[2 * count], e[2 * count], plain[2 * count];
     load_shifted(logits.at(j), lanes, k.max, x);
@@ -479,8 +479,8 @@ int64_t before_lines(const S *cls, const S *gist, int64_t n) {
 
 template <class S, int kPower, class A = Arithmetic<S>>
 void row_gradient(const LossCall &call, const RowTarget &target, Pair<S> x, double upstream,
-                  const RowStats<A> &stats, const Exponentials<A, kPower> &exponentials,
-                  S *to_cls, S *to_gist) {
+                  const RowStats<A> &stats, const Exponentials<A, kPower> &exponentials, S *to_cls,
+                  S *to_gist) {
   const Gradient<A> gradient(call, stats, upstream * double(stats.scale));
   const auto write = [&](auto past_cache, int64_t from, int64_t to) {
     for_each_run<kBlock>(to - from, [&](int64_t run, int64_t count) {
@@ -580,8 +580,7 @@ void rows_as(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
   const int64_t group = 2 * bytes * kGroup <= kGroupBytes ? kGroup : 1;
   for (int64_t row = begin; row < end; row += group) {
     const int64_t last = row + group < end ? row + group : end;
-    if (pass != Pass::backward)
-      forward_group<S>(call, row, last, fetch_ahead, exponentials);
+    if (pass != Pass::backward) forward_group<S>(call, row, last, fetch_ahead, exponentials);
     for (int64_t i = row; i < last && pass != Pass::forward; ++i)
       backward_row<S>(call, i, exponentials);
   }

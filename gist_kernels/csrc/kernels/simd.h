@@ -72,12 +72,11 @@ struct Float<double> {
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double round_magic = 0x1.8p52;
   // The same, relative error 3.4e-18.
-  static constexpr double exp2[] = {4.4347712982003767083e-10, 7.0737832485031332991e-9,
-                                    1.0178199571842137974e-7,  1.3215435282308487999e-6,
-                                    1.5252733493127489347e-5,  1.5403530457112090860e-4,
-                                    1.3333558146774620517e-3,  9.6181291075941200896e-3,
-                                    5.5504108664820083227e-2,  2.4022650695910131260e-1,
-                                    6.9314718055994532581e-1};
+  static constexpr double exp2[] = {
+      4.4347712982003767083e-10, 7.0737832485031332991e-9, 1.0178199571842137974e-7,
+      1.3215435282308487999e-6,  1.5252733493127489347e-5, 1.5403530457112090860e-4,
+      1.3333558146774620517e-3,  9.6181291075941200896e-3, 5.5504108664820083227e-2,
+      2.4022650695910131260e-1,  6.9314718055994532581e-1};
 };
 
 // a * b + c, rounded once where the processor can.
@@ -222,8 +221,8 @@ class Exp {
       for (int i = 0; i < kCount; ++i) e[i] = fma(e[i], r[i], broadcast(F::exp2[k]));
     for (int i = 0; i < kCount; ++i) e[i] = fma(e[i], r[i], broadcast(A(1)));
     for (int i = 0; i < kCount; ++i) {
-      const Bits exponent = (bit_cast<Bits>(shifted[i]) << F::mantissa) +
-                            (typename F::Bits(F::bias) << F::mantissa);
+      const Bits exponent =
+          (bit_cast<Bits>(shifted[i]) << F::mantissa) + (typename F::Bits(F::bias) << F::mantissa);
       e[i] = x[i] < least_ ? Vec<A>{} : e[i] * bit_cast<Vec<A>>(exponent);
     }
   }
@@ -236,23 +235,24 @@ class Exp {
                             Vec<A> (&e)[kCount]) const {
     using Bits = Vec<std::uint32_t>;
     constexpr float magic = 0x1.8p19f;
-    const Vec<float> table = {
-        0x1.000000p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fe0p0f, 0x1.3dea64p0f,
-        0x1.4bfdaep0f, 0x1.5ab07ep0f, 0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
-        0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
+    const Vec<float> table = {0x1.000000p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f,
+                              0x1.306fe0p0f, 0x1.3dea64p0f, 0x1.4bfdaep0f, 0x1.5ab07ep0f,
+                              0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
+                              0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
     Vec<A> shifted[kCount], r[kCount], p[kCount], power[kCount];
     for (int i = 0; i < kCount; ++i)
       shifted[i] = fma(clamped[i], broadcast(high_), broadcast(magic));
-    for (int i = 0; i < kCount; ++i)
-      r[i] = product_minus(clamped[i], high_, shifted[i] - magic);
+    for (int i = 0; i < kCount; ++i) r[i] = product_minus(clamped[i], high_, shifted[i] - magic);
     for (int i = 0; i < kCount; ++i) r[i] = fma(clamped[i], broadcast(low_), r[i]);
     for (int i = 0; i < kCount; ++i)
-      p[i] = fma(broadcast(Float<float>::short_exp2[0]), r[i], broadcast(Float<float>::short_exp2[1]));
+      p[i] =
+          fma(broadcast(Float<float>::short_exp2[0]), r[i], broadcast(Float<float>::short_exp2[1]));
     for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], r[i], broadcast(Float<float>::short_exp2[2]));
     for (int i = 0; i < kCount; ++i) p[i] *= r[i];
     for (int i = 0; i < kCount; ++i) {
       const Bits bits = bit_cast<Bits>(shifted[i]);
-      const Bits root = bit_cast<Bits>((Vec<A>)_mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(bits), table));
+      const Bits root = bit_cast<Bits>(
+          (Vec<A>)_mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(bits), table));
       power[i] = bit_cast<Vec<A>>(root + (bits << 19 & 0xff800000));
     }
     for (int i = 0; i < kCount; ++i)

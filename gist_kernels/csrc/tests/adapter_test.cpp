@@ -1,6 +1,8 @@
 // LayerNorm, adapter and activation against plain loops in double; see kernel_test.h.
 
 #include "adapter.h"
+
+#include "activation.h"
 #include "kernel_test.h"
 
 namespace {
@@ -84,7 +86,8 @@ void run(const Case &c, int threads) {
   const Buffer x = rows(true), other = rows(c.add == Add::other), d_out = rows(reads_d_out),
                d_normed = rows(c.norm);
   const Buffer norm_weight = weight(c.norm && c.biases, n, 1),
-               norm_bias = weight(c.norm && c.biases, n, 1), bias = weight(adapter && c.biases, n, 1),
+               norm_bias = weight(c.norm && c.biases, n, 1),
+               bias = weight(adapter && c.biases, n, 1),
                down = weight(adapter, r * n, 1 / std::sqrt(double(n))),
                down_bias = weight(adapter && c.biases, r, 1),
                up = weight(adapter, n * r, adapter ? 1 / std::sqrt(double(r)) : 0),
@@ -216,7 +219,9 @@ void run(const Case &c, int threads) {
                                "d_down", "d_down_bias", "d_up", "d_up_bias"};
   for (std::size_t i = 0; i < kResults; ++i)
     compare(found[i], *exact[i], c.name() + names[i],
-            i == kDx ? largest_g : i == kDownBias ? largest_dz : 0);
+            i == kDx         ? largest_g
+            : i == kDownBias ? largest_dz
+                             : 0);
 }
 
 void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_place, int threads) {
@@ -224,16 +229,16 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
   Buffer u = normal.filled(dtype, size, 3), d = normal.filled(dtype, size), value(dtype, size),
          slope(dtype, size);
   // Past every range in which something is computed, and what is no number.
-  const double edges[] = {0,      -0.0, 1e-30, -1e-30, 14.5,     -14.5,     200,
-                          -200,   3e4,  -3e4,  6e4,    INFINITY, -INFINITY, NAN};
+  const double edges[] = {0,    -0.0, 1e-30, -1e-30, 14.5,     -14.5,     200,
+                          -200, 3e4,  -3e4,  6e4,    INFINITY, -INFINITY, NAN};
   for (int64_t i = 3; i < size; i += 5) u.set(i, edges[std::size_t(i) % std::size(edges)]);
   ActivationCall call = {};
   call.size = size;
   call.dtype = dtype;
   call.activation = activation;
   call.u = address(u);
-  call.to = address(value);
-  gist::run_activation(call, threads);
+  call.result = address(value);
+  activation_forward(call, threads);
   Doubles values, slopes;
   for (int64_t i = 0; i < size; ++i) {
     double h, s;
@@ -241,9 +246,9 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
     values.push_back(h);
     slopes.push_back(s * d[i]);
   }
-  call.d = address(d);
-  call.to = in_place ? address(d) : address(slope);
-  gist::run_activation(call, threads);
+  call.d_a = address(d);
+  call.result = in_place ? address(d) : address(slope);
+  activation_backward(call, threads);
   const std::string name = "dtype " + std::to_string(int(dtype)) + ", activation " +
                            std::to_string(int(activation)) + " of " + std::to_string(size) + ": ";
   // Each by itself: a number of 3e4 among them measures no other.
@@ -257,9 +262,6 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
   }
 }
 
-constexpr Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh,
-                                       Activation::identity, Activation::relu, Activation::silu};
-
 }  // namespace
 
 int main() {
@@ -271,8 +273,8 @@ int main() {
         for (int64_t rank : {0, 1, 3, 4, 5, 8, 17, 33})
           for (int64_t rows : {1, 3, 4, 5, 17}) {
             const bool odd = ++count % 2 != 0, third = count % 3 == 0, fifth = count % 5 == 0;
-            run({dtype, rows, width, rank, kActivations[count % 5], !third || rank == 0, !fifth,
-                 static_cast<Add>(count / 2 % 3), odd || rank == 0, !fifth, odd ? 3 : 0},
+            run({dtype, rows, width, rank, kActivations[count % 5].code, !third || rank == 0,
+                 !fifth, static_cast<Add>(count / 2 % 3), odd || rank == 0, !fifth, odd ? 3 : 0},
                 1);
           }
       for (int64_t rank : {0, 5})
@@ -282,7 +284,7 @@ int main() {
       run({dtype, 261, 133, 34, Activation::silu, true, false, Add::other, false, true, 0}, 3);
       run({dtype, 530, 99, 0, Activation::gelu, true, true, Add::nothing, false, true, 2}, 3);
 
-      for (Activation activation : kActivations)
+      for (const auto &[name, activation] : kActivations)
         for (int64_t size : {0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 95, 1000})
           run_activation(dtype, activation, size, size % 2 != 0, 1);
       run_activation(dtype, Activation::gelu, 3 * 32 * 1024 + 5, dtype == Dtype::float32, 4);

@@ -1,6 +1,7 @@
 // Attention against plain loops in double; see kernel_test.h.
 
 #include "attention.h"
+
 #include "kernel_test.h"
 
 namespace {
@@ -9,7 +10,7 @@ using namespace gist;
 using namespace gist::test;
 
 struct Case {
-  AttentionDtype dtype;
+  Dtype dtype;
   int64_t batch, heads, queries, keys, head_dim;
   double scale;
   bool packed;  // q, k and v are slices of one tensor; else each is dense
@@ -65,9 +66,7 @@ struct Tensors {
 };
 
 void run(const Case &c, int threads) {
-  const Dtype dtype = c.dtype == AttentionDtype::float32    ? Dtype::float32
-                      : c.dtype == AttentionDtype::bfloat16 ? Dtype::bfloat16
-                                                            : Dtype::float16;
+  const Dtype dtype = c.dtype;
   const int64_t width = c.heads * c.head_dim;
   Normal normal(c.queries * 31 + c.keys * 7 + c.head_dim);
   Tensors in(c, dtype);
@@ -105,12 +104,12 @@ void run(const Case &c, int threads) {
     call.v = in.v.tensor();
     call.out = found.out.tensor();
     call.lse = reinterpret_cast<float *>(found.lse.data());
-    attention(call, team);
+    attention_forward(call, team);
     call.d_out = d_out.tensor();
     call.d_q = found.gradients.q.tensor();
     call.d_k = found.gradients.k.tensor();
     call.d_v = found.gradients.v.tensor();
-    attention(call, team);
+    attention_backward(call, team);
   };
   Found found = {Buffer(), Buffer(), Slice(), Tensors(c, dtype)};
   compute(found, threads);
@@ -164,7 +163,8 @@ void run(const Case &c, int threads) {
   const auto check = [&](const Slice &slice, const Doubles &exact, const char *what) {
     // Nearly all of a gradient may cancel.
     const double least = what[0] == 'd' ? 1 : 0;
-    compare(*slice.buffer, exact, least, c.name() + what, [&](int64_t i) { return slice.place(i); });
+    compare(*slice.buffer, exact, least, c.name() + what,
+            [&](int64_t i) { return slice.place(i); });
   };
   check(found.out, out, "out");
   compare(found.lse, lse, c.name() + "lse", 1);
@@ -181,8 +181,7 @@ void run(const Case &c, int threads) {
 int main() {
   return on_every_instruction_set([] {
     int count = 0;
-    for (AttentionDtype dtype :
-         {AttentionDtype::float32, AttentionDtype::bfloat16, AttentionDtype::float16}) {
+    for (Dtype dtype : kAttentionDtypes) {
       for (int64_t head_dim : {1, 3, 8, 16, 17, 33, 65})
         for (int64_t keys : {1, 2, 7, 8, 9, 17, 33, 65})
           for (int64_t queries : {1, 6, 13}) {

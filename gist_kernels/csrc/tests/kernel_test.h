@@ -37,8 +37,8 @@ class Buffer {
       : dtype_(dtype), size_(size), bytes_(std::size_t(size * bytes_of(dtype))) {
     const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
     usable_ = (bytes_ + page - 1) / page * page + page;
-    void *const memory = mmap(nullptr, usable_ + page, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *const memory =
+        mmap(nullptr, usable_ + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) std::perror("mmap"), std::abort();
     memory_ = static_cast<unsigned char *>(memory);
     if (mprotect(memory_ + usable_, page, PROT_NONE) != 0) std::perror("mprotect"), std::abort();
@@ -126,8 +126,8 @@ class Buffer {
     int exponent;
     std::frexp(size, &exponent);
     const int last = std::max(exponent - 11, -24);  // power of two of the last digit
-    return std::uint16_t(sign + ((last + 25) << 10) +
-                         int(std::nearbyint(std::ldexp(size, -last))) - 1024);
+    return std::uint16_t(sign + ((last + 25) << 10) + int(std::nearbyint(std::ldexp(size, -last))) -
+                         1024);
   }
   void swap(Buffer &other) noexcept {
     std::swap(dtype_, other.dtype_);
@@ -192,7 +192,8 @@ inline void expect(double value, double exact, double allowed, const std::string
   if (std::isnan(exact) ? std::isnan(value) : value == exact) return;
   if (std::fabs(value - exact) <= allowed && std::isfinite(exact)) return;
   char numbers[96];
-  std::snprintf(numbers, sizeof numbers, " is %.9g, not %.9g (allowed %.2g)", value, exact, allowed);
+  std::snprintf(numbers, sizeof numbers, " is %.9g, not %.9g (allowed %.2g)", value, exact,
+                allowed);
   fail(what + numbers);
 }
 

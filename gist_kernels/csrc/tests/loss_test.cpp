@@ -1,7 +1,8 @@
 // The loss against plain loops in double; see kernel_test.h.
 
-#include "kernel_test.h"
 #include "loss.h"
+
+#include "kernel_test.h"
 
 namespace {
 
@@ -86,7 +87,7 @@ void run(const Case &c, int threads) {
   call.d_logits[kGist] = c.d_gist ? address(gradients[kGist]) : nullptr;
   loss_backward(call, threads);
   for (int s : kHeads) call.d_logits[s] = address(again[s]);
-  loss_forward(call, threads);
+  loss_forward_backward(call, threads);
 
   const double relative = tolerance(accumulate);
   const auto near = [&](double value, double exact, double allowed, const char *what) {
@@ -99,8 +100,7 @@ void run(const Case &c, int threads) {
       ++kept;
       std::vector<double> x[2], tempered[2], plain[2];
       for (int s : kHeads) {
-        for (int64_t j = 0; j < c.classes; ++j)
-          x[s].push_back(logits[s][row * stride + j]);
+        for (int64_t j = 0; j < c.classes; ++j) x[s].push_back(logits[s][row * stride + j]);
         tempered[s] = log_softmax(x[s], c.temperature);
         plain[s] = log_softmax(x[s], 1);
       }
@@ -119,12 +119,10 @@ void run(const Case &c, int threads) {
       }
     }
     total += exact;
-    if (c.reduction == Reduction::none)
-      near(loss[row], exact, relative, "a row's loss");
+    if (c.reduction == Reduction::none) near(loss[row], exact, relative, "a row's loss");
   }
   if (c.reduction == Reduction::sum) near(loss[0], total, relative, "sum");
-  if (c.reduction == Reduction::mean && kept > 0)
-    near(loss[0], total / kept, relative, "mean");
+  if (c.reduction == Reduction::mean && kept > 0) near(loss[0], total / kept, relative, "mean");
   // Softmaxes and targets of equal mass: a row's gradient sums to 0.
   for (int s : kHeads) {
     if (!(s == kCls ? c.d_cls : c.d_gist)) continue;
@@ -132,8 +130,7 @@ void run(const Case &c, int threads) {
     const bool unit = indices || c.target_dtype == Dtype::none;
     for (int64_t row = 0; row < n && unit; ++row) {
       double sum = 0;
-      for (int64_t j = 0; j < c.classes; ++j)
-        sum += gradients[s][row * c.classes + j];
+      for (int64_t j = 0; j < c.classes; ++j) sum += gradients[s][row * c.classes + j];
       near(sum, 0, bytes_of(c.dtype) == 2 ? 0.1 : relative, "sum of a gradient");
     }
   }

@@ -10,15 +10,8 @@ import torch
 from gist_kernels.kernels.cpu import memory
 from gist_kernels.kernels.cpu.native import native as _native
 
-# The native module's numbers (dtype.h, adapter.h).
-DTYPE_CODES = {
-    dtype: code
-    for code, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-}
-ACTIVATION_CODES = {
-    name: code for code, name in enumerate(("gelu", "gelu_tanh", "identity", "relu", "silu"))
-}
-_NOTHING = 0
+ACTIVATION_CODES: dict[str, int] = _native.ACTIVATIONS
+_DTYPE_CODES = {getattr(torch, name): code for name, code in _native.ACTIVATION_DTYPES.items()}
 
 
 def forward(u: torch.Tensor, activation: str) -> torch.Tensor:
@@ -29,7 +22,14 @@ def forward(u: torch.Tensor, activation: str) -> torch.Tensor:
     """
     _check("u", u)
     result = memory.empty(tuple(u.shape), u.dtype)
-    _run(u, activation, _NOTHING, result)
+    _native.activation_forward(
+        _DTYPE_CODES[u.dtype],
+        ACTIVATION_CODES[activation],
+        u.numel(),
+        u.data_ptr(),
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
     return result
 
 
@@ -53,22 +53,18 @@ def backward(
     if d_a.shape != u.shape or d_a.dtype is not u.dtype:
         raise ValueError("d_a must have the shape and dtype of u")
     result = d_a if into_d_a else memory.empty(tuple(u.shape), u.dtype)
-    _run(u, activation, d_a.data_ptr(), result)
+    _native.activation_backward(
+        _DTYPE_CODES[u.dtype],
+        ACTIVATION_CODES[activation],
+        u.numel(),
+        u.data_ptr(),
+        d_a.data_ptr(),
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
     return result
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_contiguous() or tensor.dtype not in DTYPE_CODES or not tensor.is_cpu:
+    if not tensor.is_contiguous() or tensor.dtype not in _DTYPE_CODES or not tensor.is_cpu:
         raise ValueError(f"{name} must be a contiguous floating-point tensor on the CPU")
-
-
-def _run(u: torch.Tensor, activation: str, d_a: int, result: torch.Tensor) -> None:
-    _native.run_activation(
-        DTYPE_CODES[u.dtype],
-        u.numel(),
-        ACTIVATION_CODES[activation],
-        u.data_ptr(),
-        d_a,
-        result.data_ptr(),
-        torch.get_num_threads(),
-    )

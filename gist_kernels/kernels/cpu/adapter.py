@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from gist_kernels.kernels.cpu import memory
-from gist_kernels.kernels.cpu.activation import ACTIVATION_CODES, DTYPE_CODES
+from gist_kernels.kernels.cpu.activation import ACTIVATION_CODES
 from gist_kernels.kernels.cpu.native import native as _native
 from gist_kernels.weights import AdapterWeights, NormWeights
 
+_DTYPE_CODES = {getattr(torch, name): code for name, code in _native.ADAPTER_DTYPES.items()}
 _NOTHING = 0
 _NO_ROWS = (_NOTHING, 0)
 
@@ -51,27 +52,23 @@ def forward(
     bias = _vector("bias", bias, (width,), accumulate)
 
     normed = stats = out = z = None
+    norm_group = adapter_group = None
     if norm is not None:
         normed = memory.empty((rows, width), x.dtype)
         stats = torch.empty((rows, 2), dtype=accumulate, device=x.device)
+        norm_group = (norm.eps, *map(_address, (*norm_weights, normed, stats)))
     if adapter is not None:
         out = memory.empty((rows, width), x.dtype)
         z = torch.empty((rows, _rank(adapter)), dtype=accumulate, device=x.device)
-    _native.run_adapter(
-        False,
-        *_settings(x, norm, adapter),
-        *_rows("x", x, x),
-        *of_add,
-        *_NO_ROWS,
-        *_NO_ROWS,
-        _address(normed),
-        _address(out),
-        _NOTHING,
-        False,
-        _address(stats),
-        _address(z),
-        *map(_address, (*norm_weights, bias, *adapter_weights)),
-        *(_NOTHING,) * 4,
+        adapter_group = (*_settings(adapter), *map(_address, (*adapter_weights, out, z)))
+    _native.adapter_forward(
+        _DTYPE_CODES[x.dtype],
+        (rows, width),
+        _rows("x", x, x),
+        of_add,
+        _address(bias),
+        norm_group,
+        adapter_group,
         torch.get_num_threads(),
     )
     return normed, out, z, stats
@@ -129,10 +126,14 @@ def backward(
     of_d_normed = _NO_ROWS if d_normed is None else _rows("d_normed", d_normed, x)
     norm_weights = _norm_weights(norm, width, accumulate)
     adapter_weights = _adapter_weights(adapter, width, accumulate)
+    norm_group = adapter_group = None
     if norm is not None:
         stats = _kept("stats", stats, (rows, 2), accumulate)
+        norm_group = (_address(norm_weights[0]), _address(stats), of_d_normed)
     if adapter is not None:
         z = _kept("z", z, (rows, _rank(adapter)), accumulate)
+        down_weight, _, up_weight, _ = adapter_weights
+        adapter_group = (*_settings(adapter), *map(_address, (down_weight, up_weight, z)))
 
     dx = memory.empty((rows, width), x.dtype) if need_dx else None
     gradients: list[torch.Tensor | None] = [None] * 4
@@ -141,21 +142,16 @@ def backward(
             None if weight is None else torch.empty(weight.shape, dtype=accumulate, device=x.device)
             for weight in adapter[:4]
         ]
-    _native.run_adapter(
-        True,
-        *_settings(x, norm, adapter),
-        *_rows("x", x, x),
-        *_NO_ROWS,
-        *of_d_out,
-        *of_d_normed,
-        _NOTHING,
-        _NOTHING,
-        _address(dx),
+    _native.adapter_backward(
+        _DTYPE_CODES[x.dtype],
+        (rows, width),
+        _rows("x", x, x),
+        of_d_out,
         pass_through,
-        _address(stats),
-        _address(z),
-        *map(_address, (*norm_weights, None, *adapter_weights)),
-        *map(_address, gradients),
+        norm_group,
+        adapter_group,
+        tuple(map(_address, gradients)),
+        _address(dx),
         torch.get_num_threads(),
     )
     if adapter is not None:
@@ -178,7 +174,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 def _check_rows(name: str, tensor: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
     if tensor.ndim != 2 or tensor.shape != x.shape or x.shape[1] < 1:
         raise ValueError(f"{name} must be (M, D), with the shape of x and D at least 1")
-    if tensor.dtype is not x.dtype or x.dtype not in DTYPE_CODES or not tensor.is_cpu:
+    if tensor.dtype is not x.dtype or x.dtype not in _DTYPE_CODES or not tensor.is_cpu:
         raise ValueError(f"{name} must be a floating-point tensor on the CPU, of x's dtype")
     rows, width = tensor.shape
     if rows and width != 1 and tensor.stride(1) != 1:
@@ -242,14 +238,6 @@ def _kept(
     return tensor.contiguous()
 
 
-def _settings(
-    x: torch.Tensor, norm: NormWeights | None, adapter: AdapterWeights | None
-) -> tuple[int | float | bool, ...]:
-    rows, width = x.shape
-    of_adapter = (
-        (0, 0, 0.0)
-        if adapter is None
-        else (_rank(adapter), ACTIVATION_CODES[adapter.activation], adapter.scale)
-    )
-    of_norm = (False, 0.0) if norm is None else (True, norm.eps)
-    return (DTYPE_CODES[x.dtype], rows, width, *of_adapter, *of_norm)
+def _settings(adapter: AdapterWeights) -> tuple[int, int, float]:
+    """Rank, activation and scale."""
+    return _rank(adapter), ACTIVATION_CODES[adapter.activation], adapter.scale

@@ -15,12 +15,9 @@ from gist_kernels.kernels.cpu.native import native as _native
 # Address, stride of the batch, stride of the rows.
 Place: TypeAlias = tuple[int, int, int]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_CODES = {getattr(torch, name): code for name, code in _native.ATTENTION_DTYPES.items()}
+DTYPES: tuple[torch.dtype, ...] = tuple(_DTYPE_CODES)
 MAX_HEAD_DIM = 256
-
-# The native module's numbers of dtypes (attention.h).
-_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_NOTHING: Place = (0, 0, 0)
 
 
 def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
@@ -44,16 +41,15 @@ def forward(
     out = torch.empty((batch, queries, heads * head_dim), dtype=q.dtype, device=device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     if batch:
-        _native.run_attention(
-            _CODES[q.dtype],
-            *sizes,
+        _native.attention_forward(
+            _DTYPE_CODES[q.dtype],
+            sizes,
             scale,
             _place(q),
             _place(k),
             _place(v),
-            _place(out),
             lse.data_ptr(),
-            *(_NOTHING,) * 4,
+            _place(out),
             torch.get_num_threads(),
         )
     return out, lse
@@ -87,14 +83,13 @@ def backward(
         raise ValueError("lse must be what forward returned for these tensors")
     lse = lse.contiguous()
     if batch:
-        _native.run_attention(
-            _CODES[q.dtype],
-            *sizes,
+        _native.attention_backward(
+            _DTYPE_CODES[q.dtype],
+            sizes,
             scale,
             _place(q),
             _place(k),
             _place(v),
-            _NOTHING,
             lse.data_ptr(),
             _place(d_out),
             _place(d_q),
@@ -108,7 +103,7 @@ def _sizes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int
 ) -> tuple[int, int, int, int, int]:
     """B, H, Q, N, Dh."""
-    if q.dtype not in _CODES:
+    if q.dtype not in _DTYPE_CODES:
         raise TypeError(f"q must be float32, bfloat16 or float16; it is {q.dtype}")
     if q.ndim != 3 or k.ndim != 3:
         raise ValueError("q, k and v must have three dimensions")

@@ -17,17 +17,21 @@ from gist_kernels.kernels.cpu.native import native as _native
 from gist_kernels.kernels.protocols import LossOptions
 
 Gradients: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
-# Both gradients' addresses, and the stride of their rows.
-Places: TypeAlias = tuple[int, int, int]
+# The native entries' groups of arguments: dtype, rows, classes, then address and row stride of each
+# head's logits; dtype, address and row stride; both addresses and their row stride.
+LogitsGroup: TypeAlias = tuple[int, int, int, int, int, int, int]
+TargetGroup: TypeAlias = tuple[int, int, int]
+GradientsGroup: TypeAlias = tuple[int, int, int]
 
 NAME = "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_STATS_PER_ROW: int = _native.LOSS_STATS_PER_ROW
-# The native module's numbers of dtypes (loss.h).
-_CODES = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int64))}
-_NO_TARGET = (5, 0, 0)
+_DTYPE_CODES = {getattr(torch, name): code for name, code in _native.LOSS_DTYPES.items()}
+_TARGET_CODES = _DTYPE_CODES | {torch.int64: _native.DTYPES["int64"]}
+_NO_TARGET: TargetGroup = (_native.DTYPES["none"], 0, 0)
 _NOTHING = 0
+_STATS_PER_ROW: int = _native.LOSS_STATS_PER_ROW
+
+DTYPES: tuple[torch.dtype, ...] = tuple(_DTYPE_CODES)
 
 
 def stats_shape(rows: int) -> tuple[int, int]:
@@ -43,13 +47,14 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The loss, its four unweighted terms, and each row's statistics for :func:`backward`."""
     loss, terms, stats = _outputs(cls, options, want_terms)
-    invalid_row = _native.run_loss(
-        *_inputs(cls, gist, target),
-        *options,
+    logits_group, target_group = _inputs(cls, gist, target)
+    invalid_row = _native.loss_forward(
+        logits_group,
+        target_group,
+        options,
         stats.data_ptr(),
         loss.data_ptr(),
         _NOTHING if terms is None else terms.data_ptr(),
-        *(_NOTHING,) * 5,
         torch.get_num_threads(),
     )
     if invalid_row >= 0:
@@ -68,22 +73,20 @@ def backward(
     need_gist: bool,
 ) -> Gradients:
     """The gradients asked for, ``grad`` being that of the loss and ``stats`` from forward."""
-    inputs = _inputs(cls, gist, target)
+    logits_group, target_group = _inputs(cls, gist, target)
     rows = cls.shape[0]
     if stats.dtype is not _accumulate(cls) or stats.shape != stats_shape(rows):
         raise ValueError("stats must be what forward returned for these logits")
     if grad.dtype is not stats.dtype or (grad.ndim and grad.shape != (rows,)):
         raise ValueError(f"grad must be {stats.dtype}, of the loss's shape")
-    d_cls, d_gist, places = _gradients(cls, gist, need_cls, need_gist)
-    _native.run_loss(
-        *inputs,
-        *options,
+    d_cls, d_gist, gradients = _gradients(cls, gist, need_cls, need_gist)
+    _native.loss_backward(
+        logits_group,
+        target_group,
+        options,
         stats.data_ptr(),
-        _NOTHING,
-        _NOTHING,
-        grad.data_ptr(),
-        grad.stride(0) if grad.ndim else 0,
-        *places,
+        (grad.data_ptr(), grad.stride(0) if grad.ndim else 0),
+        gradients,
         torch.get_num_threads(),
     )
     return d_cls, d_gist
@@ -94,16 +97,15 @@ def forward_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The loss and both gradients of its sum, each row read from memory once."""
     loss, _, stats = _outputs(cls, options, False)
-    d_cls, d_gist, places = _gradients(cls, gist, True, True)
-    invalid_row = _native.run_loss(
-        *_inputs(cls, gist, target),
-        *options,
+    d_cls, d_gist, gradients = _gradients(cls, gist, True, True)
+    logits_group, target_group = _inputs(cls, gist, target)
+    invalid_row = _native.loss_forward_backward(
+        logits_group,
+        target_group,
+        options,
         stats.data_ptr(),
         loss.data_ptr(),
-        _NOTHING,
-        _NOTHING,
-        0,
-        *places,
+        gradients,
         torch.get_num_threads(),
     )
     if invalid_row >= 0:
@@ -122,7 +124,9 @@ def _accumulate(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype is torch.float64 else torch.float32
 
 
-def _inputs(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None) -> tuple[int, ...]:
+def _inputs(
+    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None
+) -> tuple[LogitsGroup, TargetGroup]:
     rows, classes = cls.shape
     cls_stride, cls_step = cls.stride()
     gist_stride, gist_step = gist.stride()
@@ -131,24 +135,24 @@ def _inputs(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None) 
     if rows and classes != 1 and (cls_step != 1 or gist_step != 1):
         raise ValueError("the logits' last dimension must be contiguous")
     if target is None:
-        of_target = _NO_TARGET
+        target_group = _NO_TARGET
     else:
-        of_target = (_CODES[target.dtype], target.data_ptr(), target.stride(0))
+        target_group = (_TARGET_CODES[target.dtype], target.data_ptr(), target.stride(0))
         if target.dtype is torch.int64:
             if target.shape != (rows,):
                 raise ValueError("class indices must have shape (B,)")
         elif target.shape != cls.shape or (rows and classes != 1 and target.stride(1) != 1):
             raise ValueError("class probabilities must be (B, C), contiguous in C")
-    return (
-        _CODES[cls.dtype],
+    logits_group = (
+        _DTYPE_CODES[cls.dtype],
         rows,
         classes,
         cls.data_ptr(),
         cls_stride,
         gist.data_ptr(),
         gist_stride,
-        *of_target,
     )
+    return logits_group, target_group
 
 
 def _outputs(
@@ -164,7 +168,7 @@ def _outputs(
 
 def _gradients(
     cls: torch.Tensor, gist: torch.Tensor, need_cls: bool, need_gist: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, Places]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, GradientsGroup]:
     """New tensors for the gradients. Halves of one (B, 2, C) tensor get the halves of another."""
     rows, classes = cls.shape
     if need_cls and need_gist and _stacked(cls, gist):

@@ -8,7 +8,7 @@
 // which keeps all digits of a small q, where 1 - g would lose them.
 #pragma once
 
-#include "adapter.h"
+#include "activation.h"
 #include "simd.h"
 
 namespace {
