@@ -19,7 +19,7 @@ from torch import nn
 
 from gist.backbones.anatomy import anatomy_of
 from gist.config import GistConfig
-from gist.files import write_atomically
+from gist.files import write_atomically, write_json
 from gist.model import GistModel, wrap
 
 FORMAT = 1
@@ -51,7 +51,7 @@ def save(model: GistModel, directory: str | os.PathLike[str], **extra: Any) -> N
         **extra,
     }
     write_atomically(directory / WEIGHTS_FILE, weights)
-    write_atomically(directory / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_json(directory / CONFIG_FILE, config)
 
 
 def load(

@@ -32,13 +32,13 @@ from gist import report
 from gist.config import GistConfig
 from gist.data import available_data, load_data, prepare
 from gist.evaluation import evaluate, processes
-from gist.files import write_atomically
+from gist.files import write_atomically, write_json
 from gist.loss import GistLoss
 from gist.merge import merge
 from gist.methods import METHODS, Method, method_type
 from gist.model import GistModel, count_parameters
 from gist.predict import predict
-from gist.run import Listener, RunConfig, load_run, read_results, run, write_json
+from gist.run import Listener, RunConfig, load_run, read_results, run
 from gist.train import PRECISIONS, Epoch, TrainConfig
 from gist.vtab.cli import register as register_vtab
 

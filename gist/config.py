@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gist.methods import Adapter, Method, method_type
-from gist.methods.base import check_count, check_rate
-from gist_kernels.suggest import unknown_name
+from gist.validate import check_count, check_known, check_rate
 
 TOKEN_INITS = ("uniform", "normal", "zeros", "class")
 
@@ -53,8 +52,7 @@ class GistConfig:
             object.__setattr__(self, "method", only or tuple(methods) or None)
         check_rate("token_dropout", self.token_dropout)
         check_count("num_tokens", self.num_tokens)
-        if self.token_init not in TOKEN_INITS:
-            raise ValueError(unknown_name("token_init", self.token_init, TOKEN_INITS))
+        check_known("token_init", self.token_init, TOKEN_INITS)
 
     @property
     def methods(self) -> tuple[Method, ...]:

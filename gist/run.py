@@ -25,7 +25,7 @@ from gist.checkpoint import CONFIG_FILE, load, save
 from gist.config import GistConfig
 from gist.data import ImageData, prepare
 from gist.evaluation import evaluate, processes
-from gist.files import write_atomically
+from gist.files import write_json
 from gist.log import Log
 from gist.loss import GistLoss
 from gist.model import GistModel, count_parameters, wrap
@@ -223,7 +223,3 @@ def load_run(directory: Path) -> GistModel:
         pretrained=config["pretrained"],
     )
     return load(backbone, directory).eval()
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -28,7 +28,14 @@ from gist.mixing import Mixing
 from gist.model import GistModel
 from gist.order import Order
 from gist.resume import Checkpoint, rng_state, seed_all, set_rng_state
-from gist_kernels.suggest import unknown_name
+from gist.validate import (
+    check_at_least,
+    check_between,
+    check_choice,
+    check_known,
+    check_non_negative,
+    check_rate,
+)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 # Steps between two looks at the loss; on a device that computes while Python goes on, each waits.
@@ -87,27 +94,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; it is {getattr(self, name)}")
+            check_at_least(name, getattr(self, name), 1)
         for name in (
             "lr", "weight_decay", "warmup_epochs", "clip_grad_norm", "mixup", "cutmix",
             "kl_warmup_epochs",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} must be a finite number, at least 0; it is {value}")
-        if not 0 <= self.stop_after <= self.epochs:
-            raise ValueError(
-                f"stop_after must be from 0 to epochs, {self.epochs}; it is {self.stop_after}"
-            )
+            check_non_negative(name, getattr(self, name))
+        check_between("stop_after", self.stop_after, 0, self.epochs, "epochs")
         for name in ("label_smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1); it is {getattr(self, name)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}")
-        known = [str(name) for name in list_optimizers()]
-        if self.optimizer not in known:
-            raise ValueError(unknown_name("optimizer", self.optimizer, known))
+            check_rate(name, getattr(self, name))
+        check_choice("precision", self.precision, PRECISIONS)
+        check_known("optimizer", self.optimizer, (str(name) for name in list_optimizers()))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from gist.methods.repadapter import RepAdapter
 from gist.methods.selective import BitFit, Full, LayerNormTuning
 from gist.methods.ssf import SSF
 from gist.methods.vpt import VPT
-from gist_kernels.suggest import unknown_name
+from gist.validate import check_known
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -21,8 +21,7 @@ METHODS: dict[str, type[Method]] = {
 
 def method_type(name: str) -> type[Method]:
     """The config class of a method by its name; ValueError with the nearest names otherwise."""
-    if name not in METHODS:
-        raise ValueError(unknown_name("method", name, METHODS))
+    check_known("method", name, METHODS)
     return METHODS[name]
 
 

@@ -10,17 +10,8 @@ from torch import nn
 
 import gist_kernels
 from gist.backbones.anatomy import Anatomy
-from gist.methods.base import (
-    Attached,
-    FusedParts,
-    Method,
-    check_activation,
-    check_count,
-    check_finite,
-    new_parameters,
-    unique,
-)
-from gist_kernels.suggest import unknown_name
+from gist.methods.base import Attached, FusedParts, Method, new_parameters, unique
+from gist.validate import check_activation, check_count, check_finite, check_known
 
 PLACEMENTS = ("shared", "parallel", "sequential")
 
@@ -61,8 +52,7 @@ class Adapter(Method):
         check_count("rank", self.rank)
         check_finite("scale", self.scale)
         check_activation(self.activation)
-        if self.placement not in PLACEMENTS:
-            raise ValueError(unknown_name("placement", self.placement, PLACEMENTS))
+        check_known("placement", self.placement, PLACEMENTS)
 
     def attach(self, anatomy: Anatomy) -> Attached:
         blocks = [anatomy.parts(index) for index in range(len(anatomy.blocks))]

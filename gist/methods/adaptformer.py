@@ -12,15 +12,8 @@ from torch import nn
 
 from gist.backbones.anatomy import Anatomy
 from gist.methods.adapter import Bottleneck
-from gist.methods.base import (
-    Attached,
-    FusedParts,
-    Method,
-    check_activation,
-    check_count,
-    check_finite,
-    check_rate,
-)
+from gist.methods.base import Attached, FusedParts, Method
+from gist.validate import check_activation, check_count, check_finite, check_rate
 from gist_kernels.reference.adapter import ACTIVATIONS
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from torch import nn
 
 from gist.backbones.anatomy import Anatomy
 from gist_kernels import AdapterWeights
-from gist_kernels.reference.adapter import ACTIVATIONS
-from gist_kernels.suggest import unknown_name
 
 
 class Change(NamedTuple):
@@ -108,27 +105,6 @@ def new_parameters(backbone: nn.Module) -> dict[str, Any]:
     where small steps of an optimiser would be rounded away."""
     like = next(backbone.parameters())
     return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-
-
-def check_count(name: str, value: object, at_least: int = 1) -> None:
-    """ValueError unless ``value`` is an integer of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}; it is {value!r}")
-
-
-def check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; it is {value}")
-
-
-def check_rate(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1); it is {value}")
-
-
-def check_activation(name: str) -> None:
-    if name not in ACTIVATIONS:
-        raise ValueError(unknown_name("activation", name, ACTIVATIONS))
 
 
 def unique(modules: Iterable[nn.Module]) -> list[nn.Module]:

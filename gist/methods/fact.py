@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.anatomy import Anatomy
-from gist.methods.base import (
-    Attached,
-    Method,
-    check_count,
-    check_finite,
-    check_rate,
-    new_parameters,
-)
-from gist_kernels.suggest import unknown_name
+from gist.methods.base import Attached, Method, new_parameters
+from gist.validate import check_count, check_finite, check_known, check_rate
 
 FORMS = ("tt", "tk")
 
@@ -52,8 +45,7 @@ class FacT(Method):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(unknown_name("form", self.form, FORMS))
+        check_known("form", self.form, FORMS)
         if self.rank is None:
             object.__setattr__(self, "rank", 16 if self.form == "tt" else 32)
         check_count("rank", self.rank)

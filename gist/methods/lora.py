@@ -13,17 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.anatomy import Anatomy
-from gist.methods.base import (
-    Attached,
-    Change,
-    FusedParts,
-    Method,
-    check_count,
-    check_finite,
-    check_rate,
-    new_parameters,
-)
-from gist_kernels.suggest import unknown_name
+from gist.methods.base import Attached, Change, FusedParts, Method, new_parameters
+from gist.validate import check_count, check_finite, check_known, check_rate
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -55,8 +46,7 @@ class LoRA(Method):
         check_rate("dropout", self.dropout)
         object.__setattr__(self, "targets", tuple(self.targets))
         for target in self.targets:
-            if target not in TARGETS:
-                raise ValueError(unknown_name("target", target, TARGETS))
+            check_known("target", target, TARGETS)
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must name each layer once, one at least; {self.targets!r}")
 

@@ -11,14 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.anatomy import Anatomy
-from gist.methods.base import (
-    Attached,
-    Method,
-    check_count,
-    check_finite,
-    check_rate,
-    new_parameters,
-)
+from gist.methods.base import Attached, Method, new_parameters
+from gist.validate import check_count, check_finite, check_rate
 
 _PLACES = ("attention", "mlp")
 

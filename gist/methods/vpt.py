@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.anatomy import Anatomy, TimmEva
-from gist.methods.base import (
-    Attached,
-    FusedParts,
-    Method,
-    check_count,
-    check_rate,
-    new_parameters,
-)
+from gist.methods.base import Attached, FusedParts, Method, new_parameters
+from gist.validate import check_count, check_rate
 
 
 @dataclass(frozen=True)

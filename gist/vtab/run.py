@@ -17,8 +17,10 @@ import torch
 
 from gist.config import GistConfig
 from gist.data import ImageData
-from gist.run import Listener, RunConfig, run, write_json
+from gist.files import write_json
+from gist.run import Listener, RunConfig, run
 from gist.train import TrainConfig
+from gist.validate import check_choice
 from gist.vtab.layout import Stages
 from gist.vtab.tasks import Suite, Task
 
@@ -74,10 +76,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, known in (("recipe", RECIPES), ("stop", STOPS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}; it is {getattr(self, name)!r}"
-                )
+            check_choice(name, getattr(self, name), known)
         if self.lr is not None and not self.lr:
             raise ValueError("lr must have at least one value")
         if self.recipe == "released":

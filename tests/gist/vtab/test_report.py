@@ -13,7 +13,7 @@ from PIL import Image
 
 import gist
 from gist import cli
-from gist.run import write_json
+from gist.files import write_json
 from gist.vtab.report import Interval, Report, report, t_quantile, variant
 
 ADAPTER = {"name": "adapter", "rank": 4, "scale": 0.1}
