@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import gist_kernels as gk
-from gist.methods.base import Attached, Change, FusedParts
+from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -26,7 +26,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 def plan(
-    block: nn.Module, index: int, attached: Sequence[Attached], owned: Collection[int]
+    block: nn.Module, index: int, attached: Sequence[AttachedMethod], owned: Collection[int]
 ) -> FusedParts | str:
     """What the methods add to a block that runs fused, or why it goes its own way.
 
@@ -59,12 +59,12 @@ def plan(
             return found
         if any(a is not None and b is not None for a, b in zip(parts[:2], found[:2], strict=True)):
             return "it has two adapters beside one sublayer"
-        if parts.changes.keys() & found.changes.keys():
+        if parts.updates.keys() & found.updates.keys():
             return "two methods change one of its layers"
         parts = FusedParts(
             parts.attention or found.attention,
             parts.mlp or found.mlp,
-            {**parts.changes, **found.changes},
+            {**parts.updates, **found.updates},
         )
     return parts
 
@@ -79,12 +79,12 @@ def run(
 ) -> torch.Tensor:
     """A timm Block with what :func:`plan` gave: (B, N, D) tokens to as many, or to the first ones
     alone."""
-    attn, mlp, changes = block.attn, block.mlp, parts.changes
-    qkv, of_qkv = _linear(attn.qkv, changes.get("qkv"))
-    proj, of_proj = _linear(attn.proj, changes.get("proj"))
+    attn, mlp, updates = block.attn, block.mlp, parts.updates
+    qkv, of_qkv = _linear(attn.qkv, updates.get("qkv"))
+    proj, of_proj = _linear(attn.proj, updates.get("proj"))
     x = gk.adapter_attention(
         x,
-        _norm(block.norm1, changes.get("norm1")),
+        _norm(block.norm1, updates.get("norm1")),
         gk.AttentionWeights(
             *qkv, *proj, attn.num_heads, attn.scale, _layer_scale(block.ls1), of_qkv, of_proj
         ),
@@ -95,11 +95,11 @@ def run(
     )
     activation = _activation(mlp.act)
     assert activation is not None
-    fc1, of_fc1 = _linear(mlp.fc1, changes.get("fc1"))
-    fc2, of_fc2 = _linear(mlp.fc2, changes.get("fc2"))
+    fc1, of_fc1 = _linear(mlp.fc1, updates.get("fc1"))
+    fc2, of_fc2 = _linear(mlp.fc2, updates.get("fc2"))
     return gk.adapter_mlp(
         x,
-        _norm(block.norm2, changes.get("norm2")),
+        _norm(block.norm2, updates.get("norm2")),
         gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), of_fc1, of_fc2),
         parts.mlp,
         drop_path=_drop_path(block.drop_path2, x),
@@ -116,7 +116,7 @@ def _frozen(block: Any) -> Iterator[torch.Tensor]:
 
 
 def _linear(
-    layer: nn.Linear, change: Change | None
+    layer: nn.Linear, change: LayerUpdate | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], gk.LinearUpdate | None]:
     """A layer's weight and bias, and what is trained beside them."""
     if change is None:
@@ -125,7 +125,9 @@ def _linear(
     return (layer.weight, bias), gk.LinearUpdate(change.scale, change.down, change.up)
 
 
-def _shifted(bias: torch.Tensor | None, change: Change, dtype: torch.dtype) -> torch.Tensor | None:
+def _shifted(
+    bias: torch.Tensor | None, change: LayerUpdate, dtype: torch.dtype
+) -> torch.Tensor | None:
     """``scale * bias + shift``."""
     scale, shift = (None if t is None else t.to(dtype) for t in change[:2])
     if bias is None or scale is None:
@@ -183,7 +185,7 @@ def owner(hook: object) -> object:
     return getattr(hook, "__self__", hook)
 
 
-def _norm(norm: Any, change: Change | None) -> gk.NormWeights:
+def _norm(norm: Any, change: LayerUpdate | None) -> gk.NormWeights:
     weight, bias = norm.weight, norm.bias
     if change is not None and weight is not None:
         bias = _shifted(bias, change, weight.dtype)

@@ -17,7 +17,7 @@ import timm
 import torch
 from torch import nn
 
-from gist.backbones.anatomy import anatomy_of
+from gist.backbones.families import family_of
 from gist.config import GistConfig
 from gist.files import write_atomically, write_json
 from gist.model import GistModel, wrap
@@ -96,10 +96,10 @@ def load(
             f"{directory / WEIGHTS_FILE} is damaged or not the one that {CONFIG_FILE} describes"
         )
     config = GistConfig.from_dict(saved["gist"])
-    anatomy = anatomy_of(backbone)
+    family = family_of(backbone)
     _check_match(_describe(backbone, config), saved["backbone"], check_weights)
-    if anatomy.num_classes != saved["num_classes"]:
-        anatomy.reset_classifier(saved["num_classes"])
+    if family.num_classes != saved["num_classes"]:
+        family.reset_classifier(saved["num_classes"])
     model = wrap(backbone, config)
     state = safetensors.torch.load(weights)
     expected = model.trainable_state_dict().keys()
@@ -113,25 +113,25 @@ def load(
 
 
 def _describe(backbone: nn.Module, config: GistConfig) -> dict[str, Any]:
-    anatomy = anatomy_of(backbone)
+    family = family_of(backbone)
     # A backbone made without timm.create_model has no pretrained_cfg.
-    origin: Any = getattr(anatomy.model, "pretrained_cfg", None) or {}
+    origin: Any = getattr(family.model, "pretrained_cfg", None) or {}
     return {
-        "architecture": origin.get("architecture", type(anatomy.model).__name__),
-        "embed_dim": anatomy.embed_dim,
-        "depth": len(anatomy.blocks),
-        "num_prefix_tokens": anatomy.num_prefix_tokens,
-        "global_pool": anatomy.pooling,
+        "architecture": origin.get("architecture", type(family.model).__name__),
+        "embed_dim": family.embed_dim,
+        "depth": len(family.blocks),
+        "num_prefix_tokens": family.num_prefix_tokens,
+        "global_pool": family.pooling,
         "fingerprint": _fingerprint(backbone, config),
     }
 
 
 def _fingerprint(backbone: nn.Module, config: GistConfig) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of everything that is not trained."""
-    anatomy = anatomy_of(backbone)
-    trained = {id(p) for method in config.methods for p in method.trained(anatomy)}
-    trained |= {id(p) for head in anatomy.heads for p in head.parameters()}
-    if anatomy.model is not backbone:
+    family = family_of(backbone)
+    trained = {id(p) for method in config.methods for p in method.trained(family)}
+    trained |= {id(p) for head in family.heads for p in head.parameters()}
+    if family.model is not backbone:
         trained |= {id(p) for p in backbone.parameters() if p.requires_grad}
     own = {id(parameter): name for name, parameter in backbone.named_parameters()}
     left_out = {own[parameter] for parameter in trained if parameter in own}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gist.backbones.anatomy import TimmViT
+from gist.backbones.timm_vit import TimmViT
 from gist.model import GistModel, remove_hooks
 
 
@@ -38,20 +38,20 @@ def merge(model: GistModel, *, drop_token: bool = False) -> Any:
     if keep_token:
         _check_register(model)
     twin = copy.deepcopy(model).eval()
-    anatomy, token = twin.anatomy, twin.token
+    family, token = twin.family, twin.token
     remove_hooks(twin)
     with torch.no_grad():
         for method in twin._attached():
-            method.merge(anatomy)
+            method.merge(family)
         if token is not None and keep_token:
-            _keep_as_register(anatomy.model, token.weight)
-    return anatomy.model.requires_grad_(True)
+            _keep_as_register(family.model, token.weight)
+    return family.model.requires_grad_(True)
 
 
 def _check_register(model: GistModel) -> None:
-    anatomy, backbone = model.anatomy, model.anatomy.model
+    family, backbone = model.family, model.family.model
     reason = None
-    if type(anatomy) is not TimmViT or not anatomy.has_class_token:
+    if type(family) is not TimmViT or not family.has_class_token:
         reason = f"a {type(backbone).__name__} of this kind has no register tokens to join"
     elif not isinstance(backbone.norm_pre, nn.Identity):
         reason = "the backbone's norm before the blocks would change it"

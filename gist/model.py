@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 import gist_kernels
 from gist import blocks
-from gist.backbones.anatomy import Anatomy, anatomy_of
+from gist.backbones.base import BackboneFamily
+from gist.backbones.families import family_of
 from gist.config import GistConfig
 from gist.embedding import embed_patches
-from gist.methods import METHODS, Attached
+from gist.methods import METHODS, AttachedMethod
 from gist.token import GistToken
 
 # Parameters that come after the patches' embedding.
@@ -67,16 +68,16 @@ class GistModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, config: GistConfig) -> None:
         super().__init__()
-        anatomy = anatomy_of(backbone)
-        _check(anatomy, config)
+        family = family_of(backbone)
+        _check(family, config)
         self.config = config
-        trained = [p for method in config.methods for p in method.trained(anatomy)]
-        if anatomy.model is not backbone:  # HF PEFT's, which has chosen what it trains
+        trained = [p for method in config.methods for p in method.trained(family)]
+        if family.model is not backbone:  # HF PEFT's, which has chosen what it trains
             trained += [p for p in backbone.parameters() if p.requires_grad]
         # The methods first: they may refuse the backbone, which is then still untouched.
         for method in config.methods:
-            method.num_parameters(anatomy)
-        attached = {method.name: method.attach(anatomy) for method in config.methods}
+            method.num_parameters(family)
+        attached = {method.name: method.attach(family) for method in config.methods}
         modules = {name: module for name, module in attached.items() if module is not None}
         several = len(config.methods) > 1
         self.method: nn.Module | None = (
@@ -85,9 +86,9 @@ class GistModel(nn.Module):
         self.token = None
         if config.gist:
             self.token = GistToken(
-                anatomy, config.token_dropout, config.num_tokens, config.token_init
+                family, config.token_dropout, config.num_tokens, config.token_init
             )
-            self.token.attach(anatomy)
+            self.token.attach(family)
         self.backbone: Any = backbone.requires_grad_(False)
         self.gist_head: nn.Module | None = None
         for parameter in trained:
@@ -95,23 +96,28 @@ class GistModel(nn.Module):
         self._train_heads()
 
     @property
-    def anatomy(self) -> Anatomy:
-        """What the library knows of the backbone."""
-        return anatomy_of(self.backbone)
+    def family(self) -> BackboneFamily:
+        """The backbone's family, which knows its blocks, pooling and classifier."""
+        return family_of(self.backbone)
+
+    @property
+    def anatomy(self) -> BackboneFamily:
+        """The earlier name of :attr:`family`."""
+        return self.family
 
     @property
     def num_classes(self) -> int:
-        return self.anatomy.num_classes
+        return self.family.num_classes
 
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches in :meth:`forward_features`, the Gist token included."""
-        return self.anatomy.num_prefix_tokens + (0 if self.token is None else self.token.count)
+        return self.family.num_prefix_tokens + (0 if self.token is None else self.token.count)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class."""
         read = None
-        if self.anatomy.reads_prefix_alone:
+        if self.family.reads_prefix_alone:
             read = 1 if self.token is None else 1 + self.token.count
         return self.forward_head(self._features(images, read))
 
@@ -122,10 +128,10 @@ class GistModel(nn.Module):
     def _features(self, images: torch.Tensor, read: int | None) -> torch.Tensor:
         """The first ``read`` tokens after the final norm, or all. What only others would need of
         the last block is not computed, nor what leads back to patches that nothing trains."""
-        anatomy, attached, token = self.anatomy, self._attached(), self.token
-        if _general_path(anatomy) is not None:
-            return anatomy.features(images)
-        backbone = anatomy.model
+        family, attached, token = self.family, self._attached(), self.token
+        if _general_path(family) is not None:
+            return family.features(images)
+        backbone = family.model
         embedding = (p for name, p in backbone.named_parameters() if not name.startswith(_LATER))
         frozen = not (
             images.requires_grad
@@ -172,7 +178,7 @@ class GistModel(nn.Module):
                 x = run(index, x)
         return backbone.norm(x)
 
-    def _attached(self) -> list[Attached]:
+    def _attached(self) -> list[AttachedMethod]:
         """The modules of the methods that have one."""
         method: Any = self.method
         if method is None:
@@ -185,37 +191,37 @@ class GistModel(nn.Module):
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, N, D) tokens of :meth:`forward_features` to logits."""
-        anatomy, token = self.anatomy, self.token
+        family, token = self.family, self.token
         if token is None:
-            return anatomy.classify(anatomy.pool(features))
-        of_backbone = features if anatomy.reads_prefix_alone else token.remove(features)
-        pooled = anatomy.pool(of_backbone)
+            return family.classify(family.pool(features))
+        of_backbone = features if family.reads_prefix_alone else token.remove(features)
+        pooled = family.pool(of_backbone)
         if not self.training:
-            return anatomy.classify(pooled)
-        of_token = anatomy.pool_token(token.pick(features), of_backbone)
+            return family.classify(pooled)
+        of_token = family.pool_token(token.pick(features), of_backbone)
         if self.gist_head is not None:
-            return GistOutput(anatomy.classify(pooled), anatomy.classify(of_token, self.gist_head))
-        logits = anatomy.classify(torch.stack((pooled, of_token), dim=1))
+            return GistOutput(family.classify(pooled), family.classify(of_token, self.gist_head))
+        logits = family.classify(torch.stack((pooled, of_token), dim=1))
         return GistOutput(*gist_kernels.split_heads(logits))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new, trainable one for ``num_classes`` classes."""
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; it is {num_classes}")
-        self.anatomy.reset_classifier(num_classes)
+        self.family.reset_classifier(num_classes)
         self._train_heads()
 
     def _train_heads(self) -> None:
-        heads = self.anatomy.heads
+        heads = self.family.heads
         for parameter in _head_parameters(heads):
             parameter.requires_grad_(True)
         if self.config.gist and self.config.separate_head:
             self.gist_head = copy.deepcopy(heads[0])
 
     def extra_repr(self) -> str:
-        counted, anatomy = count_parameters(self), self.anatomy
-        parts = {method.name: method.num_parameters(anatomy) for method in self.config.methods}
-        if anatomy.model is not self.backbone:
+        counted, family = count_parameters(self), self.family
+        parts = {method.name: method.num_parameters(family) for method in self.config.methods}
+        if family.model is not self.backbone:
             parts["peft"] = counted.method - sum(parts.values())
         parts |= {"token": counted.token, "head": counted.head}
         trained = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
@@ -250,7 +256,7 @@ def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
     model = GistModel(backbone, config if config is not None else GistConfig())
     counted = count_parameters(model)
     if not (counted.method or counted.token) and (
-        model.config.method is not None or model.anatomy.model is not backbone
+        model.config.method is not None or model.family.model is not backbone
     ):
         warnings.warn("nothing but the classifier is trainable", UserWarning, stacklevel=2)
     return model
@@ -264,7 +270,7 @@ def remove_hooks(model: GistModel) -> None:
             for key in [key for key, hook in hooks.items() if id(blocks.owner(hook)) in owned]:
                 del hooks[key]
     if model.token is not None:
-        for module in model.anatomy.prefix_counters:
+        for module in model.family.prefix_counters:
             module.num_prefix_tokens -= model.token.count
 
 
@@ -277,12 +283,12 @@ def available_methods(backbone: nn.Module) -> dict[str, int]:
     >>> gist.available_methods(timm.create_model("vit_base_patch16_224"))["adapter"]
     82992
     """
-    anatomy = anatomy_of(backbone.backbone if isinstance(backbone, GistModel) else backbone)
+    family = family_of(backbone.backbone if isinstance(backbone, GistModel) else backbone)
     counts = {}
     for name, method in METHODS.items():
         # One that doesn't fit says so, when asked for, by a ValueError of its own.
         with contextlib.suppress(ValueError):
-            counts[name] = method().num_parameters(anatomy)
+            counts[name] = method().num_parameters(family)
     return counts
 
 
@@ -295,7 +301,7 @@ def count_parameters(model: GistModel) -> ParameterCount:
     def size(module: nn.Module | None) -> int:
         return 0 if module is None else sum(p.numel() for p in module.parameters())
 
-    heads = _head_parameters(model.anatomy.heads)
+    heads = _head_parameters(model.family.heads)
     of_heads = {id(parameter) for parameter in heads}
     of_backbone = [p for p in model.backbone.parameters() if id(p) not in of_heads]
     return ParameterCount(
@@ -314,15 +320,15 @@ def explain(model: GistModel) -> str:
     >>> print(gist.explain(model))
     blocks 0 to 11: fused sublayers, served by 'cpu'
     """
-    anatomy = model.anatomy
-    like = next(anatomy.model.parameters())
-    whole = _general_path(anatomy)
+    family = model.family
+    like = next(family.model.parameters())
+    whole = _general_path(family)
     if whole is not None:
-        return f"blocks 0 to {len(anatomy.blocks) - 1}: the backbone's own forward, for {whole}"
+        return f"blocks 0 to {len(family.blocks) - 1}: the backbone's own forward, for {whole}"
     serving = gist_kernels.backend.serving("adapter_attention", like.device.type, like.dtype)
     attached = model._attached()
     lines: list[tuple[int, int, str]] = []
-    for index, block in enumerate(anatomy.blocks):
+    for index, block in enumerate(family.blocks):
         parts = blocks.plan(block, index, attached, model._owned(attached))
         how = f"fused sublayers, served by {serving!r}"
         if isinstance(parts, str):
@@ -337,9 +343,9 @@ def explain(model: GistModel) -> str:
     )
 
 
-def _general_path(anatomy: Anatomy) -> str | None:
+def _general_path(family: BackboneFamily) -> str | None:
     """Why no block is fused: the backbone's own forward runs as a whole."""
-    model = anatomy.model
+    model = family.model
     if torch.compiler.is_compiling():
         return "it is traced by torch.compile or torch.export"
     if not isinstance(model, VisionTransformer):
@@ -358,9 +364,9 @@ def _head_parameters(heads: Sequence[nn.Module]) -> list[nn.Parameter]:
     ]
 
 
-def _check(anatomy: Anatomy, config: GistConfig) -> None:
-    reason = anatomy.refusal(config.gist)
+def _check(family: BackboneFamily, config: GistConfig) -> None:
+    reason = family.refusal(config.gist)
     if reason is not None:
         raise ValueError(f"backbone {reason}")
-    if config.gist and config.separate_head and len(anatomy.heads) > 1:
+    if config.gist and config.separate_head and len(family.heads) > 1:
         raise ValueError("separate_head is not defined for a backbone with two heads")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
+from gist.backbones.base import BackboneFamily
 from gist.methods.base import new_parameters
 
 
@@ -21,10 +21,12 @@ class GistToken(nn.Module):
         count: K.
     """
 
-    def __init__(self, anatomy: Anatomy, dropout: float, count: int = 1, init: str = "uniform"):
+    def __init__(
+        self, family: BackboneFamily, dropout: float, count: int = 1, init: str = "uniform"
+    ):
         super().__init__()
-        self.index, self.count = int(anatomy.has_class_token), count
-        token = torch.empty(1, count, anatomy.embed_dim, **new_parameters(anatomy.model))
+        self.index, self.count = int(family.has_class_token), count
+        token = torch.empty(1, count, family.embed_dim, **new_parameters(family.model))
         if init == "uniform":
             token.uniform_(-0.5, 0.5)  # as released (arXiv:2312.07255)
         elif init == "normal":
@@ -32,7 +34,7 @@ class GistToken(nn.Module):
         elif init == "zeros":
             token.zero_()
         else:
-            position = anatomy.class_position
+            position = family.class_position
             if position is None:
                 raise ValueError("token_init='class' needs a backbone with a class token")
             token.copy_(position.detach().expand_as(token))
@@ -42,9 +44,9 @@ class GistToken(nn.Module):
     def extra_repr(self) -> str:
         return f"count={self.count}, index={self.index}"
 
-    def attach(self, anatomy: Anatomy) -> None:
-        anatomy.blocks[0].register_forward_pre_hook(self._before_first_block)
-        for module in anatomy.prefix_counters:
+    def attach(self, family: BackboneFamily) -> None:
+        family.blocks[0].register_forward_pre_hook(self._before_first_block)
+        for module in family.prefix_counters:
             module.num_prefix_tokens += self.count
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from gist.methods.adapter import Adapter
 from gist.methods.adaptformer import AdaptFormer
-from gist.methods.base import Attached, FusedParts, Method
+from gist.methods.base import AttachedMethod, FusedParts, Method
 from gist.methods.fact import FacT
 from gist.methods.lora import LoRA
 from gist.methods.repadapter import RepAdapter
@@ -31,7 +31,7 @@ __all__ = [
     "VPT",
     "AdaptFormer",
     "Adapter",
-    "Attached",
+    "AttachedMethod",
     "BitFit",
     "FacT",
     "Full",

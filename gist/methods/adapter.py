@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import gist_kernels
-from gist.backbones.anatomy import Anatomy
-from gist.methods.base import Attached, FusedParts, Method, new_parameters, unique
+from gist.backbones.base import BackboneFamily
+from gist.methods.base import AttachedMethod, FusedParts, Method, new_parameters, unique
 from gist.validate import check_activation, check_count, check_finite, check_known
 
 PLACEMENTS = ("shared", "parallel", "sequential")
@@ -54,21 +54,21 @@ class Adapter(Method):
         check_activation(self.activation)
         check_known("placement", self.placement, PLACEMENTS)
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        blocks = [anatomy.parts(index) for index in range(len(anatomy.blocks))]
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        blocks = [family.parts(index) for index in range(len(family.blocks))]
         if self.placement == "sequential":
             last = [
-                [anatomy.projection(index, name).layer for name in ("proj", "fc2")]
+                [family.projection(index, name).layer for name in ("proj", "fc2")]
                 for index in range(len(blocks))
             ]
         adapters = Adapters(self.placement)
         for index, parts in enumerate(blocks):
             if self.placement == "shared":
-                shared = Bottleneck(self, anatomy)
-                shared.attach_parallel(parts.norms, parts.exits)
+                shared = Bottleneck(self, family)
+                shared.attach_parallel(parts.norms, parts.branch_outputs)
                 adapters.append(shared)
                 continue
-            pair = {name: Bottleneck(self, anatomy) for name in ("attention", "mlp")}
+            pair = {name: Bottleneck(self, family) for name in ("attention", "mlp")}
             for place, bottleneck in enumerate(pair.values()):
                 if self.placement == "sequential":
                     nn.init.trunc_normal_(bottleneck.down.weight, std=0.01)
@@ -76,23 +76,23 @@ class Adapter(Method):
                     last[index][place].register_forward_hook(bottleneck.after)
                 else:
                     bottleneck.attach_parallel(
-                        parts.norms[place : place + 1], parts.exits[place : place + 1]
+                        parts.norms[place : place + 1], parts.branch_outputs[place : place + 1]
                     )
             adapters.append(nn.ModuleDict(pair))
         return adapters
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        width = anatomy.embed_dim
+    def num_parameters(self, family: BackboneFamily) -> int:
+        width = family.embed_dim
         each = 2 * width * self.rank + self.rank + width
-        return len(anatomy.blocks) * each * (1 if self.placement == "shared" else 2)
+        return len(family.blocks) * each * (1 if self.placement == "shared" else 2)
 
 
 class Bottleneck(nn.Module):
     """``scale * up(act(down(x)))``: the update of one sublayer, or of both of a block."""
 
-    def __init__(self, config: Any, anatomy: Anatomy) -> None:
+    def __init__(self, config: Any, family: BackboneFamily) -> None:
         super().__init__()
-        width, options = anatomy.embed_dim, new_parameters(anatomy.model)
+        width, options = family.embed_dim, new_parameters(family.model)
         self.scale, self.activation = config.scale, config.activation
         self.down = nn.Linear(width, config.rank, **options)
         self.up = nn.Linear(config.rank, width, **options)
@@ -121,11 +121,13 @@ class Bottleneck(nn.Module):
             down.weight, down.bias, up.weight, up.bias, self.scale, self.activation
         )
 
-    def attach_parallel(self, norms: tuple[nn.Module, ...], exits: tuple[nn.Module, ...]) -> None:
+    def attach_parallel(
+        self, norms: tuple[nn.Module, ...], branch_outputs: tuple[nn.Module, ...]
+    ) -> None:
         """x is seen where it enters a norm, A(x) added to what leaves the sublayer."""
         for norm in norms:
             norm.register_forward_hook(self._at_entry)
-        for leaves in unique(exits):
+        for leaves in unique(branch_outputs):
             leaves.register_forward_hook(self._at_exit)
 
     def after(self, linear: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
@@ -141,7 +143,7 @@ class Bottleneck(nn.Module):
         return output if update is None else output + update
 
 
-class Adapters(nn.ModuleList, Attached):
+class Adapters(nn.ModuleList, AttachedMethod):
     """For each block a :class:`Bottleneck`, or one for "attention" and one for "mlp"."""
 
     def __init__(self, placement: str) -> None:

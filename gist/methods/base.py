@@ -11,11 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
+from gist.backbones.base import BackboneFamily
 from gist_kernels import AdapterWeights
 
 
-class Change(NamedTuple):
+class LayerUpdate(NamedTuple):
     """What a method does to a layer's or a norm's output: ``scale * y + shift + up (down x)``."""
 
     scale: torch.Tensor | None = None
@@ -31,11 +31,11 @@ class FusedParts(NamedTuple):
     attention: AdapterWeights | None = None
     """The adapter beside it."""
     mlp: AdapterWeights | None = None
-    changes: Mapping[str, Change] = MappingProxyType({})
+    updates: Mapping[str, LayerUpdate] = MappingProxyType({})
     """By the names norm1, norm2, qkv, proj, fc1 and fc2."""
 
 
-class Attached(nn.Module):
+class AttachedMethod(nn.Module):
     """Owner of a method's new parameters, joined to a backbone by hooks.
 
     Hooks must be bound methods of this module or of its children, or partials of them:
@@ -60,7 +60,7 @@ class Attached(nn.Module):
         """What leaves the last one, if that runs as fused sublayers."""
         return x
 
-    def merge(self, anatomy: Anatomy) -> None:
+    def merge(self, family: BackboneFamily) -> None:
         """Put the method into the backbone's own weights, without hooks.
 
         Raises:
@@ -75,7 +75,7 @@ class Method(ABC):
 
     name: ClassVar[str]
 
-    def attach(self, anatomy: Anatomy) -> Attached | None:
+    def attach(self, family: BackboneFamily) -> AttachedMethod | None:
         """Join a backbone, and return the module with the new parameters, None if there are none.
 
         Raises:
@@ -83,12 +83,12 @@ class Method(ABC):
         """
         return None
 
-    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
+    def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
         """Parameters of the backbone itself that the method trains."""
         return ()
 
     @abstractmethod
-    def num_parameters(self, anatomy: Anatomy) -> int:
+    def num_parameters(self, family: BackboneFamily) -> int:
         """How many parameters it trains, the classifier's left out, by its formula.
 
         Raises:

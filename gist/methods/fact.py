@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
-from gist.methods.base import Attached, Method, new_parameters
+from gist.backbones.base import BackboneFamily
+from gist.methods.base import AttachedMethod, Method, new_parameters
 from gist.validate import check_count, check_finite, check_known, check_rate
 
 FORMS = ("tt", "tk")
@@ -52,17 +52,17 @@ class FacT(Method):
         check_finite("scale", self.scale)
         check_rate("dropout", self.dropout)
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        pieces, count = _pieces(anatomy)
-        factors = Factors(self, anatomy, count)
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        pieces, count = _pieces(family)
+        factors = Factors(self, family, count)
         for layer, of_layer in pieces.items():
             layer.register_forward_hook(partial(factors.update, tuple(of_layer)))
         return factors
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        rank, count = self.rank or 0, _pieces(anatomy)[1]
+    def num_parameters(self, family: BackboneFamily) -> int:
+        rank, count = self.rank or 0, _pieces(family)[1]
         cores = count * rank**2 if self.form == "tt" else count * rank + rank**3
-        return 2 * anatomy.embed_dim * rank + cores
+        return 2 * family.embed_dim * rank + cores
 
 
 class _Piece(NamedTuple):
@@ -73,13 +73,13 @@ class _Piece(NamedTuple):
     outputs: int
 
 
-def _pieces(anatomy: Anatomy) -> tuple[dict[nn.Linear, list[_Piece]], int]:
+def _pieces(family: BackboneFamily) -> tuple[dict[nn.Linear, list[_Piece]], int]:
     """The matrices of each layer, and how many there are."""
-    width, count = anatomy.embed_dim, 0
+    width, count = family.embed_dim, 0
     pieces: dict[nn.Linear, list[_Piece]] = {}
-    for index in range(len(anatomy.blocks)):
+    for index in range(len(family.blocks)):
         for name in ("q", "k", "v", "proj", "fc1", "fc2"):
-            projection = anatomy.projection(index, name)
+            projection = family.projection(index, name)
             if projection.in_features % width or projection.out_features % width:
                 raise ValueError(
                     f"FacT needs layers of multiples of {width} features; {name!r} of block "
@@ -92,12 +92,12 @@ def _pieces(anatomy: Anatomy) -> tuple[dict[nn.Linear, list[_Piece]], int]:
     return pieces, count
 
 
-class Factors(Attached):
+class Factors(AttachedMethod):
     """The shared factors ``u``, ``v`` (D, rank) and the cores."""
 
-    def __init__(self, config: FacT, anatomy: Anatomy, count: int) -> None:
+    def __init__(self, config: FacT, family: BackboneFamily, count: int) -> None:
         super().__init__()
-        rank, width, options = config.rank or 0, anatomy.embed_dim, new_parameters(anatomy.model)
+        rank, width, options = config.rank or 0, family.embed_dim, new_parameters(family.model)
         self.scale, self.dropout = config.scale, config.dropout
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
@@ -140,9 +140,9 @@ class Factors(Attached):
         updates = torch.stack([by_output[start] for start in sorted(by_output)], dim=-2) @ v.T
         return output + self.scale * updates.flatten(-2)
 
-    def merge(self, anatomy: Anatomy) -> None:
+    def merge(self, family: BackboneFamily) -> None:
         width = len(self.u)
-        for layer, of_layer in _pieces(anatomy)[0].items():
+        for layer, of_layer in _pieces(family)[0].items():
             for k, inputs, outputs in of_layer:
                 update = self.u.double() @ self.core_of(k).double() @ self.v.double().T
                 part = layer.weight[outputs : outputs + width, inputs : inputs + width]

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
-from gist.methods.base import Attached, Change, FusedParts, Method, new_parameters
+from gist.backbones.base import BackboneFamily
+from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Method, new_parameters
 from gist.validate import check_count, check_finite, check_known, check_rate
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -50,10 +50,10 @@ class LoRA(Method):
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must name each layer once, one at least; {self.targets!r}")
 
-    def attach(self, anatomy: Anatomy) -> Attached:
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
         found = [
-            {target: anatomy.projection(index, target) for target in self.targets}
-            for index in range(len(anatomy.blocks))
+            {target: family.projection(index, target) for target in self.targets}
+            for index in range(len(family.blocks))
         ]
         updates = LowRankUpdates(self)
         for index, projections in enumerate(found):
@@ -61,7 +61,7 @@ class LoRA(Method):
             of_layer: dict[nn.Linear, list[tuple[str, int]]] = {}
             for target, projection in projections.items():
                 of_block[target] = LowRank(
-                    projection.in_features, projection.out_features, self.rank, anatomy
+                    projection.in_features, projection.out_features, self.rank, family
                 )
                 of_layer.setdefault(projection.layer, []).append((target, projection.start))
             updates.append(nn.ModuleDict(of_block))
@@ -69,20 +69,20 @@ class LoRA(Method):
                 layer.register_forward_hook(partial(updates.update, index, tuple(places)))
         return updates
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
+    def num_parameters(self, family: BackboneFamily) -> int:
         return sum(
             self.rank * (projection.in_features + projection.out_features)
-            for index in range(len(anatomy.blocks))
-            for projection in (anatomy.projection(index, target) for target in self.targets)
+            for index in range(len(family.blocks))
+            for projection in (family.projection(index, target) for target in self.targets)
         )
 
 
 class LowRank(nn.Module):
     """The factors of one update: ``down`` (rank, in), A, and ``up`` (out, rank), B."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, anatomy: Anatomy) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int, family: BackboneFamily) -> None:
         super().__init__()
-        options = new_parameters(anatomy.model)
+        options = new_parameters(family.model)
         self.down = nn.Parameter(torch.empty(rank, inputs, **options))
         self.up = nn.Parameter(torch.zeros(outputs, rank, **options))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
@@ -91,7 +91,7 @@ class LowRank(nn.Module):
         return f"{self.down.shape[1]} -> {self.down.shape[0]} -> {self.up.shape[0]}"
 
 
-class LowRankUpdates(nn.ModuleList, Attached):
+class LowRankUpdates(nn.ModuleList, AttachedMethod):
     """For each block its targets' :class:`LowRank`, by their names."""
 
     def __init__(self, config: LoRA) -> None:
@@ -121,8 +121,8 @@ class LowRankUpdates(nn.ModuleList, Attached):
         if self.dropout and self.training:
             return "its update has dropout"
         of_block: Any = self[index]
-        changes = {
-            name: Change(down=of_block[name].down, up=self.scale * of_block[name].up)
+        updates = {
+            name: LayerUpdate(down=of_block[name].down, up=self.scale * of_block[name].up)
             for name in ("proj", "fc1", "fc2")
             if name in of_block
         }
@@ -130,15 +130,15 @@ class LowRankUpdates(nn.ModuleList, Attached):
         if packed:
             # Each one's outputs are a third of the packed layer's.
             up = [F.pad(f.up, (0, 0, i * len(f.up), (2 - i) * len(f.up))) for i, f in packed]
-            changes["qkv"] = Change(
+            updates["qkv"] = LayerUpdate(
                 down=torch.cat([f.down for _, f in packed]), up=self.scale * torch.cat(up, dim=1)
             )
-        return FusedParts(changes=changes)
+        return FusedParts(updates=updates)
 
-    def merge(self, anatomy: Anatomy) -> None:
+    def merge(self, family: BackboneFamily) -> None:
         for index, of_block in enumerate(self):
             for target, factors in of_block.items():  # type: ignore[operator]
-                layer, start, stop = anatomy.projection(index, target)
+                layer, start, stop = family.projection(index, target)
                 weight = layer.weight
                 update = self.scale * (factors.up.double() @ factors.down.double())
                 weight[start:stop] = (weight[start:stop].double() + update).to(weight.dtype)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
-from gist.methods.base import Attached, Change, FusedParts, Method, new_parameters
+from gist.backbones.base import BackboneFamily
+from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Method, new_parameters
 
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 
@@ -32,35 +32,35 @@ class SSF(Method):
 
     name: ClassVar[str] = "ssf"
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        places = list(_places(anatomy))
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        places = list(_places(family))
         features = Features()
-        options = new_parameters(anatomy.model)
+        options = new_parameters(family.model)
         for name, _, width in places:
             features[name] = ScaleShift(width, options)
         for name, module, _ in places:
             module.register_forward_hook(partial(features.scaled, name))
         return features
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        return sum(2 * width for _, _, width in _places(anatomy))
+    def num_parameters(self, family: BackboneFamily) -> int:
+        return sum(2 * width for _, _, width in _places(family))
 
 
-def _places(anatomy: Anatomy) -> Iterator[tuple[str, nn.Module, int]]:
+def _places(family: BackboneFamily) -> Iterator[tuple[str, nn.Module, int]]:
     """Name, module and width of every operation."""
-    width = anatomy.embed_dim
-    yield "patch_embed", anatomy.patch_projection, width
-    for index in range(len(anatomy.blocks)):
-        for name, norm in zip(("norm1", "norm2"), anatomy.parts(index).norms, strict=True):
+    width = family.embed_dim
+    yield "patch_embed", family.patch_projection, width
+    for index in range(len(family.blocks)):
+        for name, norm in zip(("norm1", "norm2"), family.parts(index).norms, strict=True):
             yield f"{index}_{name}", norm, width
         seen: set[int] = set()
         for name in ("q", "k", "v", "proj", "fc1", "fc2"):
-            layer = anatomy.projection(index, name).layer
+            layer = family.projection(index, name).layer
             if id(layer) not in seen:
                 seen.add(id(layer))
-                packed = name == "q" and layer is anatomy.projection(index, "v").layer
+                packed = name == "q" and layer is family.projection(index, "v").layer
                 yield f"{index}_{'qkv' if packed else name}", layer, layer.out_features
-    yield "norm", anatomy.final_norm, width
+    yield "norm", family.final_norm, width
 
 
 class ScaleShift(nn.Module):
@@ -78,7 +78,7 @@ class ScaleShift(nn.Module):
         return torch.addcmul(shift, scale, y)
 
 
-class Features(nn.ModuleDict, Attached):
+class Features(nn.ModuleDict, AttachedMethod):
     """A :class:`ScaleShift` for each operation, by its name."""
 
     reaches_embedding = True
@@ -92,10 +92,12 @@ class Features(nn.ModuleDict, Attached):
     def fused(self, index: int) -> FusedParts | str:
         names = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
         parts: dict[str, Any] = {name: self[f"{index}_{name}"] for name in names}
-        return FusedParts(changes={n: Change(part.scale, part.shift) for n, part in parts.items()})
+        return FusedParts(
+            updates={n: LayerUpdate(part.scale, part.shift) for n, part in parts.items()}
+        )
 
-    def merge(self, anatomy: Anatomy) -> None:
-        for name, module, _ in list(_places(anatomy)):
+    def merge(self, family: BackboneFamily) -> None:
+        for name, module, _ in list(_places(family)):
             _fold(module, self[name])
 
 

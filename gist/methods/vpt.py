@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy, TimmEva
-from gist.methods.base import Attached, FusedParts, Method, new_parameters
+from gist.backbones.base import BackboneFamily
+from gist.backbones.timm_vit import TimmEva
+from gist.methods.base import AttachedMethod, FusedParts, Method, new_parameters
 from gist.validate import check_count, check_rate
 
 
@@ -44,35 +45,35 @@ class VPT(Method):
         check_count("num_tokens", self.num_tokens)
         check_rate("dropout", self.dropout)
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        self.num_parameters(anatomy)
-        prompts = Prompts(self, anatomy)
-        for index in range(len(anatomy.blocks) if self.deep else 1):
-            anatomy.blocks[index].register_forward_pre_hook(partial(prompts.enter, index))
-        anatomy.blocks[-1].register_forward_hook(prompts.leave)
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        self.num_parameters(family)
+        prompts = Prompts(self, family)
+        for index in range(len(family.blocks) if self.deep else 1):
+            family.blocks[index].register_forward_pre_hook(partial(prompts.enter, index))
+        family.blocks[-1].register_forward_hook(prompts.leave)
         return prompts
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        if isinstance(anatomy, TimmEva):
+    def num_parameters(self, family: BackboneFamily) -> int:
+        if isinstance(family, TimmEva):
             raise ValueError(
                 "VPT's prompts have no place among the rotary positions of a "
-                f"{type(anatomy.model).__name__}; use another method"
+                f"{type(family.model).__name__}; use another method"
             )
-        return self.num_tokens * anatomy.embed_dim * (len(anatomy.blocks) if self.deep else 1)
+        return self.num_tokens * family.embed_dim * (len(family.blocks) if self.deep else 1)
 
 
-class Prompts(Attached):
+class Prompts(AttachedMethod):
     """(depth or 1, num_tokens, D) prompts."""
 
-    def __init__(self, config: VPT, anatomy: Anatomy) -> None:
+    def __init__(self, config: VPT, family: BackboneFamily) -> None:
         super().__init__()
-        height, width = anatomy.patch_projection.kernel_size
-        bound = math.sqrt(6 / (3 * height * width + anatomy.embed_dim))
+        height, width = family.patch_projection.kernel_size
+        bound = math.sqrt(6 / (3 * height * width + family.embed_dim))
         prompts = torch.empty(
-            len(anatomy.blocks) if config.deep else 1,
+            len(family.blocks) if config.deep else 1,
             config.num_tokens,
-            anatomy.embed_dim,
-            **new_parameters(anatomy.model),
+            family.embed_dim,
+            **new_parameters(family.model),
         )
         self.prompts = nn.Parameter(prompts.uniform_(-bound, bound))
         self.dropout = config.dropout

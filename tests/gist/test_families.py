@@ -187,7 +187,7 @@ def test_methods_train_rotary_backbones(method, options):
     gist.GistLoss()(model(images()), TARGET).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-    assert gist.count_parameters(model).method == method.num_parameters(model.anatomy)
+    assert gist.count_parameters(model).method == method.num_parameters(model.family)
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def test_a_step_trains_what_the_method_names_and_a_file_keeps_it(
     pristine = copy.deepcopy(vit)
     model = gist.wrap(vit, config).train()
 
-    anatomy, counted = model.anatomy, gist.count_parameters(model)
-    assert counted.method == sum(m.num_parameters(anatomy) for m in config.methods)
-    assert counted.token == (anatomy.embed_dim if use_gist else 0)
+    family, counted = model.family, gist.count_parameters(model)
+    assert counted.method == sum(m.num_parameters(family) for m in config.methods)
+    assert counted.token == (family.embed_dim if use_gist else 0)
     trainable = model.trainable_state_dict()
     assert sum(t.numel() for t in trainable.values()) == counted.trainable
     assert sum(p.numel() for p in model.parameters()) == counted.trainable + counted.frozen
