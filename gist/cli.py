@@ -29,14 +29,15 @@ from timm.data import resolve_model_data_config
 
 import gist_kernels
 from gist import report
-from gist.config import GistConfig
 from gist.data import available_data, load_data, prepare
 from gist.evaluation import evaluate, processes
 from gist.files import write_atomically, write_json
-from gist.loss import GistLoss
-from gist.merge import merge
 from gist.methods import METHODS, Method, method_type
-from gist.model import GistModel, count_parameters
+from gist.model.config import GistConfig
+from gist.model.describe import count_parameters
+from gist.model.loss import GistLoss
+from gist.model.merge import merge
+from gist.model.wrapped import GistModel
 from gist.predict import predict
 from gist.run import Listener, RunConfig, load_run, read_results, run
 from gist.train import PRECISIONS, Epoch, TrainConfig

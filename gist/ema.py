@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from gist.model import GistModel
+from gist.model.wrapped import GistModel
 
 
 class Ema:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from timm.data import resolve_model_data_config
 
-from gist.checkpoint import CONFIG_FILE
 from gist.data import DataError
 from gist.data.base import Transformed
 from gist.data.folder import ImageFiles, image_files
+from gist.model.saving import CONFIG_FILE
 from gist.run import load_run
 
 

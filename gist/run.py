@@ -1,6 +1,6 @@
 """A run: data, backbone, training and test, with its results in a folder of its own.
 
-The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.checkpoint`) and
+The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`) and
 ``results.json`` with all that is needed to repeat it, and ``log.csv`` with every step. While it
 runs, ``resume.pt`` holds the training's state: a run that was killed goes on from there. A finished
 one is not done again.
@@ -21,14 +21,15 @@ from accelerate.utils import broadcast_object_list
 from timm.data import resolve_model_data_config
 
 from gist.backbones import create_backbone
-from gist.checkpoint import CONFIG_FILE, load, save
-from gist.config import GistConfig
 from gist.data import ImageData, prepare
 from gist.evaluation import evaluate, processes
 from gist.files import write_json
 from gist.log import Log
-from gist.loss import GistLoss
-from gist.model import GistModel, count_parameters, wrap
+from gist.model.config import GistConfig
+from gist.model.describe import count_parameters
+from gist.model.loss import GistLoss
+from gist.model.saving import CONFIG_FILE, load, save
+from gist.model.wrapped import GistModel, wrap
 from gist.provenance import describe_machine, git_revision, versions
 from gist.resume import Checkpoint, check_same
 from gist.train import Epoch, TrainConfig, fit

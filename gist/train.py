@@ -23,9 +23,9 @@ from gist.ema import Ema
 from gist.evaluation import evaluate, processes
 from gist.graph import Replayed
 from gist.log import Log
-from gist.loss import GistLoss
 from gist.mixing import Mixing
-from gist.model import GistModel
+from gist.model.loss import GistLoss
+from gist.model.wrapped import GistModel
 from gist.order import Order
 from gist.resume import Checkpoint, rng_state, seed_all, set_rng_state
 from gist.validate import (

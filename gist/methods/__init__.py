@@ -2,7 +2,7 @@
 
 from gist.methods.adapter import Adapter
 from gist.methods.adaptformer import AdaptFormer
-from gist.methods.base import AttachedMethod, FusedParts, Method
+from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
 from gist.methods.fact import FacT
 from gist.methods.lora import LoRA
 from gist.methods.repadapter import RepAdapter
@@ -39,6 +39,7 @@ __all__ = [
     "LayerNormTuning",
     "LoRA",
     "Method",
+    "Refusal",
     "RepAdapter",
     "method_type",
 ]

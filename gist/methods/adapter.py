@@ -10,7 +10,7 @@ from torch import nn
 
 import gist_kernels
 from gist.backbones.base import BackboneFamily
-from gist.methods.base import AttachedMethod, FusedParts, Method, new_parameters, unique
+from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal, new_parameters, unique
 from gist.validate import check_activation, check_count, check_finite, check_known
 
 PLACEMENTS = ("shared", "parallel", "sequential")
@@ -124,21 +124,21 @@ class Bottleneck(nn.Module):
     def attach_parallel(
         self, norms: tuple[nn.Module, ...], branch_outputs: tuple[nn.Module, ...]
     ) -> None:
-        """x is seen where it enters a norm, A(x) added to what leaves the sublayer."""
+        """Read x at the norm's input, and add A(x) to the sublayer's output."""
         for norm in norms:
-            norm.register_forward_hook(self._at_entry)
-        for leaves in unique(branch_outputs):
-            leaves.register_forward_hook(self._at_exit)
+            norm.register_forward_hook(self._at_norm)
+        for output in unique(branch_outputs):
+            output.register_forward_hook(self._at_output)
 
     def after(self, linear: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         """Hook: the update of a layer's own output, added to it."""
         return output + self(output)
 
-    def _at_entry(self, norm: nn.Module, args: tuple[torch.Tensor], output: object) -> None:
+    def _at_norm(self, norm: nn.Module, args: tuple[torch.Tensor], output: object) -> None:
         self._update = self(args[0])
 
-    def _at_exit(self, leaves: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        # One exit module may serve both sublayers, of which this is in one alone.
+    def _at_output(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        # Both sublayers may end in one module: this bottleneck may belong to only one of them.
         update, self._update = self._update, None
         return output if update is None else output + update
 
@@ -150,9 +150,9 @@ class Adapters(nn.ModuleList, AttachedMethod):
         super().__init__()
         self.placement = placement
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         if self.placement == "sequential":
-            return "its adapters come after the sublayers, not beside them"
+            return Refusal("its adapters come after the sublayers, not beside them")
         part: Any = self[index]
         if isinstance(part, Bottleneck):
             return FusedParts(part.weights(), part.weights())

@@ -12,7 +12,7 @@ from torch import nn
 
 from gist.backbones.base import BackboneFamily
 from gist.methods.adapter import Bottleneck
-from gist.methods.base import AttachedMethod, FusedParts, Method
+from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
 from gist.validate import check_activation, check_count, check_finite, check_rate
 from gist_kernels.reference.adapter import ACTIVATIONS
 
@@ -84,8 +84,8 @@ class DroppedBottleneck(Bottleneck):
 class MlpAdapters(nn.ModuleList, AttachedMethod):
     """A bottleneck for each block's MLP."""
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         bottleneck: Any = self[index]
         if bottleneck.drops:
-            return "its adapter has dropout"
+            return Refusal("its adapter has dropout")
         return FusedParts(mlp=bottleneck.weights())

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
-from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Method, new_parameters
+from gist.methods.base import (
+    AttachedMethod,
+    FusedParts,
+    LayerUpdate,
+    Method,
+    Refusal,
+    new_parameters,
+)
 from gist.validate import check_count, check_finite, check_known, check_rate
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -117,9 +124,9 @@ class LowRankUpdates(nn.ModuleList, AttachedMethod):
             output = output + F.pad(update, (start, rest)) if start or rest else output + update
         return output
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         if self.dropout and self.training:
-            return "its update has dropout"
+            return Refusal("its update has dropout")
         of_block: Any = self[index]
         updates = {
             name: LayerUpdate(down=of_block[name].down, up=self.scale * of_block[name].up)

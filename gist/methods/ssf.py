@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
-from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Method, new_parameters
+from gist.methods.base import (
+    AttachedMethod,
+    FusedParts,
+    LayerUpdate,
+    Method,
+    Refusal,
+    new_parameters,
+)
 
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 
@@ -89,7 +96,7 @@ class Features(nn.ModuleDict, AttachedMethod):
         """Hook: an operation's output, scaled and shifted."""
         return self[name](output, isinstance(module, nn.Conv2d))
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         names = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
         parts: dict[str, Any] = {name: self[f"{index}_{name}"] for name in names}
         return FusedParts(

@@ -13,7 +13,7 @@ from torch import nn
 
 from gist.backbones.base import BackboneFamily
 from gist.backbones.timm_vit import TimmEva
-from gist.methods.base import AttachedMethod, FusedParts, Method, new_parameters
+from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal, new_parameters
 from gist.validate import check_count, check_rate
 
 
@@ -82,7 +82,7 @@ class Prompts(AttachedMethod):
     def extra_repr(self) -> str:
         return f"prompts={tuple(self.prompts.shape)}, dropout={self.dropout}"
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         return FusedParts()
 
     def before_block(self, index: int, x: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from gist.config import GistConfig
 from gist.data import DataError, ImageData, load_data
 from gist.data.offline import SOURCES
+from gist.model.config import GistConfig
 from gist.vtab.check import check
 from gist.vtab.export import export, torchvision_data
 from gist.vtab.layout import Stages, load_task, read_lists, stages_of

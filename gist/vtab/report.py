@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from gist.config import GistConfig
 from gist.files import write_atomically, write_json
 from gist.methods import method_type
+from gist.model.config import GistConfig
 from gist.vtab.run import RECORD_FILE, Record, read_record
 from gist.vtab.tasks import SUITES
 from gist_kernels.suggest import unknown_name

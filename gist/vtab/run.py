@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from gist.config import GistConfig
 from gist.data import ImageData
 from gist.files import write_json
+from gist.model.config import GistConfig
 from gist.run import Listener, RunConfig, run
 from gist.train import TrainConfig
 from gist.validate import check_choice

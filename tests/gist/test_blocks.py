@@ -14,7 +14,8 @@ from training import in_processes
 
 import gist
 import gist_kernels
-from gist import blocks
+from gist.fusion import timm_block
+from gist.methods.base import Refusal
 from gist_kernels.cpu.sublayers import KERNELS
 from gist_kernels.fused import sublayer_operations
 from gist_kernels.gpu import DEVICE_TYPES, INTERPRETED
@@ -25,7 +26,7 @@ def own_forward(monkeypatch):
     """Lets every block run by its own forward."""
 
     def switch_off():
-        monkeypatch.setattr(blocks, "plan", lambda *_: "a test wants it so")
+        monkeypatch.setattr(timm_block, "plan", lambda *_: Refusal("a test wants it so"))
 
     return switch_off
 

@@ -7,8 +7,8 @@ import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from gist import embedding
-from gist.embedding import embed_patches
+from gist.fusion import patch_embedding
+from gist.fusion.patch_embedding import embed_patches
 
 PLAIN = {"img_size": 24, "patch_size": 8, "embed_dim": 20}
 
@@ -96,7 +96,8 @@ def test_the_model_embeds_by_it(products, monkeypatch):
     model = wrapped().eval()
     calls = []
     monkeypatch.setattr(
-        "gist.model.embed_patches", lambda *a: calls.append(1) or embedding.embed_patches(*a)
+        "gist.fusion.timm_vit.embed_patches",
+        lambda *a: calls.append(1) or patch_embedding.embed_patches(*a),
     )
     model(images())
     assert calls

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import gist
-from gist import blocks
+from gist.fusion import timm_block
+from gist.methods.base import Refusal
 
 linear = pytest.importorskip("gist_kernels.cpu.linear")
 
@@ -85,7 +86,7 @@ def test_logits_and_all_gradients(key, dtype, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(linear, "_by_onednn", lambda x: False)
         same_products = [results(model, images) for images in draws]
-    monkeypatch.setattr(blocks, "plan", lambda *_: "a test wants it so")
+    monkeypatch.setattr(timm_block, "plan", lambda *_: Refusal("a test wants it so"))
     plain = [results(model, images) for images in draws]
     truth = [results(exact, images.double()) for images in draws]
     assert fused[0].keys() == plain[0].keys() == truth[0].keys()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gist_kernels
-from gist.model import GistOutput
+from gist.model.wrapped import GistOutput
 
 
 class GistLoss(nn.Module):

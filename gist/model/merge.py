@@ -1,4 +1,4 @@
-"""A plain backbone again, with a method folded into its weights."""
+"""Merging: a plain backbone with the method folded into its weights."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import torch
 from torch import nn
 
 from gist.backbones.timm_vit import TimmViT
-from gist.model import GistModel, remove_hooks
+from gist.fusion.timm_block import hook_owner
+from gist.model.wrapped import GistModel
 
 
 def merge(model: GistModel, *, drop_token: bool = False) -> Any:
-    """A copy of the backbone alone whose logits are those of ``model`` in evaluation, to rounding.
+    """A plain copy of the backbone with the logits of ``model`` in evaluation mode, up to rounding.
 
-    LoRA, SSF, FacT and RepAdapter fold into the weights, one at a time; methods that train the
-    backbone's own parameters have nothing to fold. The Gist token stays, as one more register token
-    of a timm VisionTransformer.
+    LoRA, SSF, FacT and RepAdapter fold into the weights; a model may have only one method. Methods
+    that train the backbone's own parameters have nothing to fold. The Gist token stays as one more
+    register token of a timm VisionTransformer.
 
     Args:
         model: what :func:`gist.wrap` returned.
-        drop_token: leave the Gist token out instead. That is not exact: the class token attended
-            to it, so measure the accuracy again.
+        drop_token: leave the Gist token out. The result is then not exact, because the class token
+            attended to it: measure the accuracy again.
 
     Returns:
-        The copy, in evaluation mode, all its parameters trainable as in a new model.
+        The copy, in evaluation mode, with all parameters trainable as in a new model.
 
     Raises:
         ValueError: a method that weights can't express (adapters, prompts), several, or a token
             that the backbone has no place for. ``model`` is unchanged in any case.
     """
-    attached = model._attached()
-    if len(attached) > 1:
+    if len(model.attached_methods) > 1:
         raise ValueError("only one method can be merged; this model has several")
     keep_token = model.token is not None and not drop_token
     if keep_token:
@@ -41,11 +41,23 @@ def merge(model: GistModel, *, drop_token: bool = False) -> Any:
     family, token = twin.family, twin.token
     remove_hooks(twin)
     with torch.no_grad():
-        for method in twin._attached():
+        for method in twin.attached_methods:
             method.merge(family)
         if token is not None and keep_token:
             _keep_as_register(family.model, token.weight)
     return family.model.requires_grad_(True)
+
+
+def remove_hooks(model: GistModel) -> None:
+    """Take methods and token off the backbone, which is then as before :func:`gist.wrap`."""
+    owners = model.hook_owners
+    for part in model.backbone.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if id(hook_owner(hook)) in owners]:
+                del hooks[key]
+    if model.token is not None:
+        for module in model.family.prefix_counters:
+            module.num_prefix_tokens -= model.token.count
 
 
 def _check_register(model: GistModel) -> None:

@@ -1,4 +1,4 @@
-"""A frozen patch embedding as one matrix product, where that is faster than a convolution."""
+"""A frozen patch embedding as one matmul, where that is faster than a convolution."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import gist_kernels as gk
 
 
 def embed_patches(module: Any, images: torch.Tensor) -> torch.Tensor:
-    """What timm's ``patch_embed`` gives for (B, 3, H, W) images.
+    """The output of timm's ``patch_embed`` for (B, 3, H, W) images.
 
-    Patches don't overlap, so the convolution is a product of (B N, 3 p p) rows. On a CPU that
-    product runs in a fifth of the convolution's time. Anything but a plain, frozen
-    :class:`timm.layers.PatchEmbed` on a CPU runs by its own forward, which also words the errors.
+    Patches don't overlap, so the convolution is a matmul of (B N, 3 p p) rows. On a CPU the matmul
+    takes a fifth of the convolution's time. Anything but a plain, frozen
+    :class:`timm.layers.PatchEmbed` on a CPU runs by its own forward, which also raises the errors.
     """
     if not _is_plain(module) or not _fits(module, images):
         return module(images)

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from gist.backbones.families import family_of
-from gist.config import GistConfig
 from gist.files import write_atomically, write_json
-from gist.model import GistModel, wrap
+from gist.model.config import GistConfig
+from gist.model.wrapped import GistModel, wrap
 
 FORMAT = 1
 WEIGHTS_FILE = "adapter.safetensors"
