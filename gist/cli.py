@@ -28,9 +28,7 @@ from rich.progress import (
 from timm.data import resolve_model_data_config
 
 import gist_kernels
-from gist import report
 from gist.data import available_data, load_data, prepare
-from gist.evaluation import evaluate, processes
 from gist.files import write_atomically, write_json
 from gist.methods import METHODS, Method, method_type
 from gist.model.config import GistConfig
@@ -38,9 +36,12 @@ from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.merge import merge
 from gist.model.wrapped import GistModel
-from gist.predict import predict
-from gist.run import Listener, RunConfig, load_run, read_results, run
-from gist.train import PRECISIONS, Epoch, TrainConfig
+from gist.runs import summary
+from gist.runs.predict import predict
+from gist.runs.run import Listener, RunConfig, load_run, read_results, run
+from gist.training.config import PRECISIONS, TrainConfig
+from gist.training.evaluation import evaluate, processes
+from gist.training.loop import Epoch
 from gist.vtab.cli import register as register_vtab
 
 console = Console()
@@ -211,10 +212,10 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _show(results: dict[str, Any], directory: Path, title: str) -> None:
     if console.quiet:  # another process shows it
         return
-    console.print(report.table(results, title))
+    console.print(summary.table(results, title))
     picture = directory / "curves.png"
     try:
-        report.plot(results, picture, title)
+        summary.plot(results, picture, title)
     except ImportError as error:
         console.print(str(error), style="yellow", markup=False)
     for name, result in results.items():

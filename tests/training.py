@@ -16,13 +16,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
 
 import gist
-from gist.log import Log
-from gist.resume import Checkpoint
-from gist.train import FitResult, TrainConfig, fit
+from gist.training.config import TrainConfig
+from gist.training.log import Log
+from gist.training.loop import FitResult, fit
+from gist.training.state import Checkpoint
 
 # Its children are forks of a process that has imported what is slow to import, and nothing else.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["gist.run", "gist.cli"])
+_CONTEXT.set_forkserver_preload(["gist.runs.run", "gist.cli"])
 
 
 def model(

@@ -1,7 +1,7 @@
 """Running a suite: each task and seed of one variant is selected, retrained and tested once.
 
 A variant's folder gets ``<task>/seed<k>/vtab.json`` and, beside it, the folders of the runs that
-led to it (see :mod:`gist.run`). What is finished is not done again.
+led to it (see :mod:`gist.runs.run`). What is finished is not done again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from gist.data import ImageData
 from gist.files import write_json
 from gist.model.config import GistConfig
-from gist.run import Listener, RunConfig, run
-from gist.train import TrainConfig
+from gist.runs.run import Listener, RunConfig, run
+from gist.training.config import TrainConfig
 from gist.validate import check_choice
 from gist.vtab.layout import Stages
 from gist.vtab.tasks import Suite, Task
@@ -50,10 +50,10 @@ class Plan:
             epoch that was best on val. "end": never; with one learning rate nothing is selected
             then, and val takes no part.
         lr: candidates; the best on val is used, by accuracy, then by loss.
-        model, weights, pretrained, img_size: as :class:`gist.run.RunConfig`. The suite's
+        model, weights, pretrained, img_size: as :class:`gist.runs.run.RunConfig`. The suite's
             size goes with its own model; another has its own.
         warmup_epochs: None: the suite's share of the epochs.
-        loss: as :class:`gist.run.RunConfig`.
+        loss: as :class:`gist.runs.run.RunConfig`.
     """
 
     suite: Suite

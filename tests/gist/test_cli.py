@@ -18,7 +18,7 @@ from timm.data import resolve_model_data_config
 import gist
 from gist import cli
 from gist.data import load_data, prepare
-from gist.run import load_run
+from gist.runs.run import load_run
 
 MODEL = "vit_tiny_patch16_224"
 COLOURS = {"red ones": 0, "green": 1, "blue": 2}

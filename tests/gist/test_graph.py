@@ -10,8 +10,9 @@ from models import images, wrapped
 from training import model, stripes
 
 import gist
-from gist.graph import WARM_UP, Replayed
-from gist.train import TrainConfig, fit
+from gist.training.config import TrainConfig
+from gist.training.cuda_graph import WARM_UP, CudaGraphed
+from gist.training.loop import fit
 
 
 @pytest.fixture
@@ -29,14 +30,14 @@ def recorded(monkeypatch):
 
         return replay, result
 
-    monkeypatch.setattr(Replayed, "_capture", capture)
-    monkeypatch.setattr(Replayed, "_apart", lambda self, *a, **o: self._function(*a, **o))
+    monkeypatch.setattr(CudaGraphed, "_capture", capture)
+    monkeypatch.setattr(CudaGraphed, "_apart", lambda self, *a, **o: self._function(*a, **o))
     return captured, replays
 
 
 def test_calls_of_a_kind_are_captured_when_they_have_come_some_times(recorded):
     captured, replays = recorded
-    total = Replayed(lambda x, y, scale: scale * (x.sum() + y.sum()))
+    total = CudaGraphed(lambda x, y, scale: scale * (x.sum() + y.sum()))
     for call in range(WARM_UP + 3):
         for size in (4, 2):
             x, y = torch.full((size,), float(call)), torch.ones(size)
@@ -57,7 +58,7 @@ def test_gradients_add_up_where_they_are(recorded):
 
     for p in m.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    replayed = Replayed(function)
+    replayed = CudaGraphed(function)
     for _ in range(WARM_UP + 2):
         for p in m.parameters():
             if p.grad is not None:
@@ -122,7 +123,7 @@ def test_the_whole_step_in_one_graph(half):
 
         return step
 
-    step, replayed = stepper(eager), Replayed(stepper(captured))
+    step, replayed = stepper(eager), CudaGraphed(stepper(captured))
     for batch in [batches[0]] * WARM_UP + batches:
         torch.testing.assert_close(replayed(*batch), step(*batch), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(captured.parameters(), eager.parameters(), strict=True):

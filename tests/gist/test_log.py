@@ -14,9 +14,10 @@ from training import model, stripes
 
 import gist
 from gist import cli
-from gist.log import COLUMNS, Log
-from gist.provenance import git_revision, versions
-from gist.train import Epoch, TrainConfig, fit
+from gist.runs.provenance import git_revision, versions
+from gist.training.config import TrainConfig
+from gist.training.log import COLUMNS, Log
+from gist.training.loop import Epoch, fit
 
 CONFIG = TrainConfig(epochs=2, batch_size=16, lr=1e-2, warmup_epochs=0, min_lr=0.0)
 

@@ -18,9 +18,9 @@ from training import in_processes, model, stripes, train_in, trained_in
 
 import gist
 from gist import cli
-from gist.evaluation import evaluate
-from gist.order import Order
-from gist.train import TrainConfig
+from gist.training.batches import BatchSampler
+from gist.training.config import TrainConfig
+from gist.training.evaluation import evaluate
 
 # 49 images: the last of an epoch's four batches has one, and the second process none of it.
 CONFIG = TrainConfig(epochs=3, batch_size=16, lr=1e-2, warmup_epochs=0.5, seed=4)
@@ -101,7 +101,9 @@ def test_three_processes_count_every_image_once(tmp_path):
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (1, 4), (3, 1), (4, 2)])
 def test_parts_of_an_order(count, processes, accumulate):
     def parts(process, epoch, step=0, seed=1):
-        order = Order(count, 16, seed, accumulate=accumulate, process=process, processes=processes)
+        order = BatchSampler(
+            count, 16, seed, accumulate=accumulate, process=process, processes=processes
+        )
         assert len(order) == -(-count // 16)
         return order.start(epoch, step), list(order)
 
@@ -125,7 +127,7 @@ def test_the_order_is_that_of_a_shuffling_loader():
     data = torch.utils.data.DataLoader(
         range(49), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(7)
     )
-    order = Order(49, 16, 7)
+    order = BatchSampler(49, 16, 7)
     for epoch in (1, 2, 3):
         order.start(epoch)
         assert list(order) == [batch.tolist() for batch in data]

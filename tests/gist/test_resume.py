@@ -13,8 +13,9 @@ import torch
 from training import in_processes, kill_at, model, stripes, train_in, trained_in
 
 import gist
-from gist.resume import Checkpoint
-from gist.train import TrainConfig, fit
+from gist.training.config import TrainConfig
+from gist.training.loop import fit
+from gist.training.state import Checkpoint
 
 # Four steps an epoch, the last of two images; the state is saved at 3, 4, 6, 8, 9, 12, 15, 16.
 PLAIN = TrainConfig(epochs=4, batch_size=16, lr=1e-2, warmup_epochs=0.5, seed=5)

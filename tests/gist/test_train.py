@@ -12,9 +12,10 @@ from torch.utils.data import TensorDataset
 from training import model, stripes
 
 import gist
-from gist.evaluation import evaluate
-from gist.mixing import Mixing
-from gist.train import READ_EVERY, TrainConfig, fit
+from gist.training.config import TrainConfig
+from gist.training.evaluation import evaluate
+from gist.training.loop import READ_EVERY, fit
+from gist.training.mixup import Mixup
 
 TRAIN, VAL = stripes(50, 1), stripes(31, 2)
 CONFIG = TrainConfig(epochs=4, batch_size=16, lr=1e-2, warmup_epochs=0.5)
@@ -228,7 +229,7 @@ def test_labels_are_smoothed(use_gist):
 def test_mixed_targets_are_the_shares_of_mixed_images(images, alphas):
     np.random.seed(1)
     classes = torch.arange(images) % 5
-    mixing, mixed = Mixing(*alphas, num_classes=5), 0
+    mixing, mixed = Mixup(*alphas, num_classes=5), 0
     for _ in range(8):
         constant = classes.float()[:, None, None, None].expand(-1, 3, 12, 12).clone()
         pixels, target = mixing(constant, classes)

@@ -45,7 +45,7 @@ def trained(monkeypatch) -> list[tuple[str, ImageData, float]]:
     def run(config, data, directory, **options):
         place = "/".join(directory.parts[-3:])
         calls.append((place, data, config.train.lr))
-        return gist.run.run(config, data, directory, **options)
+        return gist.runs.run.run(config, data, directory, **options)
 
     monkeypatch.setattr(module, "run", run)
     return calls
@@ -98,8 +98,8 @@ def test_clean_never_trains_on_test_images_nor_looks_at_them_twice(
     root, tmp_path, trained, monkeypatch
 ):
     looked = {"val": [], "test": []}
-    evaluate = gist.train.evaluate
-    for name, where in (("val", gist.train), ("test", gist.run)):
+    evaluate = gist.training.loop.evaluate
+    for name, where in (("val", gist.training.loop), ("test", gist.runs.run)):
         monkeypatch.setattr(
             where,
             "evaluate",
@@ -145,7 +145,7 @@ def test_the_last_training_stops_after_the_selected_epoch(root, tmp_path):
 
     seen = []
 
-    class Keep(gist.run.Listener):
+    class Keep(gist.runs.run.Listener):
         def starts(self, model, steps):
             self.model = model
 
@@ -153,7 +153,7 @@ def test_the_last_training_stops_after_the_selected_epoch(root, tmp_path):
             seen.append({k: v.clone() for k, v in self.model.trainable_state_dict().items()})
 
     (config,) = plan.runs(TASKS[0], seed=0)
-    gist.run.run(config, replace(stages.final, test=None), tmp_path / "x", listener=Keep())
+    gist.runs.run.run(config, replace(stages.final, test=None), tmp_path / "x", listener=Keep())
     equal = [all(torch.equal(saved[key], state[key]) for key in saved) for state in seen]
     assert equal == [epoch == last for epoch in range(1, 5)]
 

@@ -22,17 +22,18 @@ from timm.data import resolve_model_data_config
 
 from gist.backbones import create_backbone
 from gist.data import ImageData, prepare
-from gist.evaluation import evaluate, processes
+from gist.training.evaluation import evaluate, processes
 from gist.files import write_json
-from gist.log import Log
+from gist.training.log import Log
 from gist.model.config import GistConfig
 from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
-from gist.provenance import describe_machine, git_revision, versions
-from gist.resume import Checkpoint, check_same
-from gist.train import Epoch, TrainConfig, fit
+from gist.runs.provenance import describe_machine, git_revision, versions
+from gist.training.state import Checkpoint, check_same
+from gist.training.config import TrainConfig
+from gist.training.loop import Epoch, fit
 
 RESULTS_FILE = "results.json"
 RESUME_FILE = "resume.pt"

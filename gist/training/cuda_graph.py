@@ -11,7 +11,7 @@ import torch
 WARM_UP = 3
 
 
-class Replayed:
+class CudaGraphed:
     """A function of tensors, captured in a CUDA graph for each kind of call that keeps coming.
 
     It must launch the same work whenever its tensors' shapes and its options are the same. Tensors

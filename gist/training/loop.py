@@ -15,96 +15,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from gist.ema import Ema
-from gist.evaluation import evaluate, processes
-from gist.graph import Replayed
-from gist.log import Log
-from gist.mixing import Mixing
 from gist.model.loss import GistLoss
 from gist.model.wrapped import GistModel
-from gist.order import Order
-from gist.resume import Checkpoint, rng_state, seed_all, set_rng_state
-from gist.validate import (
-    check_at_least,
-    check_between,
-    check_choice,
-    check_known,
-    check_non_negative,
-    check_rate,
-)
+from gist.training.batches import BatchSampler
+from gist.training.config import PRECISIONS, TrainConfig
+from gist.training.cuda_graph import CudaGraphed
+from gist.training.ema import Ema
+from gist.training.evaluation import evaluate, processes
+from gist.training.log import Log
+from gist.training.mixup import Mixup
+from gist.training.state import Checkpoint, rng_state, seed_all, set_rng_state
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 # Steps between two looks at the loss; on a device that computes while Python goes on, each waits.
 READ_EVERY = {"cpu": 1, "cuda": 10}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A timm optimiser, linear warm-up, cosine to ``min_lr``, stepped every batch.
-
-    Args:
-        epochs: passes over the training images; the schedule's length.
-        stop_after: the epoch of that schedule to end after; 0 for its last.
-        batch_size: images a step, over all processes and parts; the last, smaller batch of an
-            epoch is used too.
-        lr: peak learning rate.
-        weight_decay: decoupled; not applied to biases, norms and the Gist token.
-        warmup_epochs: from ``warmup_lr`` up to ``lr``; may be a fraction.
-        warmup_lr: where the warm-up starts.
-        min_lr: where the cosine ends.
-        precision: "fp32", or "bf16" for autocast.
-        seed: of initialisation, order, dropout and mixing.
-        optimizer: as timm's ``create_optimizer_v2`` knows it.
-        accumulate: parts that each process computes its images of a batch in, one after the other:
-            less memory, the same step but for rounding and random draws.
-        clip_grad_norm: largest 2-norm of all gradients together; 0 for any.
-        label_smoothing: in [0, 1), of the cross-entropies.
-        mixup, cutmix: alpha of the Beta distribution that shares are drawn from; 0 for off.
-        kl_warmup_epochs: the loss's KL terms grow linearly from 0 over these; may be a fraction.
-        cuda_graph: on a GPU, forward, loss and backward are captured in a CUDA graph once batches
-            of a size have come some times, and replayed from then on: for steps whose launches take
-            Python longer than the work takes the GPU. Not while the KL terms grow.
-        ema: decay, a step, of the moving average of the trainables; 0 for off. Where it is on, the
-            averages are what is evaluated and kept.
-    """
-
-    epochs: int = 20
-    stop_after: int = 0
-    batch_size: int = 32
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    warmup_epochs: float = 2.0
-    warmup_lr: float = 1e-7
-    min_lr: float = 1e-8
-    precision: str = "fp32"
-    seed: int = 0
-    optimizer: str = "adamw"
-    accumulate: int = 1
-    clip_grad_norm: float = 0.0
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    ema: float = 0.0
-    kl_warmup_epochs: float = 0.0
-    cuda_graph: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            check_at_least(name, getattr(self, name), 1)
-        for name in (
-            "lr", "weight_decay", "warmup_epochs", "clip_grad_norm", "mixup", "cutmix",
-            "kl_warmup_epochs",
-        ):  # fmt: skip
-            check_non_negative(name, getattr(self, name))
-        check_between("stop_after", self.stop_after, 0, self.epochs, "epochs")
-        for name in ("label_smoothing", "ema"):
-            check_rate(name, getattr(self, name))
-        check_choice("precision", self.precision, PRECISIONS)
-        check_known("optimizer", self.optimizer, (str(name) for name in list_optimizers()))
 
 
 @dataclass(frozen=True)
@@ -245,7 +172,7 @@ class _Training:
         self.trainables = [p for p in model.parameters() if p.requires_grad]
         if world > 1:
             broadcast([p.data for p in self.trainables])
-        self.order = Order(
+        self.batches = BatchSampler(
             len(train),  # type: ignore[arg-type]
             config.batch_size,
             config.seed,
@@ -255,7 +182,7 @@ class _Training:
         )
         self.loader = DataLoader(
             train,
-            batch_sampler=self.order,
+            batch_sampler=self.batches,
             generator=torch.Generator().manual_seed(config.seed + rank),  # of the workers' seeds
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -264,12 +191,12 @@ class _Training:
         self.optimizer = create_optimizer_v2(
             model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay
         )
-        steps = config.epochs * len(self.order)
+        steps = config.epochs * len(self.batches)
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=steps,
             lr_min=config.min_lr,
-            warmup_t=min(round(config.warmup_epochs * len(self.order)), steps - 1),
+            warmup_t=min(round(config.warmup_epochs * len(self.batches)), steps - 1),
             warmup_lr_init=config.warmup_lr,
             t_in_epochs=False,
         )
@@ -277,8 +204,8 @@ class _Training:
         mixes = config.mixup > 0 or config.cutmix > 0
         if config.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph needs a model on a CUDA device; it is on {self.device}")
-        self.compute = Replayed(self._compute) if config.cuda_graph else self._compute
-        self.mixing = Mixing(config.mixup, config.cutmix, model.num_classes) if mixes else None
+        self.compute = CudaGraphed(self._compute) if config.cuda_graph else self._compute
+        self.mixup = Mixup(config.mixup, config.cutmix, model.num_classes) if mixes else None
         self.result, self.at = FitResult(), _Position()
         self.best: dict[str, torch.Tensor] | None = None
         # Steps whose loss was not looked at yet: step, images, learning rate, loss and terms.
@@ -293,7 +220,7 @@ class _Training:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        steps = self.order.start(self.at.epoch, self.at.batch)
+        steps = self.batches.start(self.at.epoch, self.at.batch)
         start, before = time.perf_counter(), self.at.epoch_seconds
         # An iterator for no batch would still start the loader's workers.
         parts = iter(self.loader) if steps else iter(())
@@ -310,7 +237,7 @@ class _Training:
     def _step(self, parts: Iterator[Any], size: int, own: int) -> None:
         self.schedule.step_update(self.at.step)
         if self.config.kl_warmup_epochs:
-            grown = (self.at.step + 1) / (self.config.kl_warmup_epochs * len(self.order))
+            grown = (self.at.step + 1) / (self.config.kl_warmup_epochs * len(self.batches))
             self.loss.kl_scale = min(1.0, grown)
         self._zero_gradients()
         numbers = torch.zeros(5 if self.with_terms else 1, device=self.device)
@@ -319,8 +246,8 @@ class _Training:
             share = len(target) / size
             images = images.to(self.device, non_blocking=True)
             target = target.to(self.device, non_blocking=True)
-            if self.mixing is not None:
-                images, target = self.mixing(images, target)
+            if self.mixup is not None:
+                images, target = self.mixup(images, target)
             numbers += self.compute(
                 images, target, share=share, kl_scale=getattr(self.loss, "kl_scale", 1.0)
             )

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-class Order(Sampler[list[int]]):
+class BatchSampler(Sampler[list[int]]):
     """An epoch's batches, from any of its steps on, cut into the parts of one process.
 
     The order is a function of seed and epoch alone. Each batch is cut into ``accumulate`` times

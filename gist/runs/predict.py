@@ -14,7 +14,7 @@ from gist.data import DataError
 from gist.data.base import Transformed
 from gist.data.folder import ImageFiles, image_files
 from gist.model.saving import CONFIG_FILE
-from gist.run import load_run
+from gist.runs.run import load_run
 
 
 class Prediction(NamedTuple):

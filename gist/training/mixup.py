@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import Mixup as TimmMixup
+from timm.data.mixup import mixup_target
 
 
-class Mixing:
+class Mixup:
     """timm's Mixup: one draw a batch, images mixed with those of the batch in reverse.
 
     Of an odd number of images the last one is left as it is. Draws are NumPy's global ones.
@@ -20,7 +21,7 @@ class Mixing:
     def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
         self.num_classes = num_classes
         # Smoothing is the loss's.
-        self._mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_classes)
+        self._mix = TimmMixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_classes)
 
     def __call__(
         self, images: torch.Tensor, target: torch.Tensor
