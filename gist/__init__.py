@@ -7,6 +7,14 @@
 192
 """
 
+try:
+    import safetensors  # noqa: F401
+    import timm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"gist needs {error.name}, which is missing: pip install 'gist-kernels[models]'"
+    ) from error
+
 from gist.methods import (
     SSF,
     VPT,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gist.vtab.layout import LISTS
-from gist.vtab.tasks import VTAB_1K, Task
+from gist.suites.tasks import VTAB_1K, Task
+from gist.suites.vtab_layout import LISTS
 
 COUNTS = {"train800": 8, "val200": 4, "train800val200": 12}
 TEST = 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 
 import gist
+import gist_kernels
 from gist import cli
+from gist.cli import common
 from gist.data import load_data, prepare
 from gist.runs.run import load_run
 
@@ -160,7 +163,7 @@ def test_interruption_ends_with_130_and_the_run_goes_on(folder, tmp_path, monkey
         if step > 5:  # in the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.RunProgress, "step", interrupt)
+    monkeypatch.setattr(common.RunProgress, "step", interrupt)
     out = tmp_path / "out"
     assert train(folder, out) == 130
     results = json.loads((out / "results.json").read_text())
@@ -168,7 +171,7 @@ def test_interruption_ends_with_130_and_the_run_goes_on(folder, tmp_path, monkey
     assert (out / "adapter.safetensors").is_file()
     monkeypatch.undo()
     assert train(folder, out) == 0  # not complete, so it is gone on with
-    assert "goes on after step 5" in capsys.readouterr().out
+    assert "resumes after step 5" in capsys.readouterr().out
     whole = tmp_path / "whole"
     assert train(folder, whole) == 0
     ours, uninterrupted = (json.loads((o / "results.json").read_text()) for o in (out, whole))
@@ -236,3 +239,41 @@ def test_weights_must_be_chosen(capsys):
 def test_backends_are_listed(capsys):
     assert cli.main(["backends"]) == 0
     assert "reference: available" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_kernels(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"gist-kernels {gist_kernels.__version__}\n"
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+def test_python_runs_the_command_as_a_module():
+    found = python("-m", "gist.cli", "--version")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == f"gist-kernels {gist_kernels.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "extra"),
+    [
+        ("timm", "gist", "models"),
+        ("safetensors", "gist", "models"),
+        ("rich", "gist.cli", "train"),
+        ("accelerate", "gist.cli", "train"),
+        ("PIL", "gist.cli", "train"),
+    ],
+)
+def test_a_missing_package_names_the_extra(package, module, extra):
+    # timm imports some of these itself, so all but the missing one come first.
+    first = "import timm, safetensors; " if module == "gist.cli" else ""
+    found = python("-c", f"import sys; {first}sys.modules[{package!r}] = None; import {module}")
+    assert found.returncode == 1
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert package in last
+    assert f"pip install 'gist-kernels[{extra}]'" in last

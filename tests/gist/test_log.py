@@ -13,7 +13,7 @@ from rich.console import Console
 from training import model, stripes
 
 import gist
-from gist import cli
+from gist.cli import common
 from gist.runs.provenance import git_revision, versions
 from gist.training.config import TrainConfig
 from gist.training.log import COLUMNS, Log
@@ -145,8 +145,8 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
 
 
 def test_the_progress_bar_starts_where_the_run_goes_on(monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(quiet=True))
-    progress = cli.RunProgress("run")
+    monkeypatch.setattr(common, "console", Console(quiet=True))
+    progress = common.RunProgress("run")
     progress.starts(model(), 16)
     progress.resumes(9, [Epoch(1, 1.0, 0.25, 1.0, 1.0), Epoch(2, 1.0, 0.5, 1.0, 1.0)])
     (task,) = progress._progress.tasks

@@ -16,7 +16,7 @@ from gist import cli
 from gist.data import ImageData, load_data
 from gist.data.offline import SOURCES, on_white
 from gist.data.split import distinct, pixel_digest, stratified
-from gist.vtab.tasks import OFFLINE
+from gist.suites.tasks import OFFLINE
 
 SIZES = {
     "mnist-1k": (10, 800, 200, 2000), "digits": (10, 800, 200, 797),

@@ -12,10 +12,10 @@ from vtab_tree import COUNTS, write_task, write_tree
 
 from gist import cli
 from gist.data import DataError
-from gist.vtab import check as module
-from gist.vtab.check import check
-from gist.vtab.layout import load_task, read_list
-from gist.vtab.tasks import VTAB_1K
+from gist.suites import vtab_check as module
+from gist.suites.tasks import VTAB_1K
+from gist.suites.vtab_check import check
+from gist.suites.vtab_layout import load_task, read_list
 
 (PETS,) = VTAB_1K.choose(["oxford_iiit_pet"])
 (CIFAR,) = VTAB_1K.choose(["cifar"])

@@ -13,10 +13,10 @@ from PIL import Image
 from gist import cli
 from gist.data import ImageData
 from gist.data.mnist import Digits
-from gist.vtab.check import check
-from gist.vtab.export import export, torchvision_data
-from gist.vtab.layout import load_task
-from gist.vtab.tasks import VTAB_1K
+from gist.suites.tasks import VTAB_1K
+from gist.suites.vtab_check import check
+from gist.suites.vtab_export import export, torchvision_data
+from gist.suites.vtab_layout import load_task
 
 (TASK,) = VTAB_1K.choose(["kitti"])  # four classes
 COUNTS = {"train800": 8, "val200": 4, "train800val200": 12}

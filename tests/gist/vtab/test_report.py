@@ -14,7 +14,8 @@ from PIL import Image
 import gist
 from gist import cli
 from gist.files import write_json
-from gist.vtab.report import Interval, Report, report, t_quantile, variant
+from gist.suites.interval import Interval, t_quantile
+from gist.suites.report import Report, report, variant
 
 ADAPTER = {"name": "adapter", "rank": 4, "scale": 0.1}
 

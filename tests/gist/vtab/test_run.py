@@ -13,10 +13,10 @@ from vtab_tree import write_tree
 import gist
 from gist import cli
 from gist.data import ImageData
-from gist.vtab import run as module
-from gist.vtab.layout import load_task
-from gist.vtab.run import Plan, run_suite
-from gist.vtab.tasks import OFFLINE, VTAB_1K
+from gist.suites import run as module
+from gist.suites.run import Plan, run_suite
+from gist.suites.tasks import OFFLINE, VTAB_1K
+from gist.suites.vtab_layout import load_task
 
 TINY = Plan(
     replace(VTAB_1K, model="test_vit", img_size=None),

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from gist.data import DataError, ImageData
 from gist.data.base import Images, fingerprint
 from gist.data.folder import ImageFiles, Sample
-from gist.vtab.tasks import Task
+from gist.suites.tasks import Task
 
 LISTS = ("train800", "val200", "train800val200", "test")
 

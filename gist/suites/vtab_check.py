@@ -13,8 +13,8 @@ from PIL import Image
 
 from gist.data.folder import Sample, read_image
 from gist.data.split import pixel_digest
-from gist.vtab.layout import LISTS, read_lists, sha256, task_fingerprint
-from gist.vtab.tasks import Task
+from gist.suites.tasks import Task
+from gist.suites.vtab_layout import LISTS, read_lists, sha256, task_fingerprint
 
 COUNTS = {"train800": 800, "val200": 200, "train800val200": 1000}
 SPLITS = ("train800", "val200", "test")  # those that must be disjoint

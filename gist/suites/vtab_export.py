@@ -14,7 +14,7 @@ from PIL import Image
 from gist.data import ImageData
 from gist.data.base import Images
 from gist.data.split import distinct, pixel_digest, stratified
-from gist.vtab.layout import LISTS, Joined
+from gist.suites.vtab_layout import LISTS, Joined
 from gist_kernels.suggest import unknown_name
 
 

@@ -19,10 +19,10 @@ from gist.data import ImageData
 from gist.files import write_json
 from gist.model.config import GistConfig
 from gist.runs.run import Listener, RunConfig, run
+from gist.suites.tasks import Suite, Task
+from gist.suites.vtab_layout import Stages
 from gist.training.config import TrainConfig
 from gist.validate import check_choice
-from gist.vtab.layout import Stages
-from gist.vtab.tasks import Suite, Task
 
 RECORD_FILE = "vtab.json"
 # What of a run's results is its course, not its circumstances.
@@ -162,7 +162,7 @@ def run_suite(
             record = read_record(folder)
             there = record is not None
             if record is None:
-                training = _Training(folder, f"{task.name}, seed {seed}", device, workers, listener)
+                training = _TaskRuns(folder, f"{task.name}, seed {seed}", device, workers, listener)
                 recipe = _released if plan.recipe == "released" else _clean
                 record = {"config": config, **recipe(plan, plan.runs(task, seed), stages, training)}
                 if _is_first_process():
@@ -215,7 +215,7 @@ def _describe(plan: Plan, task: Task, seed: int, stages: Stages) -> Record:
 
 
 @dataclass(frozen=True)
-class _Training:
+class _TaskRuns:
     """Runs in sub-folders of one task and seed."""
 
     folder: Path
@@ -238,7 +238,7 @@ class _Training:
             )
 
 
-def _clean(plan: Plan, runs: list[RunConfig], stages: Stages, training: _Training) -> Record:
+def _clean(plan: Plan, runs: list[RunConfig], stages: Stages, training: _TaskRuns) -> Record:
     candidates = []
     for config in runs if plan.stop == "best" or len(runs) > 1 else ():
         lr = config.train.lr
@@ -267,7 +267,7 @@ def _circumstances(results: Record) -> Record:
     return {key: value for key, value in results.items() if key not in COURSE}
 
 
-def _released(plan: Plan, runs: list[RunConfig], stages: Stages, training: _Training) -> Record:
+def _released(plan: Plan, runs: list[RunConfig], stages: Stages, training: _TaskRuns) -> Record:
     test = stages.final.test
     assert test is not None
     on_test = replace(stages.final, val=test, test=None)

@@ -8,35 +8,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
+from gist.cli.common import (
+    RunProgress,
+    add_command,
+    add_device_options,
+    add_gist_options,
+    console,
+    gist_config_of,
+    loss_of,
+)
 from gist.data import DataError, ImageData, load_data
 from gist.data.offline import SOURCES
-from gist.model.config import GistConfig
-from gist.vtab.check import check
-from gist.vtab.export import export, torchvision_data
-from gist.vtab.layout import Stages, load_task, read_lists, stages_of
-from gist.vtab.report import report
-from gist.vtab.run import RECIPES, STOPS, Plan, run_suite
-from gist.vtab.tasks import SUITES, VTAB_1K, Task
+from gist.suites.report import report
+from gist.suites.run import RECIPES, STOPS, Plan, run_suite
+from gist.suites.tasks import SUITES, VTAB_1K, Task
+from gist.suites.vtab_check import check
+from gist.suites.vtab_export import export, torchvision_data
+from gist.suites.vtab_layout import Stages, load_task, read_lists, stages_of
 
 
 def register(commands: Any) -> None:
     """Add both commands to the parser of ``gist``."""
-    from gist import cli
-
     vtab = commands.add_parser("vtab", help="VTAB-1K: check the data, run all tasks, report")
     vtab = vtab.add_subparsers(required=True, metavar="COMMAND")
     tasks: dict[str, Any] = {"nargs": "+", "metavar": "TASK", "help": "default: all"}
 
-    parser = _add(vtab, "check", _check, "look for faults in a VTAB-1K tree")
+    parser = add_command(vtab, "check", _check, "look for faults in a VTAB-1K tree")
     parser.add_argument("root", type=Path, metavar="ROOT", help="has a folder for each task")
     parser.add_argument("--tasks", **tasks)
     parser.add_argument("--allow-duplicates", action="store_true",
                         help="one image in two splits is a warning, not a fault")  # fmt: skip
 
-    parser = _add(vtab, "run", _run, "train and test every task with every seed")
+    parser = add_command(vtab, "run", _run, "train and test every task with every seed")
     parser.add_argument("root", type=Path, nargs="?", metavar="ROOT", help="a VTAB-1K tree")
     parser.add_argument("--suite", choices=list(SUITES), default=VTAB_1K.name,
                         help="offline: images of installed packages, without ROOT")  # fmt: skip
@@ -44,11 +49,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     group = parser.add_argument_group("what to train")
     group.add_argument("--method", default="adapter", help="a PEFT method, or none (head only)")
-    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                       help="a setting of the method, such as rank=8")  # fmt: skip
-    group.add_argument("--gist", action=argparse.BooleanOptionalAction, default=True,
-                       help="add the Gist token and its interaction")  # fmt: skip
-    cli.add_gist_options(group)
+    add_gist_options(group)
     group.add_argument("--model", help="a timm ViT's name; default: the suite's")
     weights = group.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="fetch timm's weights for it")
@@ -67,20 +68,18 @@ def register(commands: Any) -> None:
                        ("weight-decay", float), ("drop-path", float)):  # fmt: skip
         group.add_argument(f"--{name}", type=kind)
     group.add_argument("--precision", default="fp32", help="fp32 or bf16")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="default here: %(default)s")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    add_device_options(parser)
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--out", type=Path, help="the variant's folder; default: one under runs/")
 
-    parser = _add(vtab, "report", _report, "tables and a plot of what runs gave")
+    parser = add_command(vtab, "report", _report, "tables and a plot of what runs gave")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run's --out folders")
     parser.add_argument("--tuned-apart", action="store_true",
                         help="GIST and plain may differ in learning rate")  # fmt: skip
     parser.add_argument("--baseline", metavar="COLUMN", help="gains of all others over this one")
     parser.add_argument("--out", type=Path, help="folder for report.md, report.csv, report.png")
 
-    parser = _add(vtab, "export", _export, "write images in VTAB-1K's layout, as PNG")
+    parser = add_command(vtab, "export", _export, "write images in VTAB-1K's layout, as PNG")
     parser.add_argument("source", metavar="SOURCE",
                         help="an image folder, or a name; with --root torchvision's")  # fmt: skip
     parser.add_argument("out", type=Path, metavar="OUT", help="the task's folder, ROOT/TASK")
@@ -90,17 +89,10 @@ def register(commands: Any) -> None:
 
     data = commands.add_parser("data", help="the named data sets")
     data = data.add_subparsers(required=True, metavar="COMMAND")
-    _add(data, "list", _list, "which data sets are here, and how to get the others")
-
-
-def _add(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(command=function)
-    return parser
+    add_command(data, "list", _list, "which data sets are here, and how to get the others")
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    console = _console()
     table = Table(title=str(arguments.root))
     table.add_column("task", no_wrap=True)
     for heading in ("800", "200", "1000", "test", "faults"):
@@ -121,9 +113,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from gist import cli
-
-    console, suite = _console(), SUITES[arguments.suite]
+    suite = SUITES[arguments.suite]
     if (arguments.root is None) is (suite is VTAB_1K):
         raise ValueError("vtab run takes ROOT, a VTAB-1K tree, or --suite offline without ROOT")
     weights = arguments.weights
@@ -133,13 +123,8 @@ def _run(arguments: argparse.Namespace) -> None:
         weights = suite.weights
     plan = Plan(
         suite,
-        GistConfig(
-            method=cli.method_of(arguments.method, arguments.set),
-            gist=arguments.gist,
-            token_dropout=arguments.token_dropout,
-            num_tokens=arguments.num_tokens,
-        ),
-        loss=cli.loss_of(arguments.loss),
+        gist_config_of(arguments),
+        loss=loss_of(arguments.loss),
         lr=tuple(arguments.lr) if arguments.lr else None,
         weights=weights,
         **{
@@ -181,7 +166,7 @@ def _run(arguments: argparse.Namespace) -> None:
         seeds=arguments.seeds,
         device=arguments.device,
         workers=arguments.workers,
-        listener=cli.RunProgress,
+        listener=RunProgress,
         on_record=show,
     )
     console.print(f"Results: {out}. Next: gist vtab report {out}", highlight=False)
@@ -193,7 +178,7 @@ def _load_named(task: Task) -> Stages:
 
 def _report(arguments: argparse.Namespace) -> None:
     result = report(arguments.runs, tuned_apart=arguments.tuned_apart, baseline=arguments.baseline)
-    _console().print(result.markdown(), markup=False, highlight=False, soft_wrap=True)
+    console.print(result.markdown(), markup=False, highlight=False, soft_wrap=True)
     if arguments.out is not None:
         result.write(arguments.out)
 
@@ -204,7 +189,7 @@ def _export(arguments: argparse.Namespace) -> None:
     else:
         source = load_data(arguments.source)
     counts = export(source, arguments.out, test=arguments.test, seed=arguments.seed)
-    _console().print(
+    console.print(
         f"{arguments.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     )
 
@@ -215,9 +200,3 @@ def _list(arguments: argparse.Namespace) -> None:
         print(f"{name}: {'here' if here else 'not here'}. {source.about}")
         if not here:
             print(f"    {source.get}")
-
-
-def _console() -> Any:
-    from gist.cli import console
-
-    return console
