@@ -1,23 +1,19 @@
-"""The log of a training, and what a result says it came from."""
+"""The log of a training: every step in a CSV file, and TensorBoard or W&B if asked."""
 
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from training import model, stripes
 
 import gist
-from gist.cli import common
-from gist.runs.provenance import git_revision, versions
 from gist.training.config import TrainConfig
 from gist.training.log import COLUMNS, Log
-from gist.training.loop import Epoch, fit
+from gist.training.loop import fit
 
 CONFIG = TrainConfig(epochs=2, batch_size=16, lr=1e-2, warmup_epochs=0, min_lr=0.0)
 
@@ -142,37 +138,3 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"needs: pip install {package}"):
         Log(tmp_path, **{package: True})
-
-
-def test_the_progress_bar_starts_where_the_run_goes_on(monkeypatch):
-    monkeypatch.setattr(common, "console", Console(quiet=True))
-    progress = common.RunProgress("run")
-    progress.starts(model(), 16)
-    progress.resumes(9, [Epoch(1, 1.0, 0.25, 1.0, 1.0), Epoch(2, 1.0, 0.5, 1.0, 1.0)])
-    (task,) = progress._progress.tasks
-    assert (task.completed, task.total, task.fields["val"]) == (9, 16, "50.0%")
-    progress.step(10, 0.5)
-    assert task.completed == 10
-
-
-def test_the_repositorys_state(tmp_path):
-    def git(*arguments: str) -> str:
-        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        command = ["git", "-C", str(tmp_path), *name, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    assert git_revision(tmp_path) is None
-    git("init", "--quiet")
-    assert git_revision(tmp_path) is None  # without a commit
-    (tmp_path / "file").write_text("one")
-    git("add", ".")
-    git("commit", "--quiet", "-m", "first")
-    assert git_revision(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
-    (tmp_path / "file").write_text("two")
-    assert git_revision(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
-
-
-def test_versions_name_every_package():
-    found = versions()
-    assert list(found) == ["python", "gist-kernels", "torch", "timm", "triton", "accelerate"]
-    assert found["python"] == sys.version.split()[0]
