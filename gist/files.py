@@ -16,10 +16,10 @@ def cache_dir() -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file, and its folder if missing, that is either whole or as it was before.
+    """Write a file, and its folder if missing. An error leaves the earlier file whole.
 
     Raises:
-        OSError: it could not be written; the text names it.
+        OSError: the file could not be written; the text names it.
     """
     temporary = path.with_name(f".{path.name}.new")
     with naming(path):

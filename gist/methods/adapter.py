@@ -1,4 +1,4 @@
-"""The adapter as GIST releases it, and the two forms that others use."""
+"""The adapter as GIST releases it, and two other placements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLACEMENTS = ("shared", "parallel", "sequential")
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Bottleneck adapter; by default one a block, parallel to both sublayers (arXiv:2312.07255).
+    """Bottleneck adapter; by default one per block, parallel to both sublayers (arXiv:2312.07255).
 
     With ``A(x) = scale * (up(act(down(x))))`` and ``placement="shared"`` every block computes::
 
@@ -29,8 +29,8 @@ class Adapter(Method):
     truncated-normal with standard deviation 0.02, biases at 0, as the ViT's own linears do.
 
     ``placement="parallel"`` is the same with an adapter of its own for each sublayer;
-    ``"sequential"`` is that of Houlsby et al. (arXiv:1902.00751), after each sublayer's last linear
-    layer: ``h = h + A(h)``, published with rank 64, scale 1 and a start near 0.
+    ``"sequential"`` is the adapter of Houlsby et al. (arXiv:1902.00751), after each sublayer's last
+    linear layer: ``h = h + A(h)``, published with rank 64, scale 1 and a start near 0.
 
     Parameters: ``depth * (2 * D * rank + rank + D)``, twice as many unless shared; 82,992 for
     ViT-B/16 at rank 4.

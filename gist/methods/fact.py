@@ -1,4 +1,4 @@
-"""FacT: one small tensor network for the updates of all linear layers."""
+"""FacT: one factorised tensor for the updates of all linear layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMS = ("tt", "tk")
 class FacT(Method):
     """Factor tuning (arXiv:2212.03145): all linear layers' updates as one factorised tensor.
 
-    Every layer is cut into D x D matrices (a block of MLP ratio 4 has twelve: q, k, v, proj, four
+    Every layer is split into D x D matrices (a block of MLP ratio 4 has twelve: q, k, v, proj, four
     of fc1, four of fc2), and the update of the k-th is ``scale * U S_k V^T``, with U and V, both
     (D, rank), shared by all. In the tensor-train form ("tt") each S_k is free; in the Tucker form
     ("tk") it is ``sum_r P_kr C_r`` of a core C, (rank, rank, rank). U, S, P and C start uniform as
@@ -34,7 +34,7 @@ class FacT(Method):
     Args:
         form: "tt" or "tk".
         rank: None for the publication's: 16 (tt), 32 (tk).
-        scale: factor on the update; the publication chooses it for each task of 0.01 to 100.
+        scale: factor on the update; the publication chooses it for each task, from 0.01 to 100.
         dropout: of the low-rank features, in [0, 1).
     """
 

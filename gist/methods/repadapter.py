@@ -1,4 +1,4 @@
-"""RepAdapter: linear adapters before each sublayer, which vanish into its weights."""
+"""RepAdapter: linear adapters before each sublayer, which merge into its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RepAdapter(Method):
 
         n = norm(x);  n = n + scale * up(dropout(down(n)));  x = x + drop_path(sublayer(n))
 
-    ``up`` is group-wise: output group g reads its share of the bottleneck alone. Without a
+    ``up`` is group-wise: output group g reads only its share of the bottleneck. Without a
     nonlinearity both fold into the linear layer that follows (:func:`gist.merge`). Down starts
     Xavier-uniform, up and both biases at 0.
 

@@ -1,4 +1,4 @@
-"""Methods without new parameters: they train some of the backbone's own."""
+"""Methods without new parameters: they train some of the backbone's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class _Selective(Method):
 class BitFit(_Selective):
     """Train every bias of the backbone (arXiv:2106.10199).
 
-    Parameters: ``depth * 11 * D + 2 * D`` for a plain ViT: of the patch embedding, both norms, qkv,
-    proj, fc1 (4 D) and fc2 of each block, and the final norm; 102,912 for ViT-B/16.
+    Parameters: ``depth * 11 * D + 2 * D`` for a plain ViT: the biases of the patch embedding, of
+    both norms, qkv, proj, fc1 (4 D) and fc2 of each block, and of the final norm; 102,912 for
+    ViT-B/16.
     """
 
     name: ClassVar[str] = "bitfit"

@@ -23,17 +23,17 @@ class VPT(Method):
 
     Shallow prompts enter before the first block and pass through all; deep ones are replaced by new
     ones before each block. They stand at the end of the sequence, where the publication has them
-    after the class token: blocks without positions of their own treat all places alike. They leave
-    before the final norm, so that no pooling sees them. They start uniform within
+    after the class token: blocks without positions of their own treat all places alike. They are
+    removed before the final norm, so that no pooling sees them. They start uniform within
     ``sqrt(6 / (3 * p * p + D))`` for patches of p x p pixels.
 
     Parameters: ``num_tokens * D``, times ``depth`` if deep.
 
     Args:
         num_tokens: prompts a block, at least 1; the publication chooses among 1, 5, 10, 50, 100
-            and 200 for each task, its code's default is 5.
+            and 200 for each task; its code's default is 5.
         deep: VPT-Deep rather than VPT-Shallow.
-        dropout: of the prompts, drawn anew for each image, in [0, 1).
+        dropout: of the prompts, drawn for each image, in [0, 1).
     """
 
     name: ClassVar[str] = "vpt"
@@ -99,9 +99,9 @@ class Prompts(AttachedMethod):
     def enter(
         self, index: int, block: nn.Module, args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """Hook before a block: its prompts join, in place of the last ones."""
+        """Hook before a block: add its prompts, in place of the previous block's."""
         return (self.before_block(index, args[0]), *args[1:])
 
     def leave(self, block: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        """Hook after the last block: the prompts leave."""
+        """Hook after the last block: remove the prompts."""
         return self.after_blocks(output)

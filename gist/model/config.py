@@ -18,10 +18,10 @@ class GistConfig:
 
     Args:
         method: a PEFT method's config such as :class:`gist.Adapter` or :class:`gist.LoRA`, several
-            of different kinds, or None to train the head (and the Gist token) alone.
+            of different kinds, or None to train only the head (and the Gist token).
         gist: add the Gist token and give two heads' logits in training. False is the same PEFT
             method without knowledge interaction: the baseline.
-        token_dropout: dropout on the Gist token, drawn anew for each image, in [0, 1).
+        token_dropout: dropout on the Gist token, drawn for each image, in [0, 1).
         num_tokens: Gist tokens; the mean of several is classified.
         token_init: "uniform" in [-0.5, 0.5] as released, "normal" with standard deviation 0.02,
             "zeros", or "class", the class token with its position.
@@ -56,13 +56,13 @@ class GistConfig:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """All of them."""
+        """The methods' configs, as a tuple."""
         if self.method is None:
             return ()
         return (self.method,) if isinstance(self.method, Method) else tuple(self.method)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, the inverse of :meth:`from_dict`."""
+        """The config as JSON values; :meth:`from_dict` is the inverse."""
         described: Any = [{"name": m.name, **m.settings()} for m in self.methods]
         if len(described) < 2:
             described = described[0] if described else None
@@ -70,7 +70,12 @@ class GistConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GistConfig:
-        """Raises ValueError for an unknown method, TypeError for an unknown field."""
+        """The config that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: an unknown method.
+            TypeError: an unknown field.
+        """
         described = values["method"]
         if isinstance(described, Mapping):
             described = [described]

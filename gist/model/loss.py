@@ -1,4 +1,4 @@
-"""The training loss as a module."""
+"""The training loss, as a module."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gist.model.wrapped import GistOutput
 class GistLoss(nn.Module):
     """:func:`gist_kernels.gist_loss` of a :class:`gist.GistOutput`; cross-entropy of plain logits.
 
-    So the same loop trains with GIST and without. Defaults are the published ones
-    (arXiv:2312.07255); the arguments are those of :func:`gist_kernels.gist_loss`, and
+    One loop thus trains with GIST and without. Defaults are the published values
+    (arXiv:2312.07255). The arguments are those of :func:`gist_kernels.gist_loss`, and:
 
     Args:
         detach: "cls" or "gist", the side that the KL terms don't train; None trains both, as
-            released. Either side's cross-entropy trains it in any case.
+            released. The cross-entropies train both sides in any case.
 
     Attributes:
-        kl_scale: factor on both KL terms, 1 unless a schedule sets it from step to step.
+        kl_scale: factor on both KL terms; 1, unless a schedule sets it at each step.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Saving and loading what was trained: ``adapter.safetensors`` and ``config.json``.
+"""Save and load the trained parameters: ``adapter.safetensors`` and ``config.json``.
 
-The frozen backbone is not saved. Its fingerprint is, so that what was trained on one set of
-weights is not silently put onto another.
+The frozen backbone is not saved. Its fingerprint is, so that parameters trained on one backbone are
+not silently loaded onto another.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CONFIG_FILE = "config.json"
 def save(model: GistModel, directory: str | os.PathLike[str], **extra: Any) -> None:
     """Write the trained parameters and the config into ``directory``, which is made if missing.
 
-    Files are written beside their final place and then renamed: a full disk or a crash leaves
-    each earlier one whole.
+    Each file is written beside its final place and then renamed: a full disk or a crash leaves the
+    earlier file whole.
 
     Args:
         model: what :func:`gist.wrap` returned.
@@ -60,17 +60,17 @@ def load(
     *,
     check_weights: bool = True,
 ) -> GistModel:
-    """Wrap a fresh backbone with what :func:`save` wrote; returned in evaluation mode.
+    """Wrap a fresh backbone with what :func:`save` wrote; the model is in evaluation mode.
 
     The classifier is part of what was saved: the backbone's own is replaced where its number of
     classes differs.
 
     Args:
-        backbone: the model it was trained on, not wrapped; one adapted by HF PEFT, adapted again
-            by the same config.
+        backbone: the model that the adapter was trained on, not wrapped. If HF PEFT adapted it,
+            adapt it again by the same config.
         directory: where :func:`save` wrote.
-        check_weights: refuse a backbone whose frozen weights differ from those trained with. Set
-            False for one that differs on purpose, such as a bfloat16 copy.
+        check_weights: refuse a backbone whose frozen weights differ from those in training. Set
+            False for a backbone that differs on purpose, such as a bfloat16 copy.
 
     Raises:
         FileNotFoundError: the directory lacks a file.
@@ -127,7 +127,7 @@ def _describe(backbone: nn.Module, config: GistConfig) -> dict[str, Any]:
 
 
 def _fingerprint(backbone: nn.Module, config: GistConfig) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of everything that is not trained."""
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors that are not trained."""
     family = family_of(backbone)
     trained = {id(p) for method in config.methods for p in method.trained(family)}
     trained |= {id(p) for head in family.heads for p in head.parameters()}

@@ -1,4 +1,4 @@
-"""The Gist token: the one trainable token that joins the sequence after the class token."""
+"""The Gist token: a trainable token that joins the sequence after the class token."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from gist.methods.base import new_parameters
 
 
 class GistToken(nn.Module):
-    """(1, K, D) tokens, one as a rule, inserted after the class token before the first block.
+    """(1, K, D) tokens, K = 1 by default, inserted after the class token before the first block.
 
     They come after position embedding and patch dropout, so they have no position and are never
-    dropped as a whole. Where among the others they stand makes no difference to blocks without
-    positions of their own; behind the class token all prefix tokens are contiguous.
+    dropped as a whole. Blocks without positions of their own treat all places in the sequence
+    alike; after the class token, all prefix tokens are contiguous.
 
     Attributes:
-        index: where the first one stands: 1, or 0 where there is no class token.
+        index: position of the first one: 1, or 0 without a class token.
         count: K.
     """
 

@@ -68,7 +68,7 @@ class GistModel(nn.Module):
         trained = [p for method in config.methods for p in method.trained(family)]
         if family.model is not backbone:  # HF PEFT's, which has marked what it trains
             trained += [p for p in backbone.parameters() if p.requires_grad]
-        # The methods first: they may refuse the backbone, which is then still untouched.
+        # First, because a method may refuse the backbone, which must then be unchanged.
         for method in config.methods:
             method.num_parameters(family)
         attached = {method.name: method.attach(family) for method in config.methods}
@@ -214,19 +214,19 @@ class GistModel(nn.Module):
 def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
     """Adapt a vision transformer, in place: freeze it, attach the methods and the Gist token.
 
-    The backbone's modules and their ``forward`` stay; methods and token join by hooks. All its
-    parameters are frozen but those of the classifier and those that a method trains.
+    The backbone's modules and their ``forward`` stay; methods and token join by hooks. All
+    parameters are frozen, except the classifier's and those that a method trains.
 
     Args:
         backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
-            transformers' ViT or DINOv2 for image classification, with a classifier. One adapted by
-            HF PEFT is taken with what it trains, as a rule with ``GistConfig(method=None)``.
+            transformers' ViT or DINOv2 for image classification, with a classifier. A backbone
+            adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for it.
         config: what to train; the default is ``GistConfig()``, the released adapter with GIST.
 
     Raises:
         TypeError: a model without a sequence of tokens, or of another library.
-        ValueError: a backbone without classifier or supported blocks or pooling, or one that is
-            wrapped already. The backbone is unchanged then.
+        ValueError: the backbone has no classifier, unsupported blocks or pooling, or is wrapped
+            already. It is then unchanged.
     """
     model = GistModel(backbone, config if config is not None else GistConfig())
     counted = model.count_parameters()

@@ -1,4 +1,4 @@
-"""What a finished run says of new images."""
+"""Predictions of a finished run for new images."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Prediction(NamedTuple):
 def predict(
     directory: Path, images: Sequence[Path], *, device: str = "cpu", batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Predict images with the model that a run left, prepared as that run's were.
+    """Predict images with a run's model, prepared as the run's own images were.
 
     Args:
-        directory: of a finished run.
-        images: files, and folders of which all image files are taken, those in folders below too.
-        device: to compute on.
-        batch_size: images at a time.
+        directory: a finished run's.
+        images: files, and folders whose image files are all taken, with those in sub-folders.
+        device: where to compute.
+        batch_size: images per forward.
 
     Yields:
-        A prediction an image, in the order given; a folder's by name.
+        One prediction per image, in the given order; a folder's images by name.
 
     Raises:
         FileNotFoundError: no finished run, or no such image: before the first prediction.
-        DataError: images that can't be read, each with the reason: after all others' predictions.
+        DataError: images that can't be read, each with the reason: after all other predictions.
     """
     model = load_run(directory).to(device)
     classes = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["classes"]
@@ -61,7 +61,7 @@ def predict(
         for index, file in enumerate(files[start : start + batch_size], start):
             try:
                 pixels.append(inputs[index][0])
-            except Exception as error:  # damaged files raise whatever their decoder stumbles over
+            except Exception as error:  # decoders of damaged files raise anything
                 faults.append(f"{file} can't be read: {error}")
             else:
                 read.append(file)

@@ -1,4 +1,4 @@
-"""What a result came from: the machine, the versions, the state of the code."""
+"""The origin of a result: the machine, the versions and the state of the code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("gist-kernels", "torch", "timm", "triton", "accelerate")
 
 
 def describe_machine(device: str | torch.device) -> dict[str, Any]:
-    """What the timings were taken on."""
+    """The machine of a timing."""
     on_gpu = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor_name(),
@@ -25,7 +25,7 @@ def describe_machine(device: str | torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and :data:`PACKAGES`; None for one that is not installed."""
+    """The versions of Python and :data:`PACKAGES`; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,9 +1,9 @@
-"""A run: data, backbone, training and test, with its results in a folder of its own.
+"""A run: data, backbone, training and test, with the results in a folder.
 
-The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`) and
-``results.json`` with all that is needed to repeat it, and ``log.csv`` with every step. While it
-runs, ``resume.pt`` holds the training's state: a run that was killed goes on from there. A finished
-one is not done again.
+The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`),
+``results.json`` with everything needed to repeat the run, and ``log.csv`` with every step. During the
+run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run is not
+done again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RESUME_FILE = "resume.pt"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides a run's outcome, apart from the machine.
+    """Everything that decides a run's outcome, except the machine.
 
     Args:
         data: a name or a folder, as :func:`gist.data.load_data` takes.
@@ -70,11 +70,11 @@ class RunConfig:
 
 
 class Listener:
-    """What a caller may hear of a run; the methods do nothing unless overridden."""
+    """Callbacks during a run; the methods do nothing unless overridden."""
 
     def starts(self, model: GistModel, steps: int) -> None: ...
     def resumes(self, step: int, history: Sequence[Epoch]) -> None:
-        """The run goes on: so many steps and these epochs are done."""
+        """The run resumes after ``step`` steps and the epochs of ``history``."""
 
     def step(self, step: int, loss: float) -> None: ...
     def epoch(self, epoch: Epoch) -> None: ...
@@ -96,33 +96,33 @@ def run(
 ) -> dict[str, Any]:
     """Train as ``config`` says on ``data``, test once, write ``directory`` and return the results.
 
-    The epoch is chosen on ``data.val`` alone, or is the last where that is missing; ``data.test``,
-    where there is one, is used once, at the end. A directory that holds this very run, finished, is
-    read instead; one that holds its beginning is gone on with, to the same bits on a CPU.
+    The epoch is chosen only on ``data.val``; without it, the last epoch is kept. ``data.test``, if
+    there is one, is used once, at the end. If ``directory`` holds this run finished, its results are
+    read instead. If it holds this run unfinished, the run resumes, to the same bits on a CPU.
 
-    In several processes, as ``accelerate launch`` or ``torchrun`` start them, each calls this; the
-    first one alone reads and writes ``directory``.
+    With several processes, as ``accelerate launch`` or ``torchrun`` start them, each process calls
+    this function. Only the first reads and writes ``directory``.
 
     Args:
         config: see :class:`RunConfig`.
         data: ``config.data``, loaded.
         directory: made if missing.
-        device: "cuda" is each process's own of several.
-        fresh: train again, from the beginning, even if the run is there.
+        device: where to train; with several processes, "cuda" is each process's own device.
+        fresh: train again from the beginning, even if the run is finished.
         save_every: steps between saves of the training's state, beside each epoch's end.
         log_every: steps between rows of log.csv.
         tensorboard, wandb: log there too.
 
     Raises:
-        FileExistsError: the directory holds another run, which is not overwritten.
+        FileExistsError: the directory holds another run, which stays as it is.
         ImportError: a package to log with is missing.
-        KeyboardInterrupt: Ctrl-C, after the best finished epoch was written.
+        KeyboardInterrupt: Ctrl-C, after the best finished epoch has been written.
     """
     listener = listener or Listener()
     process = processes(device)
     main = process.is_main_process
     where = process.device if process.num_processes > 1 else torch.device(device)
-    # As JSON reads it back, so that it compares equal to an earlier run's.
+    # Through JSON, so that it compares equal to an earlier run's.
     described = json.loads(json.dumps({**config.to_dict(), "data_fingerprint": data.fingerprint}))
     checkpoint = Checkpoint(directory / RESUME_FILE, described, every=save_every)
     log = Log(directory, every=log_every, tensorboard=tensorboard, wandb=wandb)
@@ -131,7 +131,7 @@ def run(
         check_same(described, earlier["config"], directory)
     finished = earlier is not None and earlier["complete"]
     if main and not finished:
-        checkpoint.load()  # raises where it is another run's
+        checkpoint.load()  # raises if the state is another run's
     if main and (finished or fresh):
         checkpoint.remove()
     if finished and not fresh:
@@ -206,7 +206,7 @@ def read_results(directory: Path) -> dict[str, Any] | None:
 
 
 def load_run(directory: Path) -> GistModel:
-    """The model that a finished run left, on the CPU, in evaluation mode.
+    """The model of a finished run, on the CPU, in evaluation mode.
 
     Raises:
         FileNotFoundError: ``directory`` holds no finished run.

@@ -12,7 +12,7 @@ Results = Mapping[str, Any]
 
 
 def table(runs: Mapping[str, Results], title: str) -> Table:
-    """One row a run: accuracies, parameters trained, training throughput, time."""
+    """One row per run: accuracies, trained parameters, training throughput, time."""
     result = Table(title=title)
     result.add_column("run")
     headings = ("test", "val", "method", "token", "head", "images/s", "time")
@@ -33,10 +33,10 @@ def table(runs: Mapping[str, Results], title: str) -> Table:
 
 
 def plot(runs: Mapping[str, Results], path: Path, title: str) -> None:
-    """Draw validation accuracy and training loss by epoch, one line a run, into a PNG.
+    """Draw validation accuracy and training loss by epoch, one line per run, into a PNG.
 
     Raises:
-        ImportError: matplotlib is missing; it names the extra that brings it.
+        ImportError: matplotlib is missing; the text names the extra that brings it.
     """
     try:
         from matplotlib.figure import Figure

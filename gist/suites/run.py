@@ -1,7 +1,7 @@
-"""Running a suite: each task and seed of one variant is selected, retrained and tested once.
+"""Run a suite: select, retrain and test once for each task and seed of one variant.
 
 A variant's folder gets ``<task>/seed<k>/vtab.json`` and, beside it, the folders of the runs that
-led to it (see :mod:`gist.runs.run`). What is finished is not done again.
+led to it (see :mod:`gist.runs.run`). Finished runs are not done again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gist.training.config import TrainConfig
 from gist.validate import check_choice
 
 RECORD_FILE = "vtab.json"
-# What of a run's results is its course, not its circumstances.
+# The keys of a run's results that are its course, not its circumstances.
 COURSE = {"config", "complete", "reused", "fit", "val_accuracy", "test", "seconds"}
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -35,9 +35,9 @@ STOPS = ("best", "end")
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a suite's outcome, apart from data, seeds and machine.
+    """Everything that decides a suite's outcome, except data, seeds and machine.
 
-    None stands for the suite's or the task's own setting.
+    None is the suite's or the task's own setting.
 
     Args:
         suite: tasks and shared settings.
@@ -91,7 +91,7 @@ class Plan:
             raise ValueError("select_on_test has a meaning with recipe 'released' only")
 
     def runs(self, task: Task, seed: int) -> list[RunConfig]:
-        """What to train for one task and seed, a config for each candidate learning rate."""
+        """The runs of one task and seed, one for each candidate learning rate."""
         suite = self.suite
         own = self.model in (None, suite.model)
         epochs = suite.epochs if self.epochs is None else self.epochs
@@ -143,15 +143,16 @@ def run_suite(
     Args:
         plan: what to do.
         tasks: of ``plan.suite``.
-        load: gives a task's images.
+        load: returns a task's images.
         out: the variant's folder.
-        listener: called with the title of each training; gives a context with what hears of it.
+        listener: called with the title of each training; returns a context whose value is the
+            training's :class:`gist.runs.run.Listener`.
         on_record: called with each record, and whether it was there already.
 
     Raises:
         FileExistsError: ``out`` has a finished task and seed of another plan or of other images.
         DataError: images that can't be used.
-        KeyboardInterrupt: Ctrl-C. What is finished is kept; the same call goes on from there.
+        KeyboardInterrupt: Ctrl-C. What is finished is kept; the same call resumes.
     """
     records = []
     for task in tasks:
@@ -180,13 +181,13 @@ def run_suite(
 
 
 def read_record(folder: Path) -> Record | None:
-    """What a finished task and seed left in its folder, or None."""
+    """The record in the folder of a task and seed; None before it is finished."""
     path = folder / RECORD_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _is_first_process() -> bool:
-    """The one that writes, of those that a launcher started."""
+    """Whether this is the process that writes, among those of a launcher."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or (
         distributed.get_rank() == 0
@@ -194,11 +195,11 @@ def _is_first_process() -> bool:
 
 
 def _describe(plan: Plan, task: Task, seed: int, stages: Stages) -> Record:
-    """All that decides a record, as it is read back."""
+    """Everything that decides a record, as JSON reads it back."""
     runs = plan.runs(task, seed)
     described = runs[0].to_dict()
     train = described.pop("train")
-    own = {  # what each task may have of its own; all else is a column's
+    own = {  # each task's own settings; all others belong to a column
         "lr": [config.train.lr for config in runs],
         "weight_decay": train.pop("weight_decay"),
         "drop_path": described.pop("drop_path"),
@@ -216,7 +217,7 @@ def _describe(plan: Plan, task: Task, seed: int, stages: Stages) -> Record:
 
 @dataclass(frozen=True)
 class _TaskRuns:
-    """Runs in sub-folders of one task and seed."""
+    """The runs of one task and seed, each in a sub-folder."""
 
     folder: Path
     title: str

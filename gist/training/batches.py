@@ -1,4 +1,4 @@
-"""Which images each step sees, and which of them this process computes."""
+"""The images of each step, and the part of them that this process computes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.utils.data import Sampler
 
 
 class BatchSampler(Sampler[list[int]]):
-    """An epoch's batches, from any of its steps on, cut into the parts of one process.
+    """The batches of an epoch, from any step on, split into the parts of one process.
 
-    The order is a function of seed and epoch alone. Each batch is cut into ``accumulate`` times
+    The order depends only on seed and epoch. Each batch is split into ``accumulate`` times
     ``processes`` parts of almost the same size, and process r computes every ``processes``-th of
     them from the r-th on; a part without an image is left out.
 
@@ -37,7 +37,7 @@ class BatchSampler(Sampler[list[int]]):
         self._parts: list[list[int]] = []
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
+        """Number of steps in an epoch."""
         return -(-self.count // self.batch_size)
 
     def start(self, epoch: int, step: int = 0) -> list[tuple[int, int]]:
@@ -47,7 +47,7 @@ class BatchSampler(Sampler[list[int]]):
         images its batch has and how many parts this process."""
         while self._drawn < epoch:
             self._drawn += 1
-            # The draws that DataLoader(shuffle=True) makes of its generator, whose order this is.
+            # The same draws, and so the same order, as DataLoader(shuffle=True).
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
             order = torch.randperm(self.count, generator=self._generator)
             torch.randperm(self.count, generator=self._generator)

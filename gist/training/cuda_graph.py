@@ -1,4 +1,4 @@
-"""Replaying on a GPU what a function launched there, instead of launching it again from Python."""
+"""CUDA graphs: replay a function's kernels instead of launching them again from Python."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-# Calls before one is captured: in them binaries are compiled and loaded, and caches filled.
+# Calls before a capture: they compile and load binaries, and fill caches.
 WARM_UP = 3
 
 
 class CudaGraphed:
-    """A function of tensors, captured in a CUDA graph for each kind of call that keeps coming.
+    """A function of tensors, captured in one CUDA graph per repeated kind of call.
 
     It must launch the same work whenever its tensors' shapes and its options are the same. Tensors
     it accumulates into, such as the parameters' ``grad``, must stay where they are. Random numbers
-    are drawn anew at each replay.
+    are drawn again at each replay.
 
     Args:
         function: takes tensors and options by name, and returns a tensor on their device, which the
@@ -44,7 +44,7 @@ class CudaGraphed:
         return result
 
     def _apart(self, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
-        """On a stream of its own, as what is captured will be."""
+        """Call the function on a side stream, as a capture does."""
         with torch.cuda.device(tensors[0].device):
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
@@ -57,9 +57,9 @@ class CudaGraphed:
         self, places: tuple[torch.Tensor, ...], options: dict[str, Any]
     ) -> tuple[Callable[[], None], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may pin a loader's batches meanwhile, which a capture of all would forbid.
+        # Other threads may pin a loader's batches meanwhile, which a global capture would forbid.
         captured = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         with torch.cuda.device(places[0].device), captured:
             result = self._function(*places, **options)
-        self._pool = graph.pool()  # one memory for all: only one of them runs at a time
+        self._pool = graph.pool()  # graphs share memory: only one runs at a time
         return graph.replay, result

@@ -1,4 +1,4 @@
-"""The exponential moving average of what is trained."""
+"""The exponential moving average of the trained parameters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from gist.model.wrapped import GistModel
 
 
 class Ema:
-    """``average = decay * average + (1 - decay) * parameter`` of the trainables alone.
+    """``average = decay * average + (1 - decay) * parameter`` of the trained parameters.
 
-    Starts at their values when made; the frozen backbone is not copied.
+    The average starts at their current values. The frozen backbone is not copied.
     """
 
     def __init__(self, model: GistModel, decay: float) -> None:
@@ -27,7 +27,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the averages within, and its own parameters again after."""
+        """Inside, the model holds the averages; afterwards its own parameters again."""
         own = {name: p.clone() for name, p in self.model.trainable_state_dict().items()}
         self.model.load_state_dict(self.average, strict=False)
         try:

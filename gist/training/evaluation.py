@@ -25,7 +25,7 @@ class Evaluation:
 
 
 def processes(device: torch.device | str) -> PartialState:
-    """The processes of this training; the first call joins those of a launcher."""
+    """The processes of this training; the first call joins the launcher's process group."""
     return PartialState(cpu=torch.device(device).type == "cpu")
 
 
@@ -33,9 +33,9 @@ def processes(device: torch.device | str) -> PartialState:
 def evaluate(
     model: nn.Module, data: Dataset[Any], *, batch_size: int = 32, workers: int = 0
 ) -> Evaluation:
-    """Accuracy and cross-entropy over every item of ``data`` once; leaves ``model`` in eval.
+    """Accuracy and cross-entropy over every item of ``data``; leaves ``model`` in evaluation mode.
 
-    Of several processes each measures its share, without padding, and all return the whole.
+    With several processes, each measures its share, without padding, and all return the total.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -49,7 +49,7 @@ def evaluate(
         data,
         batch_size=batch_size,
         num_workers=workers,
-        # Without one of its own it draws from the global generator, and so changes a training.
+        # The default is the global generator: its draw would change a training.
         generator=torch.Generator(),
     )
     for images, target in loader:

@@ -1,4 +1,4 @@
-"""A training's course, step by step: a CSV file, and TensorBoard or Weights & Biases if asked."""
+"""The log of a training, step by step: a CSV file, and TensorBoard or Weights & Biases if asked."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Log:
     Args:
         directory: gets log.csv, and TensorBoard's files in ``tensorboard/``.
         every: steps between rows.
-        tensorboard, wandb: write there too. W&B's project is "gist".
+        tensorboard, wandb: write there too, in W&B to the project "gist".
 
     Raises:
-        ImportError: a package that was asked for is missing; it names it.
+        ImportError: a package that was asked for is missing; the text names it.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Log:
             self._wandb = package
 
     def start(self, step: int = 0) -> None:
-        """Open, keeping what was logged up to ``step`` and forgetting what came after it."""
+        """Open the log. Keep the rows up to ``step`` and drop later ones."""
         path = self.directory / LOG_FILE
         rows = [",".join(COLUMNS)]
         if step and path.is_file():
-            *whole, _ = path.read_text(encoding="utf-8").split("\n")  # a kill may cut the last
+            *whole, _ = path.read_text(encoding="utf-8").split("\n")  # a kill may cut the last row
             rows += [row for row in whole[1:] if int(row.split(",")[0]) <= step]
         write_atomically(path, "".join(row + "\n" for row in rows).encode())
-        # Without a buffer, what is logged before a checkpoint survives a kill after it.
+        # Unbuffered, so that rows from before a checkpoint survive a kill after it.
         self._file = path.open("ab", buffering=0)
         if self._writer_type is not None:
             self._writer = self._writer_type(
@@ -83,7 +83,7 @@ class Log:
             )
 
     def step(self, step: int, epoch: int, lr: float, values: list[float]) -> None:
-        """One step's loss, or the loss and its terms."""
+        """Log one step: the loss, or the loss and its terms."""
         if step % self.every:
             return
         named = dict(zip(COLUMNS[2:], [lr, *values], strict=False))
@@ -96,7 +96,7 @@ class Log:
         self._scalars({f"train/{name}": value for name, value in named.items()}, step)
 
     def epoch(self, step: int, values: Mapping[str, float]) -> None:
-        """What was measured at an epoch's end; not for the CSV, results.json has it."""
+        """Log the measurements of an epoch's end, but not to the CSV: results.json has them."""
         self._scalars({f"val/{name}": value for name, value in values.items()}, step)
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:

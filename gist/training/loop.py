@@ -1,7 +1,7 @@
-"""One training: fit a wrapped model's trainables, keep the epoch that validates best.
+"""The training loop: fit a wrapped model's trainable parameters, keep the best epoch.
 
-In one process, or in several that ``accelerate launch`` or ``torchrun`` started: then each computes
-its part of every batch, and one sum over the trainables' gradients a step makes up the whole.
+A training runs in one process, or in several that ``accelerate launch`` or ``torchrun`` started.
+Each process then computes its part of every batch, and one all-reduce per step sums the gradients.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from gist.training.log import Log
 from gist.training.mixup import Mixup
 from gist.training.state import Checkpoint, rng_state, seed_all, set_rng_state
 
-# Steps between two looks at the loss; on a device that computes while Python goes on, each waits.
+# Steps between two reads of the loss. On a GPU, a read waits for the device.
 READ_EVERY = {"cpu": 1, "cuda": 10}
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one finished epoch measured; without validation images, no ``val_``."""
+    """Measurements of a finished epoch; ``val_`` are None without validation images."""
 
     epoch: int
     train_loss: float
@@ -47,16 +47,19 @@ class Epoch:
 
 @dataclass
 class FitResult:
-    """The course of a training. The model then holds the trainables of ``best_epoch``: the last
-    one where there are no validation images."""
+    """The history of a training.
+
+    The model then holds the parameters of ``best_epoch``, which is the last one where there are no
+    validation images.
+    """
 
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int | None = None
     images_per_second: float = math.nan
-    """Training throughput: images seen over the seconds spent in training steps."""
+    """Training throughput: images over the seconds spent in training steps."""
     interrupted: bool = False
     seconds: float = 0.0
-    """Of all its starts, evaluation included; of one that was killed, up to what was saved."""
+    """Time of all starts, with evaluation. A killed start counts up to its last save."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,28 +79,28 @@ def fit(
     checkpoint: Checkpoint | None = None,
     log: Log | None = None,
 ) -> FitResult:
-    """Train what :func:`gist.wrap` left trainable and keep the best epoch on ``val``, or the last.
+    """Train what :func:`gist.wrap` left trainable; keep the best epoch on ``val``, or the last.
 
     Seeds the global generators of Python, NumPy and PyTorch.
 
     Args:
         model: on the device to train on.
         train, val: items are a float (3, H, W) image, normalised, and an int class. Without
-            ``val`` nothing is measured on the way.
+            ``val``, epochs are not evaluated.
         config: the schedule.
         loss: default :class:`gist.GistLoss` with the published weights and
-            ``config.label_smoothing``. Another has to be a mean over images.
+            ``config.label_smoothing``. Any other loss must be a mean over images.
         workers: loader processes.
-        on_step: called with the step's number from 1 and its loss, in order; on a GPU some steps
-            late, as each look at a loss waits for the device.
+        on_step: called in order with each step's number, from 1, and its loss; on a GPU some steps
+            late, because each read of a loss waits for the device.
         on_epoch: called with each finished epoch.
-        on_resume: called first, with the steps done and the epochs finished, where the training
-            goes on from ``checkpoint``.
-        checkpoint: saved at each epoch's end and every ``checkpoint.every`` steps. Where it holds a
-            state, the training goes on from there and ends, on a CPU, with the bits of one that
-            was never stopped; unless ``workers`` load items that are drawn at random. It stays
-            after the last epoch: remove it once the result is safe.
-        log: gets each step.
+        on_resume: called first, with the number of finished steps and the finished epochs, if the
+            training resumes from ``checkpoint``.
+        checkpoint: saved at each epoch's end and every ``checkpoint.every`` steps. If it holds a
+            state, the training resumes from it. On a CPU the result then has the bits of a training
+            that was never stopped, unless ``workers`` load items that are drawn at random. The file
+            stays after the last epoch: remove it once the result is safe.
+        log: records each step.
 
     Returns:
         The history. Ctrl-C ends the training early with ``interrupted`` set and the best finished
@@ -126,7 +129,7 @@ def fit(
 
 @dataclass
 class _Position:
-    """How far a training is, and what the unfinished epoch measured so far."""
+    """How far a training is, and the sums of the unfinished epoch."""
 
     step: int = 0
     epoch: int = 1
@@ -140,7 +143,7 @@ class _Position:
 
 
 class _Training:
-    """What :func:`fit` needs from step to step."""
+    """The state of :func:`fit` from step to step."""
 
     on_step: Callable[[int, float], None] | None
     on_epoch: Callable[[Epoch], None] | None
@@ -164,7 +167,7 @@ class _Training:
             raise ValueError("label_smoothing is the default loss's; give it to your loss instead")
         self.loss = loss if loss is not None else GistLoss(label_smoothing=config.label_smoothing)
         self.log, self.checkpoint = log, checkpoint
-        # A subclass may compute another loss, which has no such terms.
+        # A subclass may compute another loss, which has no terms to log.
         known = type(self.loss).forward is GistLoss.forward
         self.with_terms = log is not None and model.token is not None and known
         rank, world = self.processes.process_index, self.processes.num_processes
@@ -183,7 +186,7 @@ class _Training:
         self.loader = DataLoader(
             train,
             batch_sampler=self.batches,
-            generator=torch.Generator().manual_seed(config.seed + rank),  # of the workers' seeds
+            generator=torch.Generator().manual_seed(config.seed + rank),  # draws the workers' seeds
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
@@ -208,7 +211,7 @@ class _Training:
         self.mixup = Mixup(config.mixup, config.cutmix, model.num_classes) if mixes else None
         self.result, self.at = FitResult(), _Position()
         self.best: dict[str, torch.Tensor] | None = None
-        # Steps whose loss was not looked at yet: step, images, learning rate, loss and terms.
+        # Steps whose loss has not been read yet: step, images, learning rate, loss and terms.
         self.unread: list[tuple[int, int, float, torch.Tensor]] = []
 
     def run(self) -> None:
@@ -222,7 +225,7 @@ class _Training:
         self.model.train()
         steps = self.batches.start(self.at.epoch, self.at.batch)
         start, before = time.perf_counter(), self.at.epoch_seconds
-        # An iterator for no batch would still start the loader's workers.
+        # Even without a batch, an iterator would start the loader's workers.
         parts = iter(self.loader) if steps else iter(())
         for size, own in steps:
             self._step(parts, size, own)
@@ -268,7 +271,7 @@ class _Training:
         if not self.config.cuda_graph:
             self.optimizer.zero_grad(set_to_none=True)
             return
-        for p in self.trainables:  # a graph adds to those that were there when it was captured
+        for p in self.trainables:  # a graph adds to the gradients that existed at its capture
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             p.grad.zero_()
@@ -276,8 +279,11 @@ class _Training:
     def _compute(
         self, images: torch.Tensor, target: torch.Tensor, *, share: float, kl_scale: float
     ) -> torch.Tensor:
-        """Adds ``share`` times the gradients of a part of a batch to the trainables'; returns its
-        share of the loss and its terms. ``kl_scale`` is the loss's own, which a graph would fix."""
+        """Add ``share`` times the gradients of a part of a batch; return its share of the loss and
+        the terms.
+
+        ``kl_scale`` is the loss's own. It is an argument, because a graph would freeze it.
+        """
         half = PRECISIONS[self.config.precision]
         with torch.autocast(self.device.type, half, enabled=half is not None):
             output = self.model(images)
@@ -291,10 +297,10 @@ class _Training:
         return share * now
 
     def _sum_over_processes(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The gradients, in place, and these numbers, in one reduction."""
+        """Sum the gradients, in place, and these numbers by one all-reduce."""
         grads = []
         for p in self.trainables:
-            if p.grad is None:  # a process without an image of this batch
+            if p.grad is None:  # this process has no image of the batch
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = reduce(torch.cat([*(g.flatten() for g in grads), numbers]), "sum")
@@ -304,7 +310,7 @@ class _Training:
         return numbers
 
     def _read(self) -> None:
-        """Look at the losses of the last steps: check, sum up, tell."""
+        """Read the losses of the last steps: check them, sum them, report them."""
         if not self.unread:
             return
         unread, self.unread = self.unread, []
@@ -375,7 +381,7 @@ class _Training:
         )
 
     def resume(self, on_resume: Callable[[int, list[Epoch]], None] | None) -> None:
-        """Go on from the checkpoint, if it holds a state. Only the main process reads it."""
+        """Resume from the checkpoint, if it holds a state. Only the main process reads it."""
         if self.checkpoint is None:
             return
         state = self.checkpoint.load() if self.processes.is_main_process else None
@@ -403,7 +409,7 @@ class _Training:
 
 
 def _rank(epoch: Epoch) -> tuple[float, float]:
-    """Of two epochs the better has the larger one: by accuracy, then loss, or else the later."""
+    """The larger the better: by accuracy, then loss; without validation, by the epoch's number."""
     if epoch.val_accuracy is None or epoch.val_loss is None:
         return epoch.epoch, 0.0
     return epoch.val_accuracy, -epoch.val_loss

@@ -8,19 +8,19 @@ from timm.data.mixup import mixup_target
 
 
 class Mixup:
-    """timm's Mixup: one draw a batch, images mixed with those of the batch in reverse.
+    """timm's Mixup: one draw per batch, images mixed with the batch in reverse order.
 
-    Of an odd number of images the last one is left as it is. Draws are NumPy's global ones.
+    The last of an odd number of images stays as it is. NumPy's global generator makes the draws.
 
     Args:
         mixup, cutmix: alpha of the Beta distribution the share is drawn from; 0 for off. With both
             on, each batch gets one of them, by a fair coin.
-        num_classes: of the probabilities that come out.
+        num_classes: number of classes in the returned probabilities.
     """
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
         self.num_classes = num_classes
-        # Smoothing is the loss's.
+        # The loss does the smoothing.
         self._mix = TimmMixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_classes)
 
     def __call__(

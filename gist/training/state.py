@@ -1,4 +1,4 @@
-"""The state of a training on disk, so that one that was killed goes on where it was."""
+"""Training state on disk, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FORMAT = 1
 
 
 class Checkpoint:
-    """One file, replaced as a whole: a kill or a full disk while saving leaves the one before.
+    """A file, replaced as a whole: a kill or a full disk during a save leaves the earlier state.
 
     Args:
         path: the file.
-        identity: what decides the training's outcome, as JSON holds it; a state with another is
-            not gone on with.
+        identity: JSON values that decide the training's outcome. A state with another identity is
+            not resumed.
         every: steps between saves, beside the one at each epoch's end; 0 for none.
     """
 
@@ -45,7 +45,7 @@ class Checkpoint:
         write_atomically(self.path, buffer.getvalue())
 
     def load(self) -> dict[str, Any] | None:
-        """What was saved last, on the CPU; None where there is no file.
+        """The last saved state, on the CPU; None without a file.
 
         Raises:
             FileExistsError: it is another training's.
@@ -60,7 +60,7 @@ class Checkpoint:
         except (RuntimeError, ValueError, LookupError, EOFError, pickle.PickleError) as error:
             raise ValueError(
                 f"{self.path} is not a training's state that this version reads; delete it to "
-                f"start anew ({error})"
+                f"start again ({error})"
             ) from error
         check_same(self.identity, state["identity"], self.path)
         return state
@@ -80,14 +80,14 @@ def check_same(ours: Mapping[str, Any], found: Mapping[str, Any], where: Path) -
 
 
 def seed_all(seed: int) -> None:
-    """Python's, NumPy's and PyTorch's global generators."""
+    """Seed Python's, NumPy's and PyTorch's global generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """This process's global generators, as :meth:`Checkpoint.save` takes it."""
+    """The states of this process's global generators, as :meth:`Checkpoint.save` takes them."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
