@@ -82,7 +82,7 @@ class DroppedBottleneck(Bottleneck):
 
 
 class MlpAdapters(nn.ModuleList, AttachedMethod):
-    """A bottleneck for each block's MLP."""
+    """A :class:`DroppedBottleneck` for each block's MLP."""
 
     def fused(self, index: int) -> FusedParts | Refusal:
         bottleneck: Any = self[index]

@@ -99,7 +99,7 @@ class LowRank(nn.Module):
 
 
 class LowRankUpdates(nn.ModuleList, AttachedMethod):
-    """For each block its targets' :class:`LowRank`, by their names."""
+    """Each block's :class:`LowRank` factors, by target."""
 
     def __init__(self, config: LoRA) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class LowRankUpdates(nn.ModuleList, AttachedMethod):
         args: tuple[torch.Tensor],
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """Hook: a layer's output with its targets' updates, each from its column on."""
+        """Hook: add the targets' updates to a layer's output, each from its start column."""
         x = F.dropout(args[0], self.dropout, self.training) if self.dropout else args[0]
         of_block: Any = self[index]
         for target, start in places:
@@ -135,7 +135,7 @@ class LowRankUpdates(nn.ModuleList, AttachedMethod):
         }
         packed = [(i, of_block[name]) for i, name in enumerate("qkv") if name in of_block]
         if packed:
-            # Each one's outputs are a third of the packed layer's.
+            # Each of q, k and v has a third of the packed layer's outputs.
             up = [F.pad(f.up, (0, 0, i * len(f.up), (2 - i) * len(f.up))) for i, f in packed]
             updates["qkv"] = LayerUpdate(
                 down=torch.cat([f.down for _, f in packed]), up=self.scale * torch.cat(up, dim=1)

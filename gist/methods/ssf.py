@@ -33,8 +33,8 @@ class SSF(Method):
     qkv counts as one), and the final norm. Scales start at 1, shifts at 0, both with normal noise
     of standard deviation 0.02, as released.
 
-    Parameters: two for each output feature of those: ``depth * 22 * D + 4 * D`` where the MLP's
-    width is four times D; 205,824 for ViT-B/16.
+    Parameters: two for each output feature of these operations: ``depth * 22 * D + 4 * D`` if the
+    MLP's width is four times D; 205,824 for ViT-B/16.
     """
 
     name: ClassVar[str] = "ssf"
@@ -109,7 +109,7 @@ class Features(nn.ModuleDict, AttachedMethod):
 
 
 def _fold(module: Any, by: Any) -> None:
-    """Scale and shift into a layer's or a norm's own weight and bias."""
+    """Fold scale and shift into a layer's or a norm's own weight and bias."""
     if module.bias is None:
         module.bias = nn.Parameter(torch.zeros_like(by.shift, dtype=module.weight.dtype))
     scale, weight = by.scale.double(), module.weight

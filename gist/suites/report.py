@@ -1,4 +1,4 @@
-"""One table from many records: tasks by variants, both means, and what GIST adds."""
+"""A table from many records: tasks by variants, their means, and GIST's gain."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Report:
         order = [task.name for task in suite.tasks] if suite else sorted(groups)
         self.groups = {task: groups[task] for task in order if task in groups}
         self.missing = [task for task in order if task not in groups]
-        # A gain's title to its two columns: the second's accuracy less the first's.
+        # The two columns of each gain, by its title: the gain is the second minus the first.
         if baseline is None:
             self.pairs = {
                 f"{v}: GIST - plain": (v, v + GIST) for v in self.cells if v + GIST in self.cells
@@ -144,8 +144,10 @@ class Report:
         )
 
     def markdown(self) -> str:
-        """The table, what it cost, and how to read it. Where there are more variants than tasks, a
-        variant is a row."""
+        """The table with costs and notes on how to read it.
+
+        With more variants than tasks, the variants are the rows.
+        """
         names = list(self.cells)
         blank = [""] * len(self.pairs)
         lines = [["task", "group", *names, *self.pairs]]
@@ -217,7 +219,7 @@ class Report:
             yield f"Not among these results: {', '.join(self.missing)}."
 
     def csv(self) -> str:
-        """The rows of :meth:`rows`, not rounded, fractions of 1."""
+        """The rows of :meth:`rows` as fractions of 1, not rounded."""
         text = io.StringIO()
         head = ["task", "group"]
         for name in self.cells:
@@ -250,7 +252,7 @@ class Report:
         """Draw accuracies by task, and the gains with their intervals, into a PNG.
 
         Raises:
-            ImportError: matplotlib is missing; it names the extra that brings it.
+            ImportError: matplotlib is missing; the text names the extra that brings it.
         """
         try:
             from matplotlib.figure import Figure
@@ -311,7 +313,7 @@ def report(
 
 
 def variant(config: Mapping[str, Any]) -> str:
-    """A column's title: methods, GIST, and what of their settings is not the default."""
+    """A column's title: methods, GIST, and their settings that differ from the default."""
     described, with_gist = config["gist"], config["gist"]["gist"]
     methods = described["method"] or []
     methods = [methods] if isinstance(methods, Mapping) else methods
@@ -327,7 +329,7 @@ def variant(config: Mapping[str, Any]) -> str:
 
 
 def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> str:
-    """In brackets what differs from the default."""
+    """The settings that differ from the default, in brackets."""
     changed = [
         f"{key}={value}"
         for key, value in settings.items()
@@ -336,7 +338,7 @@ def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     return f" ({', '.join(changed)})" if changed else ""
 
 
-# What may differ within a column, and between a method with GIST and without.
+# Keys that may differ within a column, and between a method with GIST and without.
 OF_A_CELL = {"task", "group", "seed", "task_settings"}
 OF_A_VARIANT = {*OF_A_CELL, "gist", "loss"}
 
@@ -346,7 +348,7 @@ def _check_comparable(
     pairs: Iterable[tuple[str, str]],
     of_a_side: set[str],
 ) -> None:
-    """Each column with itself, the sides of each pair, and all columns' images."""
+    """Raise ValueError unless each column, each pair and all columns' images are comparable."""
     first: dict[str, Mapping[str, Any]] = {}
     by_task: dict[tuple[str, str], Mapping[str, Any]] = {}
     images: dict[str, tuple[str, str]] = {}

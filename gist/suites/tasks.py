@@ -10,12 +10,12 @@ from gist_kernels.suggest import unknown_name
 
 @dataclass(frozen=True)
 class Task:
-    """One task and the settings it is trained with.
+    """A task and the settings of its training.
 
     Attributes:
         name: the task's folder, or a data set's name.
-        group: for the mean of the groups' means.
-        classes: their number; labels are 0 to classes - 1. None: whatever the data set says.
+        group: the task's group, for the mean of the groups' means.
+        classes: number of classes; labels are 0 to classes - 1. None: the data set's own number.
         lr: peak learning rate.
         weight_decay: decoupled.
         drop_path: stochastic depth rate of the last block.
@@ -31,11 +31,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks, and what all of them share.
+    """Tasks, and the settings that they share.
 
     Attributes:
         epochs, warmup_epochs: linear warm-up from ``warmup_lr``, then cosine to ``min_lr``.
-        batch_size: images a step, over all devices.
+        batch_size: images per step, over all devices.
         model, weights, img_size: a run's defaults. weights None: the caller has to choose;
             img_size None: the model's own.
     """

@@ -1,4 +1,4 @@
-"""Checking a VTAB-1K tree: every fault with its file's name."""
+"""Check a VTAB-1K tree, and name the file of every fault."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gist.suites.tasks import Task
 from gist.suites.vtab_layout import LISTS, read_lists, sha256, task_fingerprint
 
 COUNTS = {"train800": 800, "val200": 200, "train800val200": 1000}
-SPLITS = ("train800", "val200", "test")  # those that must be disjoint
+SPLITS = ("train800", "val200", "test")  # must be disjoint
 
 
 @dataclass
 class Report:
-    """What the check of one task found.
+    """The result of checking one task.
 
     Attributes:
         images: listed, by list.
@@ -41,7 +41,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _File:
-    digest: bytes  # of the decoded pixels: the same image may be saved in several ways
+    digest: bytes  # of the decoded pixels, because one image may be saved in several ways
     format: str | None
     content: bytes  # SHA-256 of the file
     fault: str | None = None
@@ -105,7 +105,7 @@ def _inspect(path: Path) -> _File:
         with Image.open(path) as opened:
             kind = opened.format
         image = read_image(path)
-    except Exception as error:  # damaged files raise whatever their decoder stumbles over
+    except Exception as error:  # decoders of damaged files raise anything
         return _File(b"", None, b"", str(error) or type(error).__name__)
     return _File(pixel_digest(image), kind, content)
 
@@ -126,7 +126,7 @@ def _duplicates(
 def _not_the_union(
     lists: Mapping[str, Iterable[Sample]], files: Mapping[Path, _File], folder: Path
 ) -> Iterable[str]:
-    """Images, with their labels, that train800val200 lacks or has in excess."""
+    """Images, with labels, that train800val200 lacks or has too many of."""
     parts = [*lists["train800"], *lists["val200"]]
     for there, here, text in (
         (parts, lists["train800val200"], "lacks"),

@@ -1,4 +1,4 @@
-"""Writing a task in VTAB-1K's layout: PNG files, which lose nothing."""
+"""Write a task in VTAB-1K's layout, as lossless PNG files."""
 
 from __future__ import annotations
 
@@ -106,7 +106,12 @@ class _Torchvision:
 
 
 def _labels(data: Any) -> list[int]:
-    for name in ("targets", "labels", "_labels", "y"):  # without decoding, as the sets name them
+    for name in (
+        "targets",
+        "labels",
+        "_labels",
+        "y",
+    ):  # the sets' names for labels that need no decoding
         found = getattr(data, name, None)
         if found is not None and len(found) == len(data):
             return [int(label) for label in found]
@@ -114,7 +119,7 @@ def _labels(data: Any) -> list[int]:
 
 
 def torchvision_data(name: str, root: Path) -> tuple[Images, Images | None]:
-    """A data set of torchvision's that lies below ``root``: all to train on, and its test set.
+    """A torchvision data set below ``root``: the images to train on, and the test set.
 
     Nothing is downloaded. A set without splits of its own gives no test set.
 

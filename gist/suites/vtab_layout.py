@@ -1,4 +1,4 @@
-"""The VTAB-1K layout on disk, as its users have it, and loading a task from it.
+"""The usual layout of VTAB-1K on disk, and loading a task from it.
 
 ROOT/<task>/{train800,val200,train800val200,test}.txt    lines: images/train800/000000.jpg LABEL
 ROOT/<task>/images/<split>/000000.jpg
@@ -37,7 +37,7 @@ class Stages:
 
 
 def read_list(file: Path, classes: int) -> tuple[list[Sample], list[str]]:
-    """A list's images and labels, and a line for every fault in it.
+    """A list's images and labels, and one line per fault.
 
     A line is split at its last blank: paths may hold blanks. Images are not opened.
     """
@@ -70,7 +70,7 @@ def read_list(file: Path, classes: int) -> tuple[list[Sample], list[str]]:
 
 
 def read_lists(root: Path, task: Task) -> tuple[dict[str, list[Sample]], list[str]]:
-    """All four lists of a task, and every fault in them."""
+    """All four lists of a task, and their faults."""
     if not (root / task.name).is_dir():
         return {}, [f"{root / task.name}: no such folder"]
     assert task.classes is not None
@@ -82,7 +82,7 @@ def read_lists(root: Path, task: Task) -> tuple[dict[str, list[Sample]], list[st
 
 
 def load_task(root: Path, task: Task) -> Stages:
-    """Images of one task, which are opened only when asked for.
+    """The images of one task, opened only on access.
 
     Raises:
         DataError: a list or an image that is missing, a label out of range: every one, a line each.
@@ -118,7 +118,10 @@ def load_task(root: Path, task: Task) -> Stages:
 def task_fingerprint(
     lists: Mapping[str, Sequence[Sample]], content: Callable[[Path], bytes]
 ) -> str:
-    """Changes with any image, label or list; ``content`` gives the SHA-256 of a file."""
+    """A fingerprint that changes with any image, label or list.
+
+    ``content`` returns the SHA-256 of a file.
+    """
     return fingerprint(
         part
         for name in LISTS
@@ -147,7 +150,7 @@ def stages_of(data: ImageData) -> Stages:
 
 
 class Joined(Dataset[tuple[Image.Image, int]]):
-    """One split after the other."""
+    """Two or more splits, one after the other."""
 
     def __init__(self, *splits: Images) -> None:
         self._both: Dataset[Any] = ConcatDataset(cast(Iterable[Dataset[Any]], splits))

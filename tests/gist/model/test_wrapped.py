@@ -372,3 +372,11 @@ def test_timms_own_models_are_taken(name):
     counted = gist.count_parameters(model)
     assert counted.token == width
     assert counted.method == len(vit.blocks) * (2 * width * 4 + 4 + width)
+
+
+def test_anatomy_is_the_familys_earlier_name():
+    model = wrapped()
+    assert type(model.anatomy) is type(model.family)
+    assert model.anatomy.model is model.family.model is model.backbone
+    with pytest.raises(AttributeError):
+        model.anatomy = None
