@@ -109,7 +109,7 @@ class BackboneFamily(ABC):
     def pooling(self) -> str: ...
 
     @property
-    def reads_prefix_alone(self) -> bool:
+    def reads_only_prefix(self) -> bool:
         """Whether the classifier reads only the first token of the last block's output."""
         return self.pooling == "token"
 

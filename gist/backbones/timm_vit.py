@@ -109,7 +109,7 @@ class TimmDistilled(TimmViT):
     """
 
     @property
-    def reads_prefix_alone(self) -> bool:
+    def reads_only_prefix(self) -> bool:
         return False  # two tokens, which the Gist token would come between
 
     @property

@@ -58,7 +58,7 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
 
     ``root/train/CLASS/*`` with ``root/val/CLASS/*`` and ``root/test/CLASS/*`` if they are there;
     or ``root/CLASS/*``. Without a val folder, a fifth of each class is set apart for validation,
-    the same in every run. Files without an image's suffix, and hidden ones, are passed over.
+    the same in every run. Files without an image's suffix, and hidden ones, are skipped.
 
     Args:
         root: the folder.

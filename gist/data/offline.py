@@ -115,7 +115,7 @@ def load_fashion_mnist_1k(folder: Path) -> ImageData:
 def load_openclipart_1k(folder: Path) -> ImageData:
     """Drawings; the top folder is the label, the 16 largest are used, 2,000 images test.
 
-    "unsorted" is no class. Large drawings are passed over: those above half a megapixel, a
+    "unsorted" is no class. Large drawings are skipped: those above half a megapixel, a
     seventh of all, take most of the time, and among them are decompression bombs.
     """
     files = [file for file in _pngs(folder) if _megapixels(file) <= 0.5]

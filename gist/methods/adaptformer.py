@@ -32,7 +32,7 @@ class AdaptFormer(Method):
     Args:
         rank: bottleneck width, at least 1.
         scale: factor on the update.
-        dropout: of the bottleneck, in [0, 1).
+        dropout: dropout rate of the bottleneck, in [0, 1).
         activation: one of those of :func:`gist_kernels.adapter`.
     """
 

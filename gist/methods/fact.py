@@ -35,7 +35,7 @@ class FacT(Method):
         form: "tt" or "tk".
         rank: None for the publication's: 16 (tt), 32 (tk).
         scale: factor on the update; the publication chooses it for each task, from 0.01 to 100.
-        dropout: of the low-rank features, in [0, 1).
+        dropout: dropout rate of the low-rank features, in [0, 1).
     """
 
     name: ClassVar[str] = "fact"

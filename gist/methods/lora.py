@@ -35,10 +35,10 @@ class LoRA(Method):
     Parameters: ``depth * rank * (in + out)`` of each target.
 
     Args:
-        rank: of each update, at least 1.
+        rank: rank of each update, at least 1.
         alpha: scale times rank.
         targets: any of "q", "k", "v", "proj", "fc1", "fc2".
-        dropout: of the update's input, in [0, 1).
+        dropout: dropout rate of the update's input, in [0, 1).
     """
 
     name: ClassVar[str] = "lora"

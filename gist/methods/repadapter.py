@@ -33,7 +33,7 @@ class RepAdapter(Method):
         rank: bottleneck width, a multiple of ``groups``.
         groups: of ``up``; D is a multiple of it.
         scale: factor on the update; the publication chooses it for each task of 0.1 to 10.
-        dropout: of the bottleneck, in [0, 1).
+        dropout: dropout rate of the bottleneck, in [0, 1).
     """
 
     name: ClassVar[str] = "repadapter"

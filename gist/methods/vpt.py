@@ -33,7 +33,7 @@ class VPT(Method):
         num_tokens: prompts a block, at least 1; the publication chooses among 1, 5, 10, 50, 100
             and 200 for each task; its code's default is 5.
         deep: VPT-Deep rather than VPT-Shallow.
-        dropout: of the prompts, drawn for each image, in [0, 1).
+        dropout: dropout rate of the prompts, drawn for each image, in [0, 1).
     """
 
     name: ClassVar[str] = "vpt"

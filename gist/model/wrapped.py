@@ -111,7 +111,7 @@ class GistModel(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class."""
         num_read = None
-        if self.family.reads_prefix_alone:
+        if self.family.reads_only_prefix:
             num_read = 1 if self.token is None else 1 + self.token.count
         return self.forward_head(self._features(images, num_read))
 
@@ -151,7 +151,7 @@ class GistModel(nn.Module):
         family, token = self.family, self.token
         if token is None:
             return family.classify(family.pool(features))
-        own_tokens = features if family.reads_prefix_alone else token.remove(features)
+        own_tokens = features if family.reads_only_prefix else token.remove(features)
         pooled = family.pool(own_tokens)
         if not self.training:
             return family.classify(pooled)

@@ -31,7 +31,7 @@ class Row:
         title: the task's name, or which mean.
         cells: seeds' mean and standard deviation by variant; None where something is missing. A
             mean's deviation is that of the seeds' means, nan where seeds differ between tasks.
-        gains: of each pair, such as GIST minus plain, paired by task and seed.
+        gains: the gain of each pair, such as GIST minus plain, paired by task and seed.
     """
 
     title: str

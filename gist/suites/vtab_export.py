@@ -38,7 +38,7 @@ def export(
         out: made by this call, whole or not at all.
         train, val: images.
         test: images at most; None for all.
-        seed: of the split.
+        seed: the seed of the split.
 
     Returns:
         Images by list.
