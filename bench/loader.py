@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 import gist
 from bench.measure import Call, Case, mismatch
 from gist.data import Transformed, load_folder, prepare
-from gist.order import Order
+from gist.training.batches import BatchSampler as Order
 
 # Model, side in pixels, batch size, batches a call.
 SIZES = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench import measure
-from gist.provenance import describe_machine
+from gist.runs.provenance import describe_machine
 from gist_kernels.kernels.cpu.linear import linear
 
 

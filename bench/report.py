@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
-from gist.run import write_json
+from gist.files import write_json
 
 Run = dict[str, Any]
 """{"benchmark", "machine", "limits", "absent": {peer: reason}, "cases": [measure.run(...)]}"""

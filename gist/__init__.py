@@ -7,10 +7,14 @@
 192
 """
 
-from gist.checkpoint import load, save
-from gist.config import GistConfig
-from gist.loss import GistLoss
-from gist.merge import merge
+try:
+    import safetensors  # noqa: F401
+    import timm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"gist needs {error.name}, which is missing: pip install 'gist-kernels[models]'"
+    ) from error
+
 from gist.methods import (
     SSF,
     VPT,
@@ -24,15 +28,12 @@ from gist.methods import (
     Method,
     RepAdapter,
 )
-from gist.model import (
-    GistModel,
-    GistOutput,
-    ParameterCount,
-    available_methods,
-    count_parameters,
-    explain,
-    wrap,
-)
+from gist.model.config import GistConfig
+from gist.model.describe import available_methods, count_parameters, explain
+from gist.model.loss import GistLoss
+from gist.model.merge import merge
+from gist.model.saving import load, save
+from gist.model.wrapped import GistModel, GistOutput, ParameterCount, wrap
 
 __all__ = [
     "SSF",

@@ -1,11 +1,13 @@
-"""Files: where what was fetched is kept, and writing that never leaves half a file."""
+"""Files: the cache folder, and writes that never leave half a file."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def cache_dir() -> Path:
@@ -14,10 +16,10 @@ def cache_dir() -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file, and its folder if missing, that is either whole or as it was before.
+    """Write a file, and its folder if missing. An error leaves the earlier file whole.
 
     Raises:
-        OSError: it could not be written; the text names it.
+        OSError: the file could not be written; the text names it.
     """
     temporary = path.with_name(f".{path.name}.new")
     with naming(path):
@@ -29,9 +31,14 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with an indent of two, by :func:`write_atomically`."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the file's name into an OSError raised within: that of a full disk comes without."""
+    """Put the file's name into an OSError raised inside: the error of a full disk has none."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Images to train on: named data sets, and image folders of one's own."""
+"""Images to train on: named data sets and image folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA_SETS: dict[str, Callable[[], ImageData]] = {n: s.load for n, s in SOURCES.i
 
 
 def available_data() -> list[str]:
-    """The names that :func:`load_data` takes beside folders."""
+    """The names that :func:`load_data` accepts, besides folders."""
     return sorted(DATA_SETS)
 
 
@@ -22,14 +22,14 @@ def load_data(source: str, *, check: bool = True) -> ImageData:
     """Images by a data set's name or from a folder in ImageFolder layout.
 
     Args:
-        source: a name of :func:`available_data`, or a folder as :func:`load_folder` takes; one with
-            a data set's name is reached as ``./name``.
+        source: a name of :func:`available_data`, or a folder for :func:`load_folder`. A folder
+            with a data set's name needs ``./name``.
         check: open every image of a folder first.
 
     Raises:
         ValueError: neither a known name nor a folder.
         DataError: a folder's images can't be used as they are; it lists every fault found.
-        ImportError: a data set's package is missing; it names the extra that brings it.
+        ImportError: a data set's package is missing; the text names the extra that brings it.
     """
     if source in DATA_SETS:
         return DATA_SETS[source]()

@@ -1,4 +1,4 @@
-"""What a data set is, and how its images become a model's input.
+"""Data sets, and how their images become a model's input.
 
 Preprocessing is VTAB's: each image is resized straight to a square, bicubic and antialiased,
 without crop or augmentation, then normalised as the backbone expects.
@@ -21,7 +21,7 @@ PRELOAD_BYTES = 512 * 2**20
 
 
 class Images(Protocol):
-    """A map-style data set of RGB PIL images and int labels, which are known without decoding."""
+    """A map-style data set of RGB PIL images and int labels; labels need no decoding."""
 
     @property
     def labels(self) -> Sequence[int]: ...
@@ -30,7 +30,7 @@ class Images(Protocol):
 
 
 class DataError(ValueError):
-    """Images or labels that can't be trained on; the text lists every fault, a line each."""
+    """Images or labels that can't be trained on; the text lists every fault, one per line."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ImageData:
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
-    """16 hex digits of a SHA-256 over ``parts`` and where one ends."""
+    """16 hex digits of a SHA-256 over ``parts`` and their boundaries."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -119,7 +119,7 @@ class Transformed(Dataset[tuple[torch.Tensor, int]]):
     def pixels(self, index: int) -> tuple[torch.Tensor, int]:
         """One image as uint8 (3, img_size, img_size), and its label."""
         image, label = self.split[index]
-        # PIL's bicubic filter widens with the scale: it is the antialiased one.
+        # PIL's bicubic filter widens with the scale, as antialias=True does elsewhere.
         image = image.resize((self.img_size, self.img_size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(label)
 

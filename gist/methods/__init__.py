@@ -2,14 +2,14 @@
 
 from gist.methods.adapter import Adapter
 from gist.methods.adaptformer import AdaptFormer
-from gist.methods.base import Attached, FusedParts, Method
+from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
 from gist.methods.fact import FacT
 from gist.methods.lora import LoRA
 from gist.methods.repadapter import RepAdapter
 from gist.methods.selective import BitFit, Full, LayerNormTuning
 from gist.methods.ssf import SSF
 from gist.methods.vpt import VPT
-from gist_kernels.suggest import unknown_name
+from gist.validate import check_known
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -21,8 +21,7 @@ METHODS: dict[str, type[Method]] = {
 
 def method_type(name: str) -> type[Method]:
     """The config class of a method by its name; ValueError with the nearest names otherwise."""
-    if name not in METHODS:
-        raise ValueError(unknown_name("method", name, METHODS))
+    check_known("method", name, METHODS)
     return METHODS[name]
 
 
@@ -32,7 +31,7 @@ __all__ = [
     "VPT",
     "AdaptFormer",
     "Adapter",
-    "Attached",
+    "AttachedMethod",
     "BitFit",
     "FacT",
     "Full",
@@ -40,6 +39,7 @@ __all__ = [
     "LayerNormTuning",
     "LoRA",
     "Method",
+    "Refusal",
     "RepAdapter",
     "method_type",
 ]

@@ -1,4 +1,4 @@
-"""The adapter as GIST releases it, and the two forms that others use."""
+"""The adapter as GIST releases it, and two other placements."""
 
 from __future__ import annotations
 
@@ -9,25 +9,16 @@ import torch
 from torch import nn
 
 import gist_kernels
-from gist.backbones.anatomy import Anatomy
-from gist.methods.base import (
-    Attached,
-    FusedParts,
-    Method,
-    check_activation,
-    check_count,
-    check_finite,
-    new_parameters,
-    unique,
-)
-from gist_kernels.suggest import unknown_name
+from gist.backbones.base import BackboneFamily
+from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal, new_parameters, unique
+from gist.validate import check_activation, check_count, check_finite, check_known
 
 PLACEMENTS = ("shared", "parallel", "sequential")
 
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Bottleneck adapter; by default one a block, parallel to both sublayers (arXiv:2312.07255).
+    """Bottleneck adapter; by default one per block, parallel to both sublayers (arXiv:2312.07255).
 
     With ``A(x) = scale * (up(act(down(x))))`` and ``placement="shared"`` every block computes::
 
@@ -38,8 +29,8 @@ class Adapter(Method):
     truncated-normal with standard deviation 0.02, biases at 0, as the ViT's own linears do.
 
     ``placement="parallel"`` is the same with an adapter of its own for each sublayer;
-    ``"sequential"`` is that of Houlsby et al. (arXiv:1902.00751), after each sublayer's last linear
-    layer: ``h = h + A(h)``, published with rank 64, scale 1 and a start near 0.
+    ``"sequential"`` is the adapter of Houlsby et al. (arXiv:1902.00751), after each sublayer's last
+    linear layer: ``h = h + A(h)``, published with rank 64, scale 1 and a start near 0.
 
     Parameters: ``depth * (2 * D * rank + rank + D)``, twice as many unless shared; 82,992 for
     ViT-B/16 at rank 4.
@@ -61,24 +52,23 @@ class Adapter(Method):
         check_count("rank", self.rank)
         check_finite("scale", self.scale)
         check_activation(self.activation)
-        if self.placement not in PLACEMENTS:
-            raise ValueError(unknown_name("placement", self.placement, PLACEMENTS))
+        check_known("placement", self.placement, PLACEMENTS)
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        blocks = [anatomy.parts(index) for index in range(len(anatomy.blocks))]
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        blocks = [family.parts(index) for index in range(len(family.blocks))]
         if self.placement == "sequential":
             last = [
-                [anatomy.projection(index, name).layer for name in ("proj", "fc2")]
+                [family.projection(index, name).layer for name in ("proj", "fc2")]
                 for index in range(len(blocks))
             ]
         adapters = Adapters(self.placement)
         for index, parts in enumerate(blocks):
             if self.placement == "shared":
-                shared = Bottleneck(self, anatomy)
-                shared.attach_parallel(parts.norms, parts.exits)
+                shared = Bottleneck(self, family)
+                shared.attach_parallel(parts.norms, parts.branch_outputs)
                 adapters.append(shared)
                 continue
-            pair = {name: Bottleneck(self, anatomy) for name in ("attention", "mlp")}
+            pair = {name: Bottleneck(self, family) for name in ("attention", "mlp")}
             for place, bottleneck in enumerate(pair.values()):
                 if self.placement == "sequential":
                     nn.init.trunc_normal_(bottleneck.down.weight, std=0.01)
@@ -86,23 +76,23 @@ class Adapter(Method):
                     last[index][place].register_forward_hook(bottleneck.after)
                 else:
                     bottleneck.attach_parallel(
-                        parts.norms[place : place + 1], parts.exits[place : place + 1]
+                        parts.norms[place : place + 1], parts.branch_outputs[place : place + 1]
                     )
             adapters.append(nn.ModuleDict(pair))
         return adapters
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        width = anatomy.embed_dim
+    def num_parameters(self, family: BackboneFamily) -> int:
+        width = family.embed_dim
         each = 2 * width * self.rank + self.rank + width
-        return len(anatomy.blocks) * each * (1 if self.placement == "shared" else 2)
+        return len(family.blocks) * each * (1 if self.placement == "shared" else 2)
 
 
 class Bottleneck(nn.Module):
     """``scale * up(act(down(x)))``: the update of one sublayer, or of both of a block."""
 
-    def __init__(self, config: Any, anatomy: Anatomy) -> None:
+    def __init__(self, config: Any, family: BackboneFamily) -> None:
         super().__init__()
-        width, options = anatomy.embed_dim, new_parameters(anatomy.model)
+        width, options = family.embed_dim, new_parameters(family.model)
         self.scale, self.activation = config.scale, config.activation
         self.down = nn.Linear(width, config.rank, **options)
         self.up = nn.Linear(config.rank, width, **options)
@@ -131,36 +121,38 @@ class Bottleneck(nn.Module):
             down.weight, down.bias, up.weight, up.bias, self.scale, self.activation
         )
 
-    def attach_parallel(self, norms: tuple[nn.Module, ...], exits: tuple[nn.Module, ...]) -> None:
-        """x is seen where it enters a norm, A(x) added to what leaves the sublayer."""
+    def attach_parallel(
+        self, norms: tuple[nn.Module, ...], branch_outputs: tuple[nn.Module, ...]
+    ) -> None:
+        """Read x at the norm's input, and add A(x) to the sublayer's output."""
         for norm in norms:
-            norm.register_forward_hook(self._at_entry)
-        for leaves in unique(exits):
-            leaves.register_forward_hook(self._at_exit)
+            norm.register_forward_hook(self._at_norm)
+        for output in unique(branch_outputs):
+            output.register_forward_hook(self._at_output)
 
     def after(self, linear: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         """Hook: the update of a layer's own output, added to it."""
         return output + self(output)
 
-    def _at_entry(self, norm: nn.Module, args: tuple[torch.Tensor], output: object) -> None:
+    def _at_norm(self, norm: nn.Module, args: tuple[torch.Tensor], output: object) -> None:
         self._update = self(args[0])
 
-    def _at_exit(self, leaves: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        # One exit module may serve both sublayers, of which this is in one alone.
+    def _at_output(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        # Both sublayers may end in one module: this bottleneck may belong to only one of them.
         update, self._update = self._update, None
         return output if update is None else output + update
 
 
-class Adapters(nn.ModuleList, Attached):
+class Adapters(nn.ModuleList, AttachedMethod):
     """For each block a :class:`Bottleneck`, or one for "attention" and one for "mlp"."""
 
     def __init__(self, placement: str) -> None:
         super().__init__()
         self.placement = placement
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         if self.placement == "sequential":
-            return "its adapters come after the sublayers, not beside them"
+            return Refusal("its adapters come after the sublayers, not beside them")
         part: Any = self[index]
         if isinstance(part, Bottleneck):
             return FusedParts(part.weights(), part.weights())

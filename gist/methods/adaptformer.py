@@ -10,17 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
+from gist.backbones.base import BackboneFamily
 from gist.methods.adapter import Bottleneck
-from gist.methods.base import (
-    Attached,
-    FusedParts,
-    Method,
-    check_activation,
-    check_count,
-    check_finite,
-    check_rate,
-)
+from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
+from gist.validate import check_activation, check_count, check_finite, check_rate
 from gist_kernels.reference.adapter import ACTIVATIONS
 
 
@@ -39,7 +32,7 @@ class AdaptFormer(Method):
     Args:
         rank: bottleneck width, at least 1.
         scale: factor on the update.
-        dropout: of the bottleneck, in [0, 1).
+        dropout: dropout rate of the bottleneck, in [0, 1).
         activation: one of those of :func:`gist_kernels.adapter`.
     """
 
@@ -55,23 +48,23 @@ class AdaptFormer(Method):
         check_rate("dropout", self.dropout)
         check_activation(self.activation)
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        blocks = [anatomy.parts(index) for index in range(len(anatomy.blocks))]
-        beside = MlpAdapters(DroppedBottleneck(self, anatomy) for _ in blocks)
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        blocks = [family.parts(index) for index in range(len(family.blocks))]
+        beside = MlpAdapters(DroppedBottleneck(self, family) for _ in blocks)
         for bottleneck, parts in zip(beside, blocks, strict=True):
-            bottleneck.attach_parallel(parts.norms[1:], parts.exits[1:])  # type: ignore[operator]
+            bottleneck.attach_parallel(parts.norms[1:], parts.branch_outputs[1:])  # type: ignore[operator]
         return beside
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        width = anatomy.embed_dim
-        return len(anatomy.blocks) * (2 * width * self.rank + self.rank + width)
+    def num_parameters(self, family: BackboneFamily) -> int:
+        width = family.embed_dim
+        return len(family.blocks) * (2 * width * self.rank + self.rank + width)
 
 
 class DroppedBottleneck(Bottleneck):
     """A bottleneck with dropout, whose update starts at 0."""
 
-    def __init__(self, config: AdaptFormer, anatomy: Anatomy) -> None:
-        super().__init__(config, anatomy)
+    def __init__(self, config: AdaptFormer, family: BackboneFamily) -> None:
+        super().__init__(config, family)
         self.dropout = config.dropout
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
@@ -88,11 +81,11 @@ class DroppedBottleneck(Bottleneck):
         return self.scale * F.linear(F.dropout(hidden, self.dropout), *up)
 
 
-class MlpAdapters(nn.ModuleList, Attached):
-    """A bottleneck for each block's MLP."""
+class MlpAdapters(nn.ModuleList, AttachedMethod):
+    """A :class:`DroppedBottleneck` for each block's MLP."""
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         bottleneck: Any = self[index]
         if bottleneck.drops:
-            return "its adapter has dropout"
+            return Refusal("its adapter has dropout")
         return FusedParts(mlp=bottleneck.weights())

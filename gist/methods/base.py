@@ -1,8 +1,7 @@
-"""What every PEFT method offers: a config, and a module that joins a backbone by hooks."""
+"""The base classes of a PEFT method: a config, and a module that joins a backbone by hooks."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,34 +11,40 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
+from gist.backbones.base import BackboneFamily
 from gist_kernels import AdapterWeights
-from gist_kernels.reference.adapter import ACTIVATIONS
-from gist_kernels.suggest import unknown_name
 
 
-class Change(NamedTuple):
-    """What a method does to a layer's or a norm's output: ``scale * y + shift + up (down x)``."""
+class LayerUpdate(NamedTuple):
+    """A method's update of a layer's or a norm's output y: ``scale * y + shift + up (down x)``."""
 
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     down: torch.Tensor | None = None
-    """(r, in), of a linear layer alone, as up, (out, r)."""
+    """(r, in); only for linear layers."""
     up: torch.Tensor | None = None
+    """(out, r); only for linear layers."""
 
 
 class FusedParts(NamedTuple):
-    """What a method adds to a block, as the fused sublayers take it."""
+    """A method's part in a block, as the fused sublayers take it."""
 
     attention: AdapterWeights | None = None
-    """The adapter beside it."""
+    """The adapter beside the attention."""
     mlp: AdapterWeights | None = None
-    changes: Mapping[str, Change] = MappingProxyType({})
-    """By the names norm1, norm2, qkv, proj, fc1 and fc2."""
+    """The adapter beside the MLP."""
+    updates: Mapping[str, LayerUpdate] = MappingProxyType({})
+    """Updates of the layers, by the names norm1, norm2, qkv, proj, fc1 and fc2."""
 
 
-class Attached(nn.Module):
-    """Owner of a method's new parameters, joined to a backbone by hooks.
+class Refusal(NamedTuple):
+    """Why a block or a backbone does not run as fused sublayers."""
+
+    reason: str
+
+
+class AttachedMethod(nn.Module):
+    """The module with a method's new parameters, joined to a backbone by hooks.
 
     Hooks must be bound methods of this module or of its children, or partials of them:
     ``copy.deepcopy`` then binds the copy's hooks to the copy's parameters. No module's ``forward``
@@ -47,88 +52,69 @@ class Attached(nn.Module):
     """
 
     reaches_embedding = False
-    """Whether it has parameters before the first block."""
+    """Whether the method has parameters before the first block."""
     appended_tokens = 0
-    """Tokens that it adds at the end of the sequence, within the blocks."""
+    """Number of tokens that the method adds at the end of the sequence, within the blocks."""
 
-    def fused(self, index: int) -> FusedParts | str:
-        """Its part in a block that runs as fused sublayers, or why the block can't."""
-        return f"its method is {type(self).__name__}, which runs by hooks"
+    def fused(self, index: int) -> FusedParts | Refusal:
+        """The method's part in a block of fused sublayers, or why the block can't be fused."""
+        return Refusal(f"its method is {type(self).__name__}, which runs by hooks")
 
     def before_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """What enters a block that runs as fused sublayers."""
+        """The input of a block that runs as fused sublayers, from the previous output."""
         return x
 
     def after_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """What leaves the last one, if that runs as fused sublayers."""
+        """The output of the blocks, if the last one runs as fused sublayers."""
         return x
 
-    def merge(self, anatomy: Anatomy) -> None:
+    def merge(self, family: BackboneFamily) -> None:
         """Put the method into the backbone's own weights, without hooks.
 
         Raises:
-            ValueError: it can't be expressed by them.
+            ValueError: the backbone's weights can't express the method.
         """
         raise ValueError(f"{type(self).__name__} can't be merged into the backbone's weights")
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Config of a PEFT method. Its fields, JSON values all, are what a checkpoint records."""
+    """Config of a PEFT method. Its fields are JSON values; a saved adapter records them."""
 
     name: ClassVar[str]
 
-    def attach(self, anatomy: Anatomy) -> Attached | None:
-        """Join a backbone, and return the module with the new parameters, None if there are none.
+    def attach(self, family: BackboneFamily) -> AttachedMethod | None:
+        """Join a backbone; return the module with the new parameters, or None without any.
 
         Raises:
             ValueError: the backbone lacks what the method attaches to. Nothing is attached then.
         """
         return None
 
-    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
+    def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
         """Parameters of the backbone itself that the method trains."""
         return ()
 
     @abstractmethod
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        """How many parameters it trains, the classifier's left out, by its formula.
+    def num_parameters(self, family: BackboneFamily) -> int:
+        """Number of parameters that the method trains, by its formula, without the classifier's.
 
         Raises:
             ValueError: as :meth:`attach`.
         """
 
     def settings(self) -> Mapping[str, Any]:
-        """Its fields as a checkpoint has them."""
+        """The fields, as a saved adapter records them."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def new_parameters(backbone: nn.Module) -> dict[str, Any]:
-    """``device`` and ``dtype`` of parameters to add: the backbone's, but never below float32,
-    where small steps of an optimiser would be rounded away."""
+    """``device`` and ``dtype`` of new parameters: the backbone's, but at least float32.
+
+    Below float32 rounding would lose an optimiser's small steps.
+    """
     like = next(backbone.parameters())
     return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-
-
-def check_count(name: str, value: object, at_least: int = 1) -> None:
-    """ValueError unless ``value`` is an integer of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}; it is {value!r}")
-
-
-def check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; it is {value}")
-
-
-def check_rate(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1); it is {value}")
-
-
-def check_activation(name: str) -> None:
-    if name not in ACTIVATIONS:
-        raise ValueError(unknown_name("activation", name, ACTIVATIONS))
 
 
 def unique(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""FacT: one small tensor network for the updates of all linear layers."""
+"""FacT: one factorised tensor for the updates of all linear layers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
-from gist.methods.base import (
-    Attached,
-    Method,
-    check_count,
-    check_finite,
-    check_rate,
-    new_parameters,
-)
-from gist_kernels.suggest import unknown_name
+from gist.backbones.base import BackboneFamily
+from gist.methods.base import AttachedMethod, Method, new_parameters
+from gist.validate import check_count, check_finite, check_known, check_rate
 
 FORMS = ("tt", "tk")
 
@@ -29,7 +22,7 @@ FORMS = ("tt", "tk")
 class FacT(Method):
     """Factor tuning (arXiv:2212.03145): all linear layers' updates as one factorised tensor.
 
-    Every layer is cut into D x D matrices (a block of MLP ratio 4 has twelve: q, k, v, proj, four
+    Every layer is split into D x D matrices (a block of MLP ratio 4 has twelve: q, k, v, proj, four
     of fc1, four of fc2), and the update of the k-th is ``scale * U S_k V^T``, with U and V, both
     (D, rank), shared by all. In the tensor-train form ("tt") each S_k is free; in the Tucker form
     ("tk") it is ``sum_r P_kr C_r`` of a core C, (rank, rank, rank). U, S, P and C start uniform as
@@ -41,8 +34,8 @@ class FacT(Method):
     Args:
         form: "tt" or "tk".
         rank: None for the publication's: 16 (tt), 32 (tk).
-        scale: factor on the update; the publication chooses it for each task of 0.01 to 100.
-        dropout: of the low-rank features, in [0, 1).
+        scale: factor on the update; the publication chooses it for each task, from 0.01 to 100.
+        dropout: dropout rate of the low-rank features, in [0, 1).
     """
 
     name: ClassVar[str] = "fact"
@@ -52,25 +45,24 @@ class FacT(Method):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(unknown_name("form", self.form, FORMS))
+        check_known("form", self.form, FORMS)
         if self.rank is None:
             object.__setattr__(self, "rank", 16 if self.form == "tt" else 32)
         check_count("rank", self.rank)
         check_finite("scale", self.scale)
         check_rate("dropout", self.dropout)
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        pieces, count = _pieces(anatomy)
-        factors = Factors(self, anatomy, count)
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        pieces, count = _pieces(family)
+        factors = Factors(self, family, count)
         for layer, of_layer in pieces.items():
             layer.register_forward_hook(partial(factors.update, tuple(of_layer)))
         return factors
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        rank, count = self.rank or 0, _pieces(anatomy)[1]
+    def num_parameters(self, family: BackboneFamily) -> int:
+        rank, count = self.rank or 0, _pieces(family)[1]
         cores = count * rank**2 if self.form == "tt" else count * rank + rank**3
-        return 2 * anatomy.embed_dim * rank + cores
+        return 2 * family.embed_dim * rank + cores
 
 
 class _Piece(NamedTuple):
@@ -81,13 +73,13 @@ class _Piece(NamedTuple):
     outputs: int
 
 
-def _pieces(anatomy: Anatomy) -> tuple[dict[nn.Linear, list[_Piece]], int]:
+def _pieces(family: BackboneFamily) -> tuple[dict[nn.Linear, list[_Piece]], int]:
     """The matrices of each layer, and how many there are."""
-    width, count = anatomy.embed_dim, 0
+    width, count = family.embed_dim, 0
     pieces: dict[nn.Linear, list[_Piece]] = {}
-    for index in range(len(anatomy.blocks)):
+    for index in range(len(family.blocks)):
         for name in ("q", "k", "v", "proj", "fc1", "fc2"):
-            projection = anatomy.projection(index, name)
+            projection = family.projection(index, name)
             if projection.in_features % width or projection.out_features % width:
                 raise ValueError(
                     f"FacT needs layers of multiples of {width} features; {name!r} of block "
@@ -100,12 +92,12 @@ def _pieces(anatomy: Anatomy) -> tuple[dict[nn.Linear, list[_Piece]], int]:
     return pieces, count
 
 
-class Factors(Attached):
+class Factors(AttachedMethod):
     """The shared factors ``u``, ``v`` (D, rank) and the cores."""
 
-    def __init__(self, config: FacT, anatomy: Anatomy, count: int) -> None:
+    def __init__(self, config: FacT, family: BackboneFamily, count: int) -> None:
         super().__init__()
-        rank, width, options = config.rank or 0, anatomy.embed_dim, new_parameters(anatomy.model)
+        rank, width, options = config.rank or 0, family.embed_dim, new_parameters(family.model)
         self.scale, self.dropout = config.scale, config.dropout
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
@@ -148,9 +140,9 @@ class Factors(Attached):
         updates = torch.stack([by_output[start] for start in sorted(by_output)], dim=-2) @ v.T
         return output + self.scale * updates.flatten(-2)
 
-    def merge(self, anatomy: Anatomy) -> None:
+    def merge(self, family: BackboneFamily) -> None:
         width = len(self.u)
-        for layer, of_layer in _pieces(anatomy)[0].items():
+        for layer, of_layer in _pieces(family)[0].items():
             for k, inputs, outputs in of_layer:
                 update = self.u.double() @ self.core_of(k).double() @ self.v.double().T
                 part = layer.weight[outputs : outputs + width, inputs : inputs + width]

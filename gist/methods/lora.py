@@ -12,18 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
+from gist.backbones.base import BackboneFamily
 from gist.methods.base import (
-    Attached,
-    Change,
+    AttachedMethod,
     FusedParts,
+    LayerUpdate,
     Method,
-    check_count,
-    check_finite,
-    check_rate,
+    Refusal,
     new_parameters,
 )
-from gist_kernels.suggest import unknown_name
+from gist.validate import check_count, check_finite, check_known, check_rate
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -37,10 +35,10 @@ class LoRA(Method):
     Parameters: ``depth * rank * (in + out)`` of each target.
 
     Args:
-        rank: of each update, at least 1.
+        rank: rank of each update, at least 1.
         alpha: scale times rank.
         targets: any of "q", "k", "v", "proj", "fc1", "fc2".
-        dropout: of the update's input, in [0, 1).
+        dropout: dropout rate of the update's input, in [0, 1).
     """
 
     name: ClassVar[str] = "lora"
@@ -55,15 +53,14 @@ class LoRA(Method):
         check_rate("dropout", self.dropout)
         object.__setattr__(self, "targets", tuple(self.targets))
         for target in self.targets:
-            if target not in TARGETS:
-                raise ValueError(unknown_name("target", target, TARGETS))
+            check_known("target", target, TARGETS)
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must name each layer once, one at least; {self.targets!r}")
 
-    def attach(self, anatomy: Anatomy) -> Attached:
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
         found = [
-            {target: anatomy.projection(index, target) for target in self.targets}
-            for index in range(len(anatomy.blocks))
+            {target: family.projection(index, target) for target in self.targets}
+            for index in range(len(family.blocks))
         ]
         updates = LowRankUpdates(self)
         for index, projections in enumerate(found):
@@ -71,7 +68,7 @@ class LoRA(Method):
             of_layer: dict[nn.Linear, list[tuple[str, int]]] = {}
             for target, projection in projections.items():
                 of_block[target] = LowRank(
-                    projection.in_features, projection.out_features, self.rank, anatomy
+                    projection.in_features, projection.out_features, self.rank, family
                 )
                 of_layer.setdefault(projection.layer, []).append((target, projection.start))
             updates.append(nn.ModuleDict(of_block))
@@ -79,20 +76,20 @@ class LoRA(Method):
                 layer.register_forward_hook(partial(updates.update, index, tuple(places)))
         return updates
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
+    def num_parameters(self, family: BackboneFamily) -> int:
         return sum(
             self.rank * (projection.in_features + projection.out_features)
-            for index in range(len(anatomy.blocks))
-            for projection in (anatomy.projection(index, target) for target in self.targets)
+            for index in range(len(family.blocks))
+            for projection in (family.projection(index, target) for target in self.targets)
         )
 
 
 class LowRank(nn.Module):
     """The factors of one update: ``down`` (rank, in), A, and ``up`` (out, rank), B."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, anatomy: Anatomy) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int, family: BackboneFamily) -> None:
         super().__init__()
-        options = new_parameters(anatomy.model)
+        options = new_parameters(family.model)
         self.down = nn.Parameter(torch.empty(rank, inputs, **options))
         self.up = nn.Parameter(torch.zeros(outputs, rank, **options))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
@@ -101,8 +98,8 @@ class LowRank(nn.Module):
         return f"{self.down.shape[1]} -> {self.down.shape[0]} -> {self.up.shape[0]}"
 
 
-class LowRankUpdates(nn.ModuleList, Attached):
-    """For each block its targets' :class:`LowRank`, by their names."""
+class LowRankUpdates(nn.ModuleList, AttachedMethod):
+    """Each block's :class:`LowRank` factors, by target."""
 
     def __init__(self, config: LoRA) -> None:
         super().__init__()
@@ -116,7 +113,7 @@ class LowRankUpdates(nn.ModuleList, Attached):
         args: tuple[torch.Tensor],
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """Hook: a layer's output with its targets' updates, each from its column on."""
+        """Hook: add the targets' updates to a layer's output, each from its start column."""
         x = F.dropout(args[0], self.dropout, self.training) if self.dropout else args[0]
         of_block: Any = self[index]
         for target, start in places:
@@ -127,28 +124,28 @@ class LowRankUpdates(nn.ModuleList, Attached):
             output = output + F.pad(update, (start, rest)) if start or rest else output + update
         return output
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         if self.dropout and self.training:
-            return "its update has dropout"
+            return Refusal("its update has dropout")
         of_block: Any = self[index]
-        changes = {
-            name: Change(down=of_block[name].down, up=self.scale * of_block[name].up)
+        updates = {
+            name: LayerUpdate(down=of_block[name].down, up=self.scale * of_block[name].up)
             for name in ("proj", "fc1", "fc2")
             if name in of_block
         }
         packed = [(i, of_block[name]) for i, name in enumerate("qkv") if name in of_block]
         if packed:
-            # Each one's outputs are a third of the packed layer's.
+            # Each of q, k and v has a third of the packed layer's outputs.
             up = [F.pad(f.up, (0, 0, i * len(f.up), (2 - i) * len(f.up))) for i, f in packed]
-            changes["qkv"] = Change(
+            updates["qkv"] = LayerUpdate(
                 down=torch.cat([f.down for _, f in packed]), up=self.scale * torch.cat(up, dim=1)
             )
-        return FusedParts(changes=changes)
+        return FusedParts(updates=updates)
 
-    def merge(self, anatomy: Anatomy) -> None:
+    def merge(self, family: BackboneFamily) -> None:
         for index, of_block in enumerate(self):
             for target, factors in of_block.items():  # type: ignore[operator]
-                layer, start, stop = anatomy.projection(index, target)
+                layer, start, stop = family.projection(index, target)
                 weight = layer.weight
                 update = self.scale * (factors.up.double() @ factors.down.double())
                 weight[start:stop] = (weight[start:stop].double() + update).to(weight.dtype)

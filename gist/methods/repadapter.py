@@ -1,4 +1,4 @@
-"""RepAdapter: linear adapters before each sublayer, which vanish into its weights."""
+"""RepAdapter: linear adapters before each sublayer, which merge into its weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
-from gist.methods.base import (
-    Attached,
-    Method,
-    check_count,
-    check_finite,
-    check_rate,
-    new_parameters,
-)
+from gist.backbones.base import BackboneFamily
+from gist.methods.base import AttachedMethod, Method, new_parameters
+from gist.validate import check_count, check_finite, check_rate
 
 _PLACES = ("attention", "mlp")
 
@@ -29,7 +23,7 @@ class RepAdapter(Method):
 
         n = norm(x);  n = n + scale * up(dropout(down(n)));  x = x + drop_path(sublayer(n))
 
-    ``up`` is group-wise: output group g reads its share of the bottleneck alone. Without a
+    ``up`` is group-wise: output group g reads only its share of the bottleneck. Without a
     nonlinearity both fold into the linear layer that follows (:func:`gist.merge`). Down starts
     Xavier-uniform, up and both biases at 0.
 
@@ -39,7 +33,7 @@ class RepAdapter(Method):
         rank: bottleneck width, a multiple of ``groups``.
         groups: of ``up``; D is a multiple of it.
         scale: factor on the update; the publication chooses it for each task of 0.1 to 10.
-        dropout: of the bottleneck, in [0, 1).
+        dropout: dropout rate of the bottleneck, in [0, 1).
     """
 
     name: ClassVar[str] = "repadapter"
@@ -56,33 +50,33 @@ class RepAdapter(Method):
         check_finite("scale", self.scale)
         check_rate("dropout", self.dropout)
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        if anatomy.embed_dim % self.groups:
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        if family.embed_dim % self.groups:
             raise ValueError(
-                f"groups, {self.groups}, must divide the backbone's width, {anatomy.embed_dim}"
+                f"groups, {self.groups}, must divide the backbone's width, {family.embed_dim}"
             )
-        norms = [anatomy.parts(index).norms for index in range(len(anatomy.blocks))]
+        norms = [family.parts(index).norms for index in range(len(family.blocks))]
         adapters = LinearAdapters(self)
         for index, of_block in enumerate(norms):
-            pair = {place: GroupedLinear(self, anatomy) for place in _PLACES}
+            pair = {place: GroupedLinear(self, family) for place in _PLACES}
             adapters.append(nn.ModuleDict(pair))
             for place, norm in zip(_PLACES, of_block, strict=True):
                 norm.register_forward_hook(partial(adapters.adapt, index, place))
         return adapters
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        width, rank = anatomy.embed_dim, self.rank
+    def num_parameters(self, family: BackboneFamily) -> int:
+        width, rank = family.embed_dim, self.rank
         each = width * rank + rank + width * rank // self.groups + width
-        return 2 * len(anatomy.blocks) * each
+        return 2 * len(family.blocks) * each
 
 
 class GroupedLinear(nn.Module):
     """``up(down(n))``: (rank, D) down, and up as (groups, D / groups, rank / groups)."""
 
-    def __init__(self, config: RepAdapter, anatomy: Anatomy) -> None:
+    def __init__(self, config: RepAdapter, family: BackboneFamily) -> None:
         super().__init__()
-        width, rank, groups = anatomy.embed_dim, config.rank, config.groups
-        options = new_parameters(anatomy.model)
+        width, rank, groups = family.embed_dim, config.rank, config.groups
+        options = new_parameters(family.model)
         self.down = nn.Linear(width, rank, **options)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
@@ -99,7 +93,7 @@ class GroupedLinear(nn.Module):
         return up.flatten(-2) + self.up_bias.to(n.dtype)
 
 
-class LinearAdapters(nn.ModuleList, Attached):
+class LinearAdapters(nn.ModuleList, AttachedMethod):
     """For each block a :class:`GroupedLinear` for "attention" and one for "mlp"."""
 
     def __init__(self, config: RepAdapter) -> None:
@@ -113,7 +107,7 @@ class LinearAdapters(nn.ModuleList, Attached):
         of_block: Any = self[index]
         return output + self.scale * of_block[place](output, self.dropout * self.training)
 
-    def merge(self, anatomy: Anatomy) -> None:
+    def merge(self, family: BackboneFamily) -> None:
         for index, of_block in enumerate(self):
             for place, names in (("attention", ("q", "k", "v")), ("mlp", ("fc1",))):
                 adapter: Any = of_block[place]  # type: ignore[index]
@@ -123,7 +117,7 @@ class LinearAdapters(nn.ModuleList, Attached):
                 matrix = matrix + self.scale * up @ down
                 shift = self.scale * (up @ bias + adapter.up_bias.double())
                 for name in names:
-                    layer, start, stop = anatomy.projection(index, name)
+                    layer, start, stop = family.projection(index, name)
                     if layer.bias is None:
                         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
                     weight = layer.weight[start:stop].double()

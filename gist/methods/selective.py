@@ -1,4 +1,4 @@
-"""Methods without new parameters: they train some of the backbone's own."""
+"""Methods without new parameters: they train some of the backbone's."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from typing import ClassVar
 
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
+from gist.backbones.base import BackboneFamily
 from gist.methods.base import Method
 
 
 class _Selective(Method):
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        return sum(parameter.numel() for parameter in self.trained(anatomy))
+    def num_parameters(self, family: BackboneFamily) -> int:
+        return sum(parameter.numel() for parameter in self.trained(family))
 
 
 @dataclass(frozen=True)
 class BitFit(_Selective):
     """Train every bias of the backbone (arXiv:2106.10199).
 
-    Parameters: ``depth * 11 * D + 2 * D`` for a plain ViT: of the patch embedding, both norms, qkv,
-    proj, fc1 (4 D) and fc2 of each block, and the final norm; 102,912 for ViT-B/16.
+    Parameters: ``depth * 11 * D + 2 * D`` for a plain ViT: the biases of the patch embedding, of
+    both norms, qkv, proj, fc1 (4 D) and fc2 of each block, and of the final norm; 102,912 for
+    ViT-B/16.
     """
 
     name: ClassVar[str] = "bitfit"
 
-    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
-        heads = {id(p) for head in anatomy.heads for p in head.parameters()}
+    def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
+        heads = {id(p) for head in family.heads for p in head.parameters()}
         return [
             parameter
-            for name, parameter in anatomy.model.named_parameters()
+            for name, parameter in family.model.named_parameters()
             if name.rpartition(".")[2] in ("bias", "q_bias", "v_bias")
             and id(parameter) not in heads
         ]
@@ -46,8 +47,8 @@ class LayerNormTuning(_Selective):
 
     name: ClassVar[str] = "layernorm"
 
-    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
-        norms = (m for m in anatomy.model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)))
+    def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
+        norms = (m for m in family.model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)))
         return [parameter for norm in norms for parameter in norm.parameters()]
 
 
@@ -60,10 +61,10 @@ class Full(_Selective):
 
     name: ClassVar[str] = "full"
 
-    def trained(self, anatomy: Anatomy) -> Iterable[nn.Parameter]:
-        heads = {id(p) for head in anatomy.heads for p in head.parameters()}
+    def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
+        heads = {id(p) for head in family.heads for p in head.parameters()}
         return [
             parameter
-            for name, parameter in anatomy.model.named_parameters()
+            for name, parameter in family.model.named_parameters()
             if id(parameter) not in heads and not name.endswith("mask_token")
         ]

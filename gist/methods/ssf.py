@@ -10,8 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy
-from gist.methods.base import Attached, Change, FusedParts, Method, new_parameters
+from gist.backbones.base import BackboneFamily
+from gist.methods.base import (
+    AttachedMethod,
+    FusedParts,
+    LayerUpdate,
+    Method,
+    Refusal,
+    new_parameters,
+)
 
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 
@@ -26,41 +33,41 @@ class SSF(Method):
     qkv counts as one), and the final norm. Scales start at 1, shifts at 0, both with normal noise
     of standard deviation 0.02, as released.
 
-    Parameters: two for each output feature of those: ``depth * 22 * D + 4 * D`` where the MLP's
-    width is four times D; 205,824 for ViT-B/16.
+    Parameters: two for each output feature of these operations: ``depth * 22 * D + 4 * D`` if the
+    MLP's width is four times D; 205,824 for ViT-B/16.
     """
 
     name: ClassVar[str] = "ssf"
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        places = list(_places(anatomy))
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        places = list(_places(family))
         features = Features()
-        options = new_parameters(anatomy.model)
+        options = new_parameters(family.model)
         for name, _, width in places:
             features[name] = ScaleShift(width, options)
         for name, module, _ in places:
             module.register_forward_hook(partial(features.scaled, name))
         return features
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        return sum(2 * width for _, _, width in _places(anatomy))
+    def num_parameters(self, family: BackboneFamily) -> int:
+        return sum(2 * width for _, _, width in _places(family))
 
 
-def _places(anatomy: Anatomy) -> Iterator[tuple[str, nn.Module, int]]:
+def _places(family: BackboneFamily) -> Iterator[tuple[str, nn.Module, int]]:
     """Name, module and width of every operation."""
-    width = anatomy.embed_dim
-    yield "patch_embed", anatomy.patch_projection, width
-    for index in range(len(anatomy.blocks)):
-        for name, norm in zip(("norm1", "norm2"), anatomy.parts(index).norms, strict=True):
+    width = family.embed_dim
+    yield "patch_embed", family.patch_projection, width
+    for index in range(len(family.blocks)):
+        for name, norm in zip(("norm1", "norm2"), family.parts(index).norms, strict=True):
             yield f"{index}_{name}", norm, width
         seen: set[int] = set()
         for name in ("q", "k", "v", "proj", "fc1", "fc2"):
-            layer = anatomy.projection(index, name).layer
+            layer = family.projection(index, name).layer
             if id(layer) not in seen:
                 seen.add(id(layer))
-                packed = name == "q" and layer is anatomy.projection(index, "v").layer
+                packed = name == "q" and layer is family.projection(index, "v").layer
                 yield f"{index}_{'qkv' if packed else name}", layer, layer.out_features
-    yield "norm", anatomy.final_norm, width
+    yield "norm", family.final_norm, width
 
 
 class ScaleShift(nn.Module):
@@ -78,7 +85,7 @@ class ScaleShift(nn.Module):
         return torch.addcmul(shift, scale, y)
 
 
-class Features(nn.ModuleDict, Attached):
+class Features(nn.ModuleDict, AttachedMethod):
     """A :class:`ScaleShift` for each operation, by its name."""
 
     reaches_embedding = True
@@ -89,18 +96,20 @@ class Features(nn.ModuleDict, Attached):
         """Hook: an operation's output, scaled and shifted."""
         return self[name](output, isinstance(module, nn.Conv2d))
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         names = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
         parts: dict[str, Any] = {name: self[f"{index}_{name}"] for name in names}
-        return FusedParts(changes={n: Change(part.scale, part.shift) for n, part in parts.items()})
+        return FusedParts(
+            updates={n: LayerUpdate(part.scale, part.shift) for n, part in parts.items()}
+        )
 
-    def merge(self, anatomy: Anatomy) -> None:
-        for name, module, _ in list(_places(anatomy)):
+    def merge(self, family: BackboneFamily) -> None:
+        for name, module, _ in list(_places(family)):
             _fold(module, self[name])
 
 
 def _fold(module: Any, by: Any) -> None:
-    """Scale and shift into a layer's or a norm's own weight and bias."""
+    """Fold scale and shift into a layer's or a norm's own weight and bias."""
     if module.bias is None:
         module.bias = nn.Parameter(torch.zeros_like(by.shift, dtype=module.weight.dtype))
     scale, weight = by.scale.double(), module.weight

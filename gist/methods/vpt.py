@@ -11,15 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.backbones.anatomy import Anatomy, TimmEva
-from gist.methods.base import (
-    Attached,
-    FusedParts,
-    Method,
-    check_count,
-    check_rate,
-    new_parameters,
-)
+from gist.backbones.base import BackboneFamily
+from gist.backbones.timm_vit import TimmEva
+from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal, new_parameters
+from gist.validate import check_count, check_rate
 
 
 @dataclass(frozen=True)
@@ -28,17 +23,17 @@ class VPT(Method):
 
     Shallow prompts enter before the first block and pass through all; deep ones are replaced by new
     ones before each block. They stand at the end of the sequence, where the publication has them
-    after the class token: blocks without positions of their own treat all places alike. They leave
-    before the final norm, so that no pooling sees them. They start uniform within
+    after the class token: blocks without positions of their own treat all places alike. They are
+    removed before the final norm, so that no pooling sees them. They start uniform within
     ``sqrt(6 / (3 * p * p + D))`` for patches of p x p pixels.
 
     Parameters: ``num_tokens * D``, times ``depth`` if deep.
 
     Args:
         num_tokens: prompts a block, at least 1; the publication chooses among 1, 5, 10, 50, 100
-            and 200 for each task, its code's default is 5.
+            and 200 for each task; its code's default is 5.
         deep: VPT-Deep rather than VPT-Shallow.
-        dropout: of the prompts, drawn anew for each image, in [0, 1).
+        dropout: dropout rate of the prompts, drawn for each image, in [0, 1).
     """
 
     name: ClassVar[str] = "vpt"
@@ -50,35 +45,35 @@ class VPT(Method):
         check_count("num_tokens", self.num_tokens)
         check_rate("dropout", self.dropout)
 
-    def attach(self, anatomy: Anatomy) -> Attached:
-        self.num_parameters(anatomy)
-        prompts = Prompts(self, anatomy)
-        for index in range(len(anatomy.blocks) if self.deep else 1):
-            anatomy.blocks[index].register_forward_pre_hook(partial(prompts.enter, index))
-        anatomy.blocks[-1].register_forward_hook(prompts.leave)
+    def attach(self, family: BackboneFamily) -> AttachedMethod:
+        self.num_parameters(family)
+        prompts = Prompts(self, family)
+        for index in range(len(family.blocks) if self.deep else 1):
+            family.blocks[index].register_forward_pre_hook(partial(prompts.enter, index))
+        family.blocks[-1].register_forward_hook(prompts.leave)
         return prompts
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        if isinstance(anatomy, TimmEva):
+    def num_parameters(self, family: BackboneFamily) -> int:
+        if isinstance(family, TimmEva):
             raise ValueError(
                 "VPT's prompts have no place among the rotary positions of a "
-                f"{type(anatomy.model).__name__}; use another method"
+                f"{type(family.model).__name__}; use another method"
             )
-        return self.num_tokens * anatomy.embed_dim * (len(anatomy.blocks) if self.deep else 1)
+        return self.num_tokens * family.embed_dim * (len(family.blocks) if self.deep else 1)
 
 
-class Prompts(Attached):
+class Prompts(AttachedMethod):
     """(depth or 1, num_tokens, D) prompts."""
 
-    def __init__(self, config: VPT, anatomy: Anatomy) -> None:
+    def __init__(self, config: VPT, family: BackboneFamily) -> None:
         super().__init__()
-        height, width = anatomy.patch_projection.kernel_size
-        bound = math.sqrt(6 / (3 * height * width + anatomy.embed_dim))
+        height, width = family.patch_projection.kernel_size
+        bound = math.sqrt(6 / (3 * height * width + family.embed_dim))
         prompts = torch.empty(
-            len(anatomy.blocks) if config.deep else 1,
+            len(family.blocks) if config.deep else 1,
             config.num_tokens,
-            anatomy.embed_dim,
-            **new_parameters(anatomy.model),
+            family.embed_dim,
+            **new_parameters(family.model),
         )
         self.prompts = nn.Parameter(prompts.uniform_(-bound, bound))
         self.dropout = config.dropout
@@ -87,7 +82,7 @@ class Prompts(Attached):
     def extra_repr(self) -> str:
         return f"prompts={tuple(self.prompts.shape)}, dropout={self.dropout}"
 
-    def fused(self, index: int) -> FusedParts | str:
+    def fused(self, index: int) -> FusedParts | Refusal:
         return FusedParts()
 
     def before_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -104,9 +99,9 @@ class Prompts(Attached):
     def enter(
         self, index: int, block: nn.Module, args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """Hook before a block: its prompts join, in place of the last ones."""
+        """Hook before a block: add its prompts, in place of the previous block's."""
         return (self.before_block(index, args[0]), *args[1:])
 
     def leave(self, block: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        """Hook after the last block: the prompts leave."""
+        """Hook after the last block: remove the prompts."""
         return self.after_blocks(output)

@@ -197,11 +197,17 @@ def test_the_command_leaves_json_plots_and_a_report(tmp_path, monkeypatch, capsy
         (["bench", "loss", "--dtype", "float8"], "take float32"),
     ],
 )
-def test_the_command_says_what_it_takes(arguments, message, capsys):
+def test_the_command_says_what_it_takes(arguments, message, capfd):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code not in (0, None)
-    assert message in capsys.readouterr().err + str(end.value.code)
+    assert message in capfd.readouterr().err
+
+
+def test_the_command_needs_the_repository(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("gist.cli.results.__file__", str(tmp_path / "gist" / "cli" / "results.py"))
+    assert cli.main(["bench", "loss"]) == 2
+    assert "the benchmarks are in the repository" in capsys.readouterr().err
 
 
 def test_released_structure_is_ours(monkeypatch):

@@ -1,0 +1,37 @@
+"""The families of backbones, and which of them a model belongs to."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from gist.backbones.base import BackboneFamily
+from gist.backbones.timm_vit import TimmDistilled, TimmEva, TimmViT
+from gist.backbones.transformers_vit import TRANSFORMERS_MODELS, TransformersViT
+
+
+def family_of(backbone: nn.Module) -> BackboneFamily:
+    """The family of a supported backbone, around that backbone.
+
+    Raises:
+        TypeError: it is of no supported family.
+    """
+    model: Any = backbone
+    if "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel):
+        model = model.get_base_model()
+    if isinstance(model, VisionTransformer):
+        return (TimmDistilled if hasattr(model, "head_dist") else TimmViT)(model)
+    if isinstance(model, Eva):
+        return TimmEva(model)
+    if type(model).__name__ in TRANSFORMERS_MODELS:
+        return TransformersViT(model)
+    raise TypeError(
+        "backbone must be a vision transformer for classification: timm's VisionTransformer or "
+        "Eva, such as timm.create_model('vit_base_patch16_224'), or one of transformers' "
+        f"{', '.join(TRANSFORMERS_MODELS)}; it is a {type(model).__name__}, "
+        "which has no sequence of tokens that a Gist token could join"
+    )

@@ -1,0 +1,169 @@
+"""timm's vision transformers: VisionTransformer, its distilled form, and Eva."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from gist.backbones.base import BackboneFamily, BlockParts, Projection, projections
+
+
+class TimmViT(BackboneFamily):
+    """timm's VisionTransformer: ViT, DeiT, DINOv2, CLIP's and SigLIP's image towers, ..."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.model.blocks
+
+    def parts(self, index: int) -> BlockParts:
+        block = self.blocks[index]
+        if not isinstance(block, Block):
+            raise ValueError(
+                f"PEFT methods attach to timm's pre-norm Block; blocks.{index} of this backbone "
+                f"is a {type(block).__name__}"
+            )
+        return BlockParts(
+            (block.norm1, block.norm2),
+            (block.drop_path1, block.drop_path2),
+            projections(
+                _packed(block.attn.qkv),
+                proj=block.attn.proj,
+                fc1=getattr(block.mlp, "fc1", None),
+                fc2=getattr(block.mlp, "fc2", None),
+            ),
+        )
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.embed_dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.model.num_prefix_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.model.cls_token is not None
+
+    @property
+    def class_position(self) -> torch.Tensor | None:
+        token, position = self.model.cls_token, self.model.pos_embed
+        if token is None:
+            return None
+        with_position = position is not None and not self.model.no_embed_class
+        return (token + position[:, :1] if with_position else token)[0, 0]
+
+    @property
+    def patch_projection(self) -> nn.Conv2d:
+        return self.model.patch_embed.proj
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.fc_norm if isinstance(self.model.norm, nn.Identity) else self.model.norm
+
+    @property
+    def pooling(self) -> str:
+        return self.model.global_pool
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.forward_features(images)
+
+    @property
+    def heads(self) -> Sequence[nn.Module]:
+        return [self.model.head]
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.model.reset_classifier(num_classes)
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model.pool(features)
+
+    def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
+        pooled = self.model.head_drop(self.model.fc_norm(pooled))
+        return (head or self.model.head)(pooled)
+
+    def refusal(self, gist: bool) -> str | None:
+        if not self.pooling:
+            return "has no pooling (global_pool=''); use global_pool='token'"
+        if gist and self.model.attn_pool is not None:
+            return (
+                f"pools by attention (global_pool={self.pooling!r}), for which the Gist token's "
+                "logits are not defined; use global_pool='token' or 'avg'"
+            )
+        return super().refusal(gist)
+
+
+class TimmDistilled(TimmViT):
+    """DeiT with a distillation token: logits are the mean of two heads, each on its own token.
+
+    The Gist token's logits are the mean of both heads on the Gist token.
+    """
+
+    @property
+    def reads_only_prefix(self) -> bool:
+        return False  # two tokens, which the Gist token would come between
+
+    @property
+    def heads(self) -> Sequence[nn.Module]:
+        return [self.model.head, self.model.head_dist]
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        return features[:, :2]
+
+    def pool_token(self, token: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return token[:, None].expand(-1, 2, -1)
+
+    def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
+        by_class, by_distillation = self.model.head_drop(pooled).unbind(-2)
+        if head is not None:
+            return head((by_class + by_distillation) / 2)
+        return (self.model.head(by_class) + self.model.head_dist(by_distillation)) / 2
+
+
+class TimmEva(TimmViT):
+    """timm's Eva: EVA-02, DINOv3 and others with rotary positions. The Gist token has none."""
+
+    def parts(self, index: int) -> BlockParts:
+        block: Any = self.blocks[index]
+        if not isinstance(block, EvaBlock):
+            raise ValueError(
+                f"PEFT methods attach to timm's pre-norm EvaBlock; blocks.{index} of this backbone "
+                f"is a {type(block).__name__}"
+            )
+        attn = block.attn
+        if attn.qkv is None:
+            by_name = {name: getattr(attn, f"{name}_proj") for name in "qkv"}
+        else:
+            # With separate biases, timm reads qkv's weight directly: hooks on qkv would not run.
+            by_name = _packed(None if getattr(attn, "q_bias", None) is not None else attn.qkv)
+        return BlockParts(
+            (block.norm1, block.norm2),
+            (block.drop_path1, block.drop_path2),
+            projections(
+                by_name,
+                proj=attn.proj,
+                fc1=getattr(block.mlp, "fc1", None),
+                fc2=getattr(block.mlp, "fc2", None),
+            ),
+        )
+
+    @property
+    def prefix_counters(self) -> Sequence[Any]:
+        return [block.attn for block in self.blocks]
+
+
+def _packed(qkv: Any) -> dict[str, Any]:
+    """The three projections of one linear layer."""
+    if type(qkv) is not nn.Linear:
+        return {}
+    width = qkv.out_features // 3
+    return {name: Projection(qkv, i * width, (i + 1) * width) for i, name in enumerate("qkv")}

@@ -1,0 +1,114 @@
+"""transformers' vision transformers for image classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from gist.backbones.base import BackboneFamily, BlockParts, projections
+
+TRANSFORMERS_MODELS = (
+    "ViTForImageClassification",
+    "Dinov2ForImageClassification",
+    "Dinov2WithRegistersForImageClassification",
+)
+
+
+class TransformersViT(BackboneFamily):
+    """transformers' ViT, DINOv2 and DINOv2 with registers for image classification."""
+
+    _BLOCKS: ClassVar = {
+        "ViTLayer": ("layernorm_before", "layernorm_after", "dropout"),
+        "Dinov2Layer": ("norm1", "norm2", "drop_path"),
+        "Dinov2WithRegistersLayer": ("norm1", "norm2", "drop_path"),
+    }
+
+    @property
+    def encoder(self) -> Any:
+        return getattr(self.model, self.model.base_model_prefix)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        encoder = self.encoder
+        return encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
+
+    def parts(self, index: int) -> BlockParts:
+        block: Any = self.blocks[index]
+        names = self._BLOCKS[type(block).__name__]
+        norm1, norm2, leaves = (getattr(block, name) for name in names)
+        attention, mlp = block.attention, block.mlp
+        return BlockParts(
+            (norm1, norm2),
+            (leaves, leaves),
+            projections(
+                {name: getattr(attention, f"{name}_proj") for name in "qkv"},
+                proj=attention.o_proj,
+                fc1=getattr(mlp, "fc1", None),
+                fc2=getattr(mlp, "fc2", None),
+            ),
+        )
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return 1 + getattr(self.model.config, "num_register_tokens", 0)
+
+    @property
+    def has_class_token(self) -> bool:
+        return True
+
+    @property
+    def class_position(self) -> torch.Tensor | None:
+        embeddings = self.encoder.embeddings
+        return (embeddings.cls_token + embeddings.position_embeddings[:, :1])[0, 0]
+
+    @property
+    def patch_projection(self) -> nn.Conv2d:
+        return self.encoder.embeddings.patch_embeddings.projection
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.encoder.layernorm
+
+    @property
+    def pooling(self) -> str:
+        return "token" if type(self.model).__name__.startswith("ViT") else "token+avg"
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.encoder(images).last_hidden_state
+
+    @property
+    def heads(self) -> Sequence[nn.Module]:
+        return [self.model.classifier]
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_labels
+
+    def reset_classifier(self, num_classes: int) -> None:
+        old = self.model.classifier
+        like = next(self.encoder.parameters())
+        width = self.embed_dim * (1 if self.pooling == "token" else 2)
+        new = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
+        nn.init.trunc_normal_(new.weight, std=0.02)
+        nn.init.zeros_(new.bias)
+        self.model.classifier = new.train(old.training)
+        self.model.config.num_labels = self.model.num_labels = num_classes
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        return self.pool_token(features[:, 0], features)
+
+    def pool_token(self, token: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if self.pooling == "token":
+            return token
+        # DINOv2's classifier averages what follows the class token, its registers left out.
+        return torch.cat((token, features[:, self.num_prefix_tokens :].mean(1)), dim=1)
+
+    def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
+        return (head or self.model.classifier)(pooled)

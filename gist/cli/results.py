@@ -1,0 +1,127 @@
+"""Commands on finished runs, ``gist merge`` and ``gist predict``, and on the kernels."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from timm.data import resolve_model_data_config
+
+import gist_kernels
+from gist.cli.common import add_command, add_device_options, console
+from gist.data import load_data, prepare
+from gist.files import write_atomically
+from gist.model.merge import merge
+from gist.runs import summary
+from gist.runs.predict import predict
+from gist.runs.run import load_run, read_results
+from gist.training.evaluation import evaluate
+
+
+def register(commands: Any) -> None:
+    """Add the commands to the parser of ``gist``."""
+    merged = add_command(
+        commands, "merge", _merge, "fold a run's method into a plain timm model, and test that"
+    )
+    merged.add_argument("run", type=Path, help="the folder of a finished run")
+    merged.add_argument("--drop-token", action="store_true",
+                        help="leave the Gist token out, which is not exact")  # fmt: skip
+    merged.add_argument("--data", help="what to test on; default: the run's")
+    merged.add_argument("--out", type=Path, help="default: merged.safetensors in the folder")
+    add_device_options(merged)
+
+    predicted = add_command(
+        commands, "predict", _predict, "the classes a run gives to images, printed as CSV"
+    )
+    predicted.add_argument("run", type=Path, help="the folder of a finished run")
+    predicted.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    add_device_options(predicted)
+
+    add_command(commands, "backends", _backends, "what can run the kernels here, and why not")
+    # All options go to the benchmarks: no prefix makes an option here.
+    about = "time the kernels against their peers"
+    bench = commands.add_parser("bench", help=about, prefix_chars="\0", add_help=False)
+    bench.set_defaults(command=_bench)
+    bench.add_argument("arguments", nargs="*")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    """Run the repository's benchmarks in a process of their own."""
+    repository = Path(__file__).parents[2]
+    if not (repository / "bench" / "__main__.py").exists():
+        raise FileNotFoundError(
+            "the benchmarks are in the repository, not in the installed package: clone it, run "
+            "pip install -e '.[bench]' there, and this command again"
+        )
+    command = [sys.executable, "-m", "bench", *arguments.arguments]
+    status = subprocess.run(command, cwd=repository).returncode
+    if status:
+        sys.exit(status)
+
+
+def _backends(arguments: argparse.Namespace) -> None:
+    for name, info in gist_kernels.backends().items():
+        state = "available" if info.available else "not available"
+        console.print(f"{name}: {state}. {info.detail}", markup=False, highlight=False)
+        if info.available:
+            console.print(f"    serves: {', '.join(info.operations) or 'nothing yet'}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    """Fold a finished run's method into a plain timm model, and test that model."""
+    model = load_run(arguments.run)
+    merged = merge(model, drop_token=arguments.drop_token)
+    out = arguments.out or arguments.run / "merged.safetensors"
+    write_atomically(out, safetensors.torch.save(merged.state_dict()))
+    options = {
+        "num_classes": merged.num_classes,
+        "img_size": merged.patch_embed.img_size[0],
+        "reg_tokens": merged.num_reg_tokens,
+    }
+    results = read_results(arguments.run)
+    assert results is not None
+    name = results["config"]["model"]
+    arguments_of = ", ".join(f"{key}={value}" for key, value in options.items())
+    console.print(f"{out}: weights of timm.create_model({name!r}, {arguments_of})", soft_wrap=True)
+    data = load_data(arguments.data or results["config"]["data"])
+    split, which = (data.test, "test") if data.test is not None else (data.val, "validation")
+    assert split is not None
+    images = prepare(split, options["img_size"], resolve_model_data_config(model.backbone))
+    before, after = (evaluate(each.to(arguments.device), images) for each in (model, merged))
+    console.print(
+        f"{len(images):,} {which} images: {before.accuracy:.2%} as trained, {after.accuracy:.2%} "
+        f"merged{' without the Gist token' if arguments.drop_token else ''}",
+        highlight=False,
+    )
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    """Print a finished run's predictions of images as CSV."""
+    predictions = predict(arguments.run, arguments.images, device=arguments.device)
+    first = next(predictions)  # raises before the table starts
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["image", "class", "probability"])
+    for image, label, probability in chain((first,), predictions):
+        table.writerow([image, label, f"{probability:.4f}"])
+
+
+def show(results: dict[str, Any], directory: Path, title: str) -> None:
+    """Print the table of some runs and draw their curves into ``directory``."""
+    if console.quiet:  # another process shows them
+        return
+    console.print(summary.table(results, title))
+    picture = directory / "curves.png"
+    try:
+        summary.plot(results, picture, title)
+    except ImportError as error:
+        console.print(str(error), style="yellow", markup=False)
+    for name, result in results.items():
+        if result["reused"]:
+            console.print(f"{name}: finished earlier, --fresh trains it again", style="dim")
+    console.print(f"Results, weights and curves: {directory}", highlight=False)

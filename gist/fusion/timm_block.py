@@ -1,0 +1,235 @@
+"""timm's Block as fused sublayers, where it matches them.
+
+A Block is two pre-norm sublayers. ``gist_kernels.adapter_attention`` and ``adapter_mlp`` compute
+them, with the adapter beside each. A block with anything else in it runs by its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Attention, DropPath, LayerNorm, LayerScale, Mlp
+from timm.models.vision_transformer import Block
+from torch import nn
+
+import gist_kernels as gk
+from gist.methods.base import AttachedMethod, LayerUpdate, Refusal
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
+
+
+class Plan(NamedTuple):
+    """What the fused sublayers of one block take from all methods together."""
+
+    attention: gk.AdapterWeights | None
+    mlp: gk.AdapterWeights | None
+    updates: Mapping[str, LayerUpdate]
+
+
+def plan(
+    block: nn.Module, index: int, methods: Sequence[AttachedMethod], hook_owners: Collection[int]
+) -> Plan | Refusal:
+    """How a block runs as fused sublayers, or why it runs by its own forward.
+
+    Args:
+        block: the block.
+        index: its number in the backbone.
+        methods: the modules attached to the backbone.
+        hook_owners: the ids of the modules, methods and token, whose hooks the fused sublayers
+            replace. A hook of any other module runs only in the block's own forward.
+    """
+    reason = _block_refusal(block, hook_owners)
+    if reason is not None:
+        return Refusal(reason)
+    attention: gk.AdapterWeights | None = None
+    mlp: gk.AdapterWeights | None = None
+    updates: dict[str, LayerUpdate] = {}
+    for method in methods:
+        parts = method.fused(index)
+        if isinstance(parts, Refusal):
+            return parts
+        if (attention and parts.attention) or (mlp and parts.mlp):
+            return Refusal("it has two adapters beside one sublayer")
+        if updates.keys() & parts.updates.keys():
+            return Refusal("two methods change one of its layers")
+        attention, mlp = attention or parts.attention, mlp or parts.mlp
+        updates |= parts.updates
+    return Plan(attention, mlp, updates)
+
+
+def run(
+    block: Any,
+    plan: Plan,
+    x: torch.Tensor,
+    *,
+    num_queries: int | None,
+    grad_tokens: tuple[int, int] | None,
+) -> torch.Tensor:
+    """Run a timm Block as :func:`plan` says.
+
+    Args:
+        x: (B, N, D) tokens.
+        num_queries: compute only the first tokens of the output; None for all.
+        grad_tokens: compute x's gradient only for these tokens: start and count.
+    """
+    attn, mlp, updates = block.attn, block.mlp, plan.updates
+    qkv, qkv_update = _linear(attn.qkv, updates.get("qkv"))
+    proj, proj_update = _linear(attn.proj, updates.get("proj"))
+    x = gk.adapter_attention(
+        x,
+        _norm(block.norm1, updates.get("norm1")),
+        gk.AttentionWeights(
+            *qkv,
+            *proj,
+            attn.num_heads,
+            attn.scale,
+            _layer_scale(block.ls1),
+            qkv_update,
+            proj_update,
+        ),
+        plan.attention,
+        num_queries=num_queries,
+        drop_path=_drop_path(block.drop_path1, x),
+        grad_tokens=grad_tokens,
+    )
+    activation = _activation(mlp.act)
+    assert activation is not None
+    fc1, fc1_update = _linear(mlp.fc1, updates.get("fc1"))
+    fc2, fc2_update = _linear(mlp.fc2, updates.get("fc2"))
+    return gk.adapter_mlp(
+        x,
+        _norm(block.norm2, updates.get("norm2")),
+        gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), fc1_update, fc2_update),
+        plan.mlp,
+        drop_path=_drop_path(block.drop_path2, x),
+    )
+
+
+def _block_refusal(block: Any, hook_owners: Collection[int]) -> str | None:
+    if type(block) is not Block:
+        return f"it is a {type(block).__name__}"
+    part: Any
+    for part in (block.norm1, block.norm2):
+        if not (type(part) in (nn.LayerNorm, LayerNorm) and len(part.normalized_shape) == 1):
+            return f"its norm is a {type(part).__name__}"
+    for part in (block.ls1, block.ls2):
+        if type(part) not in (nn.Identity, LayerScale):
+            return f"its layer scale is a {type(part).__name__}"
+    for part in (block.drop_path1, block.drop_path2):
+        if type(part) not in (nn.Identity, DropPath):
+            return f"its drop-path is a {type(part).__name__}"
+    inner = _attention_refusal(block.attn) or _mlp_refusal(block.mlp)
+    if inner is not None:
+        return inner
+    if any(weight.requires_grad for weight in _frozen(block)):
+        return "it has trainable matrices of its own"
+    if any(id(hook_owner(hook)) not in hook_owners for hook in _hooks(block)):
+        return "it carries hooks that are not gist's"
+    return None
+
+
+def _frozen(block: Any) -> Iterator[torch.Tensor]:
+    """The weights for which the fused sublayers compute no gradient."""
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        yield layer.weight
+    for scale in (block.ls1, block.ls2):
+        if isinstance(scale, LayerScale):
+            yield scale.gamma
+
+
+def _linear(
+    layer: nn.Linear, update: LayerUpdate | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], gk.LinearUpdate | None]:
+    """A layer's weight and bias, and the trained update beside them."""
+    if update is None:
+        return (layer.weight, layer.bias), None
+    bias = _shifted(layer.bias, update, layer.weight.dtype)
+    return (layer.weight, bias), gk.LinearUpdate(update.scale, update.down, update.up)
+
+
+def _shifted(
+    bias: torch.Tensor | None, update: LayerUpdate, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """``scale * bias + shift``."""
+    scale, shift = (None if t is None else t.to(dtype) for t in update[:2])
+    if bias is None or scale is None:
+        return bias if shift is None else shift if bias is None else bias + shift
+    return scale * bias if shift is None else torch.addcmul(shift, scale, bias)
+
+
+def _attention_refusal(attn: Any) -> str | None:
+    if type(attn) is not Attention:
+        return f"its attention is a {type(attn).__name__}"
+    if attn.gate is not None:
+        return "its attention is gated"
+    for part, name in ((attn.q_norm, "queries"), (attn.k_norm, "keys"), (attn.norm, "output")):
+        if type(part) is not nn.Identity:
+            return f"its attention normalises its {name}"
+    if not type(attn.qkv) is type(attn.proj) is nn.Linear:
+        return "its attention's projections are not plain linears"
+    if attn.training and (attn.attn_drop.p or attn.proj_drop.p):
+        return "its attention has dropout"
+    return None
+
+
+def _mlp_refusal(mlp: Any) -> str | None:
+    if type(mlp) is not Mlp:
+        return f"its MLP is a {type(mlp).__name__}"
+    if not type(mlp.fc1) is type(mlp.fc2) is nn.Linear:
+        return "its MLP's layers are not plain linears"
+    if type(mlp.norm) is not nn.Identity:
+        return "its MLP is normalised within"
+    if _activation(mlp.act) is None:
+        return f"its MLP's activation is a {type(mlp.act).__name__}"
+    if mlp.training and (mlp.drop1.p or mlp.drop2.p):
+        return "its MLP has dropout"
+    return None
+
+
+def _activation(act: nn.Module) -> str | None:
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(type(act))
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    for part in module.modules():
+        yield from part._forward_hooks.values()
+        yield from part._forward_pre_hooks.values()
+        yield from part._backward_hooks.values()
+        yield from part._backward_pre_hooks.values()
+
+
+def hook_owner(hook: object) -> object:
+    """The module whose bound method a hook is; the hook itself if it is none."""
+    if isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__self__", hook)
+
+
+def _norm(norm: Any, update: LayerUpdate | None) -> gk.NormWeights:
+    weight, bias = norm.weight, norm.bias
+    if update is not None and weight is not None:
+        bias = _shifted(bias, update, weight.dtype)
+        weight = weight if update.scale is None else update.scale.to(weight.dtype) * weight
+    return gk.NormWeights(weight, bias, norm.eps)
+
+
+def _layer_scale(scale: nn.Module) -> torch.Tensor | None:
+    return scale.gamma if isinstance(scale, LayerScale) else None
+
+
+def _drop_path(part: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The factors that timm's drop_path would draw for x, in timm's order."""
+    if not isinstance(part, DropPath) or part.drop_prob == 0 or not part.training:
+        return None
+    keep = 1 - part.drop_prob
+    factors = x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep)
+    return factors.div_(keep) if keep > 0 and part.scale_by_keep else factors

@@ -1,0 +1,113 @@
+"""The fused forward of a whole timm VisionTransformer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.checkpoint import checkpoint
+
+from gist.fusion import timm_block
+from gist.fusion.patch_embedding import embed_patches
+from gist.methods.base import AttachedMethod, Refusal
+
+# Parameters that come after the patch embedding.
+_LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
+
+
+class InsertedTokens(Protocol):
+    """Tokens that join the sequence before the first block."""
+
+    index: int
+    """Position of the first one."""
+    count: int
+
+    def __call__(self, tokens: torch.Tensor, /) -> torch.Tensor:
+        """(B, N, D) to (B, N + count, D)."""
+
+
+def refusal(model: Any) -> Refusal | None:
+    """Why no block of a backbone is fused, so that its own forward runs as a whole; or None."""
+    if torch.compiler.is_compiling():
+        return Refusal("it is traced by torch.compile or torch.export")
+    if not isinstance(model, VisionTransformer):
+        return Refusal(f"it is a {type(model).__name__}")
+    if type(model).forward_features is not VisionTransformer.forward_features:
+        return Refusal(f"{type(model).__name__} has a forward_features of its own")
+    return None
+
+
+def plans(
+    model: Any, methods: Sequence[AttachedMethod], hook_owners: Collection[int]
+) -> list[timm_block.Plan | Refusal]:
+    """How each block of a backbone without :func:`refusal` runs, as things stand at the call."""
+    return [
+        timm_block.plan(block, index, methods, hook_owners)
+        for index, block in enumerate(model.blocks)
+    ]
+
+
+def features(
+    model: Any,
+    images: torch.Tensor,
+    methods: Sequence[AttachedMethod],
+    token: InsertedTokens | None,
+    hook_owners: Collection[int],
+    num_read: int | None,
+) -> torch.Tensor:
+    """The tokens after the final norm, of a backbone without :func:`refusal`.
+
+    Args:
+        model: the timm VisionTransformer.
+        images: (B, 3, H, W).
+        methods, hook_owners: as :func:`gist.fusion.timm_block.plan` takes them.
+        token: the Gist token, or None.
+        num_read: only the first tokens are read, so that the last block computes no others; None
+            for all.
+
+    Gradients that lead only to frozen patch embeddings are not computed.
+    """
+    embedding = (p for name, p in model.named_parameters() if not name.startswith(_LATER))
+    frozen = not (
+        images.requires_grad
+        or any(p.requires_grad for p in embedding)
+        or any(method.reaches_embedding for method in methods)
+    )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        x = model.patch_drop(model._pos_embed(embed_patches(model.patch_embed, images)))
+        x = model.norm_pre(x)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(next(model.parameters()).dtype)  # where no float32 position has been added
+    # Of the first block's input, only the Gist token then needs a gradient.
+    grad_tokens = None
+    if frozen and token is not None and not any(method.appended_tokens for method in methods):
+        grad_tokens = token.index, token.count
+    last = len(model.blocks) - 1
+
+    def run(index: int, x: torch.Tensor) -> torch.Tensor:
+        block = model.blocks[index]
+        plan = timm_block.plan(block, index, methods, hook_owners)
+        if isinstance(plan, Refusal):
+            return block(x)
+        if index == 0 and token is not None:
+            x = token(x)
+        for method in methods:
+            x = method.before_block(index, x)
+        x = timm_block.run(
+            block, plan, x,
+            num_queries=num_read if index == last else None,
+            grad_tokens=grad_tokens if index == 0 else None,
+        )  # fmt: skip
+        if index == last and num_read is None:
+            for method in methods:
+                x = method.after_blocks(x)
+        return x
+
+    for index in range(last + 1):
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(run, index, x, use_reentrant=False)
+        else:
+            x = run(index, x)
+    return model.norm(x)

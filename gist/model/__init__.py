@@ -1,0 +1,1 @@
+"""The adapted model: its config, Gist token, loss, saving, merging and description."""

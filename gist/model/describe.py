@@ -1,0 +1,72 @@
+"""Descriptions of a model: parameter counts, methods that fit, and which blocks run fused."""
+
+from __future__ import annotations
+
+import contextlib
+
+from torch import nn
+
+import gist_kernels
+from gist.backbones.families import family_of
+from gist.fusion import timm_vit
+from gist.methods import METHODS
+from gist.methods.base import Refusal
+from gist.model.wrapped import GistModel, ParameterCount
+
+
+def available_methods(backbone: nn.Module) -> dict[str, int]:
+    """The PEFT methods that fit a backbone, with the number of parameters each trains by default.
+
+    Args:
+        backbone: what :func:`gist.wrap` takes, or a :class:`gist.GistModel`.
+
+    >>> gist.available_methods(timm.create_model("vit_base_patch16_224"))["adapter"]
+    82992
+    """
+    family = family_of(backbone.backbone if isinstance(backbone, GistModel) else backbone)
+    counts = {}
+    for name, method in METHODS.items():
+        # A method that doesn't fit raises a ValueError with its reason.
+        with contextlib.suppress(ValueError):
+            counts[name] = method().num_parameters(family)
+    return counts
+
+
+def count_parameters(model: GistModel) -> ParameterCount:
+    """Count a model's parameters by method, token, head and frozen backbone.
+
+    The backbone's own parameters that a method trains count as the method's.
+    """
+    return model.count_parameters()
+
+
+def explain(model: GistModel) -> str:
+    """Which blocks run as fused sublayers and which by their own forward, and why: a line each.
+
+    The answer holds for the state at the call: training or evaluation mode, inside or outside
+    autocast.
+
+    >>> print(gist.explain(model))
+    blocks 0 to 11: fused sublayers, served by 'cpu'
+    """
+    backbone = model.family.model
+    whole = timm_vit.refusal(backbone)
+    if whole is not None:
+        last = len(model.family.blocks) - 1
+        return f"blocks 0 to {last}: the backbone's own forward, for {whole.reason}"
+    like = next(backbone.parameters())
+    serving = gist_kernels.backend.serving("sublayers", like.device.type, like.dtype)
+    lines: list[tuple[int, int, str]] = []
+    plans = timm_vit.plans(backbone, model.attached_methods, model.hook_owners)
+    for index, plan in enumerate(plans):
+        how = f"fused sublayers, served by {serving!r}"
+        if isinstance(plan, Refusal):
+            how = f"the block's own forward, for {plan.reason}"
+        if lines and lines[-1][2] == how:
+            lines[-1] = (lines[-1][0], index, how)
+        else:
+            lines.append((index, index, how))
+    return "\n".join(
+        f"block {first}: {how}" if first == last else f"blocks {first} to {last}: {how}"
+        for first, last, how in lines
+    )

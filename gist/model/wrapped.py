@@ -1,0 +1,254 @@
+"""GistModel: a frozen vision transformer with PEFT methods, a Gist token and a shared head."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import gist_kernels
+from gist.backbones.base import BackboneFamily
+from gist.backbones.families import family_of
+from gist.fusion import timm_vit
+from gist.methods import AttachedMethod
+from gist.model.config import GistConfig
+from gist.model.token import GistToken
+
+
+class GistOutput(NamedTuple):
+    """The output of a model with a Gist token in training mode: two (B, C) logits of one head."""
+
+    cls_logits: torch.Tensor
+    gist_logits: torch.Tensor
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters, by part of the model; the first three are trained."""
+
+    method: int
+    token: int
+    head: int
+    frozen: int
+
+    @property
+    def trainable(self) -> int:
+        return self.method + self.token + self.head
+
+    def __str__(self) -> str:
+        return (
+            f"{self.trainable:,} trainable (method {self.method:,}, token {self.token:,}, "
+            f"head {self.head:,}); {self.frozen:,} frozen"
+        )
+
+
+class GistModel(nn.Module):
+    """A backbone adapted by :func:`wrap`, which makes it.
+
+    In training mode with a Gist token, the model returns :class:`GistOutput`. In evaluation mode,
+    or without a token, it returns (B, C) logits of the class token (or of the backbone's own
+    pooling).
+
+    Attributes:
+        backbone: the given model. Its forward now runs through method and token; its state dict
+            has not changed.
+        method: the module with the PEFT method's parameters, or None.
+        token: the :class:`gist.model.token.GistToken`, or None.
+        config: the :class:`gist.GistConfig`.
+    """
+
+    def __init__(self, backbone: nn.Module, config: GistConfig) -> None:
+        super().__init__()
+        family = family_of(backbone)
+        _check(family, config)
+        self.config = config
+        trained = [p for method in config.methods for p in method.trained(family)]
+        if family.model is not backbone:  # HF PEFT's, which has marked what it trains
+            trained += [p for p in backbone.parameters() if p.requires_grad]
+        # First, because a method may refuse the backbone, which must then be unchanged.
+        for method in config.methods:
+            method.num_parameters(family)
+        attached = {method.name: method.attach(family) for method in config.methods}
+        modules = {name: module for name, module in attached.items() if module is not None}
+        several = len(config.methods) > 1
+        self.method: nn.Module | None = (
+            nn.ModuleDict(modules) if several else next(iter(modules.values()), None)
+        )
+        self.token = None
+        if config.gist:
+            self.token = GistToken(
+                family, config.token_dropout, config.num_tokens, config.token_init
+            )
+            self.token.attach(family)
+        self.backbone: Any = backbone.requires_grad_(False)
+        self.gist_head: nn.Module | None = None
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._train_heads()
+
+    @property
+    def family(self) -> BackboneFamily:
+        """The backbone's family, which knows its blocks, pooling and classifier."""
+        return family_of(self.backbone)
+
+    @property
+    def anatomy(self) -> BackboneFamily:
+        """The earlier name of :attr:`family`."""
+        return self.family
+
+    @property
+    def num_classes(self) -> int:
+        return self.family.num_classes
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches in :meth:`forward_features`, the Gist token included."""
+        return self.family.num_prefix_tokens + (0 if self.token is None else self.token.count)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
+        """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class."""
+        num_read = None
+        if self.family.reads_only_prefix:
+            num_read = 1 if self.token is None else 1 + self.token.count
+        return self.forward_head(self._features(images, num_read))
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
+        return self._features(images, None)
+
+    def _features(self, images: torch.Tensor, num_read: int | None) -> torch.Tensor:
+        """The first ``num_read`` tokens after the final norm; None for all."""
+        if timm_vit.refusal(self.family.model) is not None:
+            return self.family.features(images)
+        return timm_vit.features(
+            self.family.model,
+            images,
+            self.attached_methods,
+            self.token,
+            self.hook_owners,
+            num_read,
+        )
+
+    @property
+    def attached_methods(self) -> list[AttachedMethod]:
+        """The modules of the methods that have one."""
+        method: Any = self.method
+        if method is None:
+            return []
+        return list(method.values()) if len(self.config.methods) > 1 else [method]
+
+    @property
+    def hook_owners(self) -> set[int]:
+        """The ids of the modules whose hooks gist has put on the backbone."""
+        methods = {id(part) for method in self.attached_methods for part in method.modules()}
+        return {id(self.token)} | methods
+
+    def forward_head(self, features: torch.Tensor) -> torch.Tensor | GistOutput:
+        """(B, N, D) tokens of :meth:`forward_features` to logits."""
+        family, token = self.family, self.token
+        if token is None:
+            return family.classify(family.pool(features))
+        own_tokens = features if family.reads_only_prefix else token.remove(features)
+        pooled = family.pool(own_tokens)
+        if not self.training:
+            return family.classify(pooled)
+        token_pooled = family.pool_token(token.pick(features), own_tokens)
+        if self.gist_head is not None:
+            return GistOutput(
+                family.classify(pooled), family.classify(token_pooled, self.gist_head)
+            )
+        logits = family.classify(torch.stack((pooled, token_pooled), dim=1))
+        return GistOutput(*gist_kernels.split_heads(logits))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new, trainable one for ``num_classes`` classes."""
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1; it is {num_classes}")
+        self.family.reset_classifier(num_classes)
+        self._train_heads()
+
+    def _train_heads(self) -> None:
+        heads = self.family.heads
+        for parameter in _head_parameters(heads):
+            parameter.requires_grad_(True)
+        if self.config.gist and self.config.separate_head:
+            self.gist_head = copy.deepcopy(heads[0])
+
+    def count_parameters(self) -> ParameterCount:
+        """What :func:`gist.count_parameters` returns."""
+
+        def size(module: nn.Module | None) -> int:
+            return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+        heads = _head_parameters(self.family.heads)
+        head_ids = {id(parameter) for parameter in heads}
+        body = [p for p in self.backbone.parameters() if id(p) not in head_ids]
+        return ParameterCount(
+            method=size(self.method) + sum(p.numel() for p in body if p.requires_grad),
+            token=size(self.token),
+            head=sum(p.numel() for p in heads) + size(self.gist_head),
+            frozen=sum(p.numel() for p in body if not p.requires_grad),
+        )
+
+    def extra_repr(self) -> str:
+        counted, family = self.count_parameters(), self.family
+        parts = {method.name: method.num_parameters(family) for method in self.config.methods}
+        if family.model is not self.backbone:
+            parts["peft"] = counted.method - sum(parts.values())
+        parts |= {"token": counted.token, "head": counted.head}
+        trained = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
+        return f"trained: {trained}; frozen: {counted.frozen:,}"
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that timm's optimiser factory must not decay: the token, like timm's own tokens."""
+        return {"token.weight"} if self.token is not None else set()
+
+    def trainable_state_dict(self) -> dict[str, torch.Tensor]:
+        """Only the trained parameters, by name, detached; :func:`gist.save` writes these."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+
+def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
+    """Adapt a vision transformer, in place: freeze it, attach the methods and the Gist token.
+
+    The backbone's modules and their ``forward`` stay; methods and token join by hooks. All
+    parameters are frozen, except the classifier's and those that a method trains.
+
+    Args:
+        backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
+            transformers' ViT or DINOv2 for image classification, with a classifier. A backbone
+            adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for it.
+        config: what to train; the default is ``GistConfig()``, the released adapter with GIST.
+
+    Raises:
+        TypeError: a model without a sequence of tokens, or of another library.
+        ValueError: the backbone has no classifier, unsupported blocks or pooling, or is wrapped
+            already. It is then unchanged.
+    """
+    model = GistModel(backbone, config if config is not None else GistConfig())
+    counted = model.count_parameters()
+    if not (counted.method or counted.token) and (
+        model.config.method is not None or model.family.model is not backbone
+    ):
+        warnings.warn("nothing but the classifier is trainable", UserWarning, stacklevel=2)
+    return model
+
+
+def _head_parameters(heads: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The trained parameters; HF PEFT keeps a trained copy of a head beside the original."""
+    return [
+        parameter
+        for head in heads
+        for parameter in getattr(head, "modules_to_save", head).parameters()
+    ]
+
+
+def _check(family: BackboneFamily, config: GistConfig) -> None:
+    reason = family.refusal(config.gist)
+    if reason is not None:
+        raise ValueError(f"backbone {reason}")
+    if config.gist and config.separate_head and len(family.heads) > 1:
+        raise ValueError("separate_head is not defined for a backbone with two heads")

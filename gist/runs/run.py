@@ -1,0 +1,227 @@
+"""A run: data, backbone, training and test, with the results in a folder.
+
+The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`),
+``results.json`` with everything needed to repeat the run, and ``log.csv`` with every step. During the
+run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run is not
+done again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from timm.data import resolve_model_data_config
+
+from gist.backbones import create_backbone
+from gist.data import ImageData, prepare
+from gist.training.evaluation import evaluate, processes
+from gist.files import write_json
+from gist.training.log import Log
+from gist.model.config import GistConfig
+from gist.model.describe import count_parameters
+from gist.model.loss import GistLoss
+from gist.model.saving import CONFIG_FILE, load, save
+from gist.model.wrapped import GistModel, wrap
+from gist.runs.provenance import describe_machine, git_revision, versions
+from gist.training.state import Checkpoint, check_same
+from gist.training.config import TrainConfig
+from gist.training.loop import Epoch, fit
+
+RESULTS_FILE = "results.json"
+RESUME_FILE = "resume.pt"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's outcome, except the machine.
+
+    Args:
+        data: a name or a folder, as :func:`gist.data.load_data` takes.
+        model: a timm ViT's name.
+        gist: what to train.
+        train: how to train it.
+        weights: a checkpoint file or a named set of weights; None for ``pretrained``.
+        pretrained: fetch timm's own weights from its hub.
+        img_size: side of the square images; None for the backbone's own.
+        drop_path: stochastic depth rate of the last block, rising linearly from 0.
+        loss: arguments of :class:`gist.GistLoss` other than its defaults.
+    """
+
+    data: str
+    model: str
+    gist: GistConfig = field(default_factory=GistConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    weights: str | None = None
+    pretrained: bool = False
+    img_size: int | None = None
+    drop_path: float = 0.0
+    loss: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "gist": self.gist.to_dict()}
+
+
+class Listener:
+    """Callbacks during a run; the methods do nothing unless overridden."""
+
+    def starts(self, model: GistModel, steps: int) -> None: ...
+    def resumes(self, step: int, history: Sequence[Epoch]) -> None:
+        """The run resumes after ``step`` steps and the epochs of ``history``."""
+
+    def step(self, step: int, loss: float) -> None: ...
+    def epoch(self, epoch: Epoch) -> None: ...
+
+
+def run(
+    config: RunConfig,
+    data: ImageData,
+    directory: Path,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+    fresh: bool = False,
+    save_every: int = 0,
+    log_every: int = 1,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Train as ``config`` says on ``data``, test once, write ``directory`` and return the results.
+
+    The epoch is chosen only on ``data.val``; without it, the last epoch is kept. ``data.test``, if
+    there is one, is used once, at the end. If ``directory`` holds this run finished, its results are
+    read instead. If it holds this run unfinished, the run resumes, to the same bits on a CPU.
+
+    With several processes, as ``accelerate launch`` or ``torchrun`` start them, each process calls
+    this function. Only the first reads and writes ``directory``.
+
+    Args:
+        config: see :class:`RunConfig`.
+        data: ``config.data``, loaded.
+        directory: made if missing.
+        device: where to train; with several processes, "cuda" is each process's own device.
+        fresh: train again from the beginning, even if the run is finished.
+        save_every: steps between saves of the training's state, beside each epoch's end.
+        log_every: steps between rows of log.csv.
+        tensorboard, wandb: log there too.
+
+    Raises:
+        FileExistsError: the directory holds another run, which stays as it is.
+        ImportError: a package to log with is missing.
+        KeyboardInterrupt: Ctrl-C, after the best finished epoch has been written.
+    """
+    listener = listener or Listener()
+    process = processes(device)
+    main = process.is_main_process
+    where = process.device if process.num_processes > 1 else torch.device(device)
+    # Through JSON, so that it compares equal to an earlier run's.
+    described = json.loads(json.dumps({**config.to_dict(), "data_fingerprint": data.fingerprint}))
+    checkpoint = Checkpoint(directory / RESUME_FILE, described, every=save_every)
+    log = Log(directory, every=log_every, tensorboard=tensorboard, wandb=wandb)
+    (earlier,) = broadcast_object_list([read_results(directory) if main else None])
+    if earlier is not None:
+        check_same(described, earlier["config"], directory)
+    finished = earlier is not None and earlier["complete"]
+    if main and not finished:
+        checkpoint.load()  # raises if the state is another run's
+    if main and (finished or fresh):
+        checkpoint.remove()
+    if finished and not fresh:
+        return {**earlier, "reused": True}
+
+    torch.manual_seed(config.train.seed)  # before the head is drawn
+    with process.local_main_process_first():  # to fetch weights once
+        backbone = create_backbone(
+            config.model,
+            num_classes=len(data.classes),
+            img_size=config.img_size,
+            weights=config.weights,
+            pretrained=config.pretrained,
+            drop_path_rate=config.drop_path,
+        )
+    model = wrap(backbone, config.gist).to(where)
+    normalisation = resolve_model_data_config(backbone)
+    img_size = backbone.patch_embed.img_size[0]
+    as_input = partial(prepare, img_size=img_size, data_config=normalisation)
+    train = as_input(data.train)
+    val = as_input(data.val) if data.val is not None else None
+    loss = GistLoss(**config.loss) if config.loss else None
+    batches = -(-len(train) // config.train.batch_size)  # rounded up
+    listener.starts(model, (config.train.stop_after or config.train.epochs) * batches)
+
+    fitted = fit(
+        model,
+        train,
+        val,
+        config.train,
+        loss=loss,
+        workers=workers,
+        on_step=listener.step,
+        on_epoch=listener.epoch,
+        on_resume=listener.resumes,
+        checkpoint=checkpoint,
+        log=log,
+    )
+    if fitted.best_epoch is None:
+        raise KeyboardInterrupt
+    results = {
+        "config": described,
+        "complete": not fitted.interrupted,
+        "parameters": count_parameters(model)._asdict(),
+        "val_accuracy": fitted.history[fitted.best_epoch - 1].val_accuracy,
+        "fit": fitted.to_dict(),
+        "seconds": fitted.seconds,
+        "normalisation": {key: normalisation[key] for key in ("mean", "std")},
+        "img_size": img_size,
+        "machine": {**describe_machine(where), "processes": process.num_processes},
+        "versions": versions(),
+        "git": git_revision(),
+    }
+    if data.test is not None and not fitted.interrupted:
+        started = time.perf_counter()
+        results["test"] = asdict(evaluate(model, as_input(data.test), workers=workers))
+        results["seconds"] += time.perf_counter() - started
+    if main:
+        save(model, directory, classes=list(data.classes))
+        write_json(directory / RESULTS_FILE, results)
+    if fitted.interrupted:
+        raise KeyboardInterrupt
+    if main:
+        checkpoint.remove()
+    return {**results, "reused": False}
+
+
+def read_results(directory: Path) -> dict[str, Any] | None:
+    """A run's results, or None where there are none."""
+    path = directory / RESULTS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def load_run(directory: Path) -> GistModel:
+    """The model of a finished run, on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: ``directory`` holds no finished run.
+    """
+    results = read_results(directory)
+    if results is None:
+        raise FileNotFoundError(f"{directory} holds no finished run: there is no {RESULTS_FILE}")
+    config = results["config"]
+    saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    torch.manual_seed(config["train"]["seed"])  # in case the backbone's weights were drawn
+    backbone = create_backbone(
+        config["model"],
+        num_classes=saved["num_classes"],
+        img_size=config["img_size"],
+        weights=config["weights"],
+        pretrained=config["pretrained"],
+    )
+    return load(backbone, directory).eval()

@@ -1,0 +1,1 @@
+"""VTAB-1K and suites like it: check the data, run every task, report the results."""

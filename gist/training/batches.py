@@ -1,0 +1,63 @@
+"""The images of each step, and the part of them that this process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class BatchSampler(Sampler[list[int]]):
+    """The batches of an epoch, from any step on, split into the parts of one process.
+
+    The order depends only on seed and epoch. Each batch is split into ``accumulate`` times
+    ``processes`` parts of almost the same size, and process r computes every ``processes``-th of
+    them from the r-th on; a part without an image is left out.
+
+    Args:
+        count: images in an epoch.
+        batch_size: images a step, over all parts; the last batch of an epoch may be smaller.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        *,
+        accumulate: int = 1,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.count, self.batch_size = count, batch_size
+        self.accumulate, self.process, self.processes = accumulate, process, processes
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn = 0
+        self._parts: list[list[int]] = []
+
+    def __len__(self) -> int:
+        """Number of steps in an epoch."""
+        return -(-self.count // self.batch_size)
+
+    def start(self, epoch: int, step: int = 0) -> list[tuple[int, int]]:
+        """Go to an epoch, later than any before, and past its first ``step`` steps.
+
+        Iterating then gives the indices of each part. Returned is, for each step left, how many
+        images its batch has and how many parts this process."""
+        while self._drawn < epoch:
+            self._drawn += 1
+            # The same draws, and so the same order, as DataLoader(shuffle=True).
+            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+            order = torch.randperm(self.count, generator=self._generator)
+            torch.randperm(self.count, generator=self._generator)
+        steps, self._parts = [], []
+        for batch in order.split(self.batch_size)[step:]:
+            cut = batch.tensor_split(self.accumulate * self.processes)
+            own = [part.tolist() for part in cut[self.process :: self.processes] if len(part)]
+            self._parts += own
+            steps.append((len(batch), len(own)))
+        return steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._parts)

@@ -1,0 +1,63 @@
+"""Accuracy and loss over a data set, by one process or several."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 accuracy in [0, 1] and mean cross-entropy of the class token's logits."""
+
+    accuracy: float
+    loss: float
+    images: int
+    images_per_second: float
+
+
+def processes(device: torch.device | str) -> PartialState:
+    """The processes of this training; the first call joins the launcher's process group."""
+    return PartialState(cpu=torch.device(device).type == "cpu")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Dataset[Any], *, batch_size: int = 32, workers: int = 0
+) -> Evaluation:
+    """Accuracy and cross-entropy over every item of ``data``; leaves ``model`` in evaluation mode.
+
+    With several processes, each measures its share, without padding, and all return the total.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    state = processes(device)
+    if state.num_processes > 1:
+        share = range(state.process_index, len(data), state.num_processes)  # type: ignore[arg-type]
+        data = Subset(data, share)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, images
+    start = time.perf_counter()
+    loader = DataLoader(
+        data,
+        batch_size=batch_size,
+        num_workers=workers,
+        # The default is the global generator: its draw would change a training.
+        generator=torch.Generator(),
+    )
+    for images, target in loader:
+        target = target.to(device)
+        logits = model(images.to(device)).float()
+        sums[0] += (logits.argmax(1) == target).sum()
+        sums[1] += F.cross_entropy(logits, target, reduction="sum")
+        sums[2] += len(target)
+    correct, total, count = reduce(sums, "sum").tolist()
+    seconds = time.perf_counter() - start
+    return Evaluation(correct / count, total / count, int(count), count / seconds)

@@ -1,0 +1,312 @@
+"""Backbones of other families than timm's plain VisionTransformer, and models adapted by others."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from models import backbone, images, wrapped
+
+import gist
+
+TARGET = torch.tensor([1, 4])
+
+
+def transformers_model(kind, **options):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, kind + "Config")(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8,
+        intermediate_size=192, num_labels=5, initializer_range=0.2, **options,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    return getattr(transformers, kind + "ForImageClassification")(config).eval()
+
+
+TRANSFORMERS = {
+    "ViT": {},
+    "Dinov2": {"layerscale_value": 0.3},
+    "Dinov2WithRegisters": {"num_register_tokens": 3, "layerscale_value": 0.3},
+}
+
+
+def timm_twin(model, kind):
+    """A transformers model's weights in timm's VisionTransformer, with a head on the class token
+    and, for DINOv2, on the patches' mean too."""
+    encoder = getattr(model, model.base_model_prefix)
+    registers = TRANSFORMERS[kind].get("num_register_tokens", 0)
+    vit = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5,
+        init_values=None if kind == "ViT" else 0.3, reg_tokens=registers,
+    )  # fmt: skip
+    source, target = encoder.state_dict(), vit.state_dict()
+    layer = "layers" if kind == "ViT" else "encoder.layer"
+    norms = ("layernorm_before", "layernorm_after") if kind == "ViT" else ("norm1", "norm2")
+    target["cls_token"].copy_(source["embeddings.cls_token"])
+    position = source["embeddings.position_embeddings"]
+    if registers:
+        target["reg_token"].copy_(source["embeddings.register_tokens"])
+        none = torch.zeros(1, registers, 48)
+        position = torch.cat((position[:, :1], none, position[:, 1:]), 1)
+    target["pos_embed"].copy_(position)
+    for end in ("weight", "bias"):
+        target[f"patch_embed.proj.{end}"].copy_(
+            source[f"embeddings.patch_embeddings.projection.{end}"]
+        )
+        target[f"norm.{end}"].copy_(source[f"layernorm.{end}"])
+        for i in range(2):
+            block = f"{layer}.{i}"
+            packed = [source[f"{block}.attention.{n}_proj.{end}"] for n in "qkv"]
+            target[f"blocks.{i}.attn.qkv.{end}"].copy_(torch.cat(packed))
+            target[f"blocks.{i}.attn.proj.{end}"].copy_(source[f"{block}.attention.o_proj.{end}"])
+            for n, norm in enumerate(norms, 1):
+                target[f"blocks.{i}.norm{n}.{end}"].copy_(source[f"{block}.{norm}.{end}"])
+                target[f"blocks.{i}.mlp.fc{n}.{end}"].copy_(source[f"{block}.mlp.fc{n}.{end}"])
+    if kind != "ViT":
+        for i in range(2):
+            for n in (1, 2):
+                scale = source[f"{layer}.{i}.layer_scale{n}.lambda1"]
+                target[f"blocks.{i}.ls{n}.gamma"].copy_(scale)
+    vit.load_state_dict(target)
+    for block in vit.blocks:
+        for norm in (block.norm1, block.norm2):
+            norm.eps = model.config.layer_norm_eps
+    vit.norm.eps = model.config.layer_norm_eps
+    return vit
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_transformers_models_give_what_timms_give_with_their_weights(kind):
+    theirs = transformers_model(kind, **TRANSFORMERS[kind])
+    vit, head = timm_twin(theirs, kind), theirs.classifier
+    config = gist.GistConfig(gist.Adapter(rank=3, scale=0.5), token_dropout=0.0)
+    theirs, ours = gist.wrap(theirs, config).train(), gist.wrap(vit, config).train()
+    ours.token.load_state_dict(theirs.token.state_dict())
+    ours.method.load_state_dict(theirs.method.state_dict())
+    features = ours.forward_features(images())
+    torch.testing.assert_close(theirs.forward_features(images()), features, rtol=0, atol=1e-5)
+
+    cls, token = features[:, 0], features[:, 1]
+    if kind != "ViT":
+        patches = features[:, 2 + TRANSFORMERS[kind].get("num_register_tokens", 0) :].mean(1)
+        cls, token = torch.cat((cls, patches), 1), torch.cat((token, patches), 1)
+    out = theirs(images())
+    torch.testing.assert_close(out.cls_logits, head(cls), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.gist_logits, head(token), rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs.eval()(images()), out.cls_logits, rtol=0, atol=1e-5)
+    assert "Dinov2" in gist.explain(theirs) or "ViTFor" in gist.explain(theirs)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_transformers_models_without_gist_are_themselves(kind):
+    theirs = transformers_model(kind, **TRANSFORMERS[kind])
+    expected = theirs(images()).logits
+    model = gist.wrap(theirs, gist.GistConfig(None, gist=False)).eval()
+    assert torch.equal(model(images()), expected)
+    model.reset_classifier(9)
+    assert model(images()).shape == (2, 9)
+    assert model.num_classes == 9
+
+
+def test_a_distilled_backbones_two_heads_both_see_the_gist_token():
+    torch.manual_seed(0)
+    vit = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=2, num_classes=5)
+    model = gist.wrap(vit, gist.GistConfig(token_dropout=0.0))
+    assert gist.count_parameters(model).head == 2 * (192 * 5 + 5)
+    features = model.train().forward_features(images())
+    out = model(images())
+    expected = (vit.head(features[:, 0]) + vit.head_dist(features[:, 2])) / 2
+    torch.testing.assert_close(out.cls_logits, expected)
+    expected = (vit.head(features[:, 1]) + vit.head_dist(features[:, 1])) / 2
+    torch.testing.assert_close(out.gist_logits, expected)
+    torch.testing.assert_close(model.eval()(images()), out.cls_logits)
+
+
+def test_average_pooling_needs_no_class_token():
+    model = wrapped("vit", class_token=False, global_pool="avg").train()
+    features = model.forward_features(images())
+    assert features.shape[1] == 1 + 16
+    out, head = model(images()), model.backbone.head
+    normed = model.backbone.fc_norm
+    torch.testing.assert_close(out.gist_logits, head(normed(features[:, 0])))
+    torch.testing.assert_close(out.cls_logits, head(normed(features[:, 1:].mean(1))))
+    gist.GistLoss()(out, TARGET).backward()
+    assert model.token.weight.grad.abs().max() > 0
+
+
+# ---- rotary positions --------------------------------------------------------------------------
+
+
+def eva(**options):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    vit = timm.models.eva.Eva(
+        **{**sizes, "num_classes": 5, "use_rot_pos_emb": True, "global_pool": "token", **options}
+    )
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return vit
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_fused": False}, {"attn_type": "rope"}])
+def test_rotary_positions_stay_with_their_patches(options):
+    model = gist.wrap(eva(**options), gist.GistConfig(token_dropout=0.0)).eval()
+    # Tokens in another order and the positions with them: only the prefix is known to have none.
+    vit, x = model.backbone, torch.randn(2, 18, 48)
+    _, rope = vit._pos_embed(vit.patch_embed(images()))
+    attn = vit.blocks[0].attn
+    swapped = x[:, [1, 0, *range(2, 18)]]
+    out, other = attn(x, rope=rope), attn(swapped, rope=rope)
+    torch.testing.assert_close(out[:, 2:], other[:, 2:])
+    torch.testing.assert_close(out[:, [1, 0]], other[:, :2])
+    assert model(images()).shape == (2, 5)
+    before = attn.num_prefix_tokens
+    assert (
+        gist.merge(gist.wrap(eva(**options), gist.GistConfig(None)), drop_token=True)
+        .blocks[0]
+        .attn.num_prefix_tokens
+        == before - 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (gist.Adapter(), {}),
+        (gist.LoRA(targets=("proj", "fc1")), {}),
+        (gist.LoRA(), {"qkv_fused": False}),
+        (gist.RepAdapter(), {}),
+        (gist.BitFit(), {}),
+    ],
+)
+def test_methods_train_rotary_backbones(method, options):
+    model = gist.wrap(eva(**options), gist.GistConfig(method)).train()
+    gist.GistLoss()(model(images()), TARGET).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert gist.count_parameters(model).method == method.num_parameters(model.family)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (gist.VPT(), "rotary positions of a Eva"),
+        (gist.LoRA(), "'q' of block 0 of this backbone, a EvaBlock, is no plain"),
+    ],
+)
+def test_methods_that_do_not_fit_rotary_backbones(method, message):
+    vit = eva()
+    with pytest.raises(ValueError, match=message):
+        gist.wrap(vit, gist.GistConfig(method))
+    assert method.name not in gist.available_methods(vit)
+
+
+# ---- adapted by HF PEFT ------------------------------------------------------------------------
+
+
+def lora_by_peft(kind):
+    peft = pytest.importorskip("peft")
+    if kind == "timm":
+        vit = backbone()
+        targets, head = ["qkv"], "head"
+    else:
+        vit, targets, head = transformers_model("ViT"), ["q_proj", "v_proj"], "classifier"
+    torch.manual_seed(4)
+    config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=[head], lora_alpha=4,
+                             init_lora_weights=False)  # fmt: skip
+    return peft.get_peft_model(vit, config)
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_a_model_adapted_by_peft_gets_token_and_loss(kind, tmp_path):
+    adapted = lora_by_peft(kind)
+    expected = copy.deepcopy(adapted).eval()(images())
+    expected = getattr(expected, "logits", expected)
+    plain = gist.wrap(copy.deepcopy(adapted), gist.GistConfig(None, gist=False)).eval()
+    torch.testing.assert_close(plain(images()), expected)
+
+    model = gist.wrap(adapted, gist.GistConfig(None)).train()
+    counted = gist.count_parameters(model)
+    assert counted.token == 48
+    width = 3 * 48 if kind == "timm" else 48
+    assert counted.method == (3 if kind == "timm" else 2) * (1 if kind == "timm" else 2) * 2 * (
+        48 + width
+    )
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gist.GistLoss()(model(images()), TARGET).backward()
+    optimizer.step()
+    trained = model.trainable_state_dict()
+    assert any("lora_A" in name for name in trained)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in trained), name
+
+    gist.save(model.eval(), tmp_path)
+    loaded = gist.load(lora_by_peft(kind), tmp_path)
+    assert torch.equal(loaded(images()), model(images()))
+
+
+# ---- the Gist token's options ------------------------------------------------------------------
+
+
+def test_several_tokens_are_classified_by_their_mean():
+    config = gist.GistConfig(gist.Adapter(rank=2), num_tokens=3, token_dropout=0.0)
+    model = wrapped("registers", config).train()
+    assert gist.count_parameters(model).token == 3 * 48
+    features = model.forward_features(images())
+    assert features.shape[1] == 3 + model.backbone.num_prefix_tokens + 16
+    out = model(images())
+    torch.testing.assert_close(out.gist_logits, model.backbone.head(features[:, 1:4].mean(1)))
+    torch.testing.assert_close(out.cls_logits, model.backbone.head(features[:, 0]))
+
+
+@pytest.mark.parametrize("init", ["uniform", "normal", "zeros", "class"])
+def test_tokens_start_as_told(init):
+    vit = backbone(embed_dim=192)
+    token = gist.wrap(vit, gist.GistConfig(None, num_tokens=50, token_init=init)).token.weight
+    if init == "class":
+        expected = (vit.cls_token + vit.pos_embed[:, :1]).expand(1, 50, -1)
+        assert torch.equal(token, expected)
+        return
+    spread = {"uniform": 1 / math.sqrt(12), "normal": 0.02, "zeros": 0}[init]
+    assert token.std().item() == pytest.approx(spread, rel=0.03)
+    assert token.abs().max() <= (0.5 if init == "uniform" else 0.2)
+
+
+def test_a_separate_head_starts_as_the_shared_one(tmp_path):
+    config = gist.GistConfig(gist.Adapter(rank=2), separate_head=True, token_dropout=0.0)
+    model = wrapped("vit", config).train()
+    shared = wrapped("vit", gist.GistConfig(gist.Adapter(rank=2), token_dropout=0.0)).train()
+    shared.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model(images()).gist_logits, shared(images()).gist_logits)
+    assert gist.count_parameters(model).head == 2 * gist.count_parameters(shared).head
+    model(images()).gist_logits.sum().backward()
+    assert model.backbone.head.weight.grad is None
+    assert model.gist_head.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        model.gist_head.weight.add_(1)
+    gist.save(model.eval(), tmp_path)
+    loaded = gist.load(backbone(), tmp_path)
+    assert torch.equal(loaded.gist_head.weight, model.gist_head.weight)
+
+
+@pytest.mark.parametrize("side", ["cls", "gist"])
+def test_the_loss_may_leave_one_side_to_its_cross_entropy(side):
+    torch.manual_seed(0)
+    logits = {name: torch.randn(4, 6, requires_grad=True) for name in ("cls", "gist")}
+    target = torch.tensor([0, 5, -100, 2])
+    out = gist.GistOutput(logits["cls"], logits["gist"])
+    whole, cut = gist.GistLoss(label_smoothing=0.1), gist.GistLoss(label_smoothing=0.1, detach=side)
+    torch.testing.assert_close(cut(out, target), whole(out, target))
+    of_cut = torch.autograd.grad(cut(out, target), list(logits.values()))
+    of_whole = torch.autograd.grad(whole(out, target), list(logits.values()))
+    alone = torch.nn.functional.cross_entropy(logits[side], target, label_smoothing=0.1)
+    weight = {"cls": 1.0, "gist": 0.5}[side]
+    (of_alone,) = torch.autograd.grad(weight * alone, logits[side])
+    for name, ours, full in zip(logits, of_cut, of_whole, strict=True):
+        torch.testing.assert_close(ours, of_alone if name == side else full)
+    with pytest.raises(ValueError, match="detach must be"):
+        gist.GistLoss(detach="both")
