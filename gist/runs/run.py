@@ -1,9 +1,9 @@
 """A run: data, backbone, training and test, with the results in a folder.
 
 The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`),
-``results.json`` with everything needed to repeat the run, and ``log.csv`` with every step. During the
-run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run is not
-done again.
+``results.json`` with everything needed to repeat the run, and ``log.csv`` with every step. During
+the run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run
+is not done again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from timm.data import resolve_model_data_config
 
 from gist.backbones import create_backbone
 from gist.data import ImageData, prepare
-from gist.training.evaluation import evaluate, processes
 from gist.files import write_json
-from gist.training.log import Log
 from gist.model.config import GistConfig
 from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
 from gist.runs.provenance import describe_machine, git_revision, versions
-from gist.training.state import Checkpoint, check_same
 from gist.training.config import TrainConfig
+from gist.training.evaluation import evaluate, processes
+from gist.training.log import Log
 from gist.training.loop import Epoch, fit
+from gist.training.state import Checkpoint, check_same
 
 RESULTS_FILE = "results.json"
 RESUME_FILE = "resume.pt"
@@ -97,8 +97,8 @@ def run(
     """Train as ``config`` says on ``data``, test once, write ``directory`` and return the results.
 
     The epoch is chosen only on ``data.val``; without it, the last epoch is kept. ``data.test``, if
-    there is one, is used once, at the end. If ``directory`` holds this run finished, its results are
-    read instead. If it holds this run unfinished, the run resumes, to the same bits on a CPU.
+    there is one, is used once, at the end. If ``directory`` holds this run finished, its results
+    are read instead. If it holds this run unfinished, the run resumes, to the same bits on a CPU.
 
     With several processes, as ``accelerate launch`` or ``torchrun`` start them, each process calls
     this function. Only the first reads and writes ``directory``.

@@ -1,0 +1,1 @@
+"""Runs: a training with its data, backbone, test and results in a folder."""
