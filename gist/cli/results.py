@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import subprocess
 import sys
 from itertools import chain
@@ -60,7 +61,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             "pip install -e '.[bench]' there, and this command again"
         )
     command = [sys.executable, "-m", "bench", *arguments.arguments]
-    status = subprocess.run(command, cwd=repository).returncode
+    path = os.pathsep.join(filter(None, (str(repository), os.environ.get("PYTHONPATH"))))
+    status = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode
     if status:
         sys.exit(status)
 

@@ -39,6 +39,9 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 // Rows of the right matrix that tiles take at once, so that they stay in the first-level cache.
 constexpr int64_t kDepth = 128;
+// Fewer for scores, whose sums may be large where they differ by little: a shorter chain of
+// roundings. Heads of up to 64 columns are taken at once.
+constexpr int64_t kScoreDepth = 64;
 // Scores of a block of queries: 128 KiB, and as much for their gradients.
 constexpr int64_t kBlockScores = 32 * 1024;
 
@@ -111,11 +114,12 @@ constexpr std::array<Tile, sizeof...(kIndex)> all_tiles(std::integer_sequence<in
 constexpr auto kTiles = all_tiles(std::make_integer_sequence<int, kTileRows * kTileVectors>());
 
 // c = a b, or c += a b, for `rows` rows of a and c and `columns` of b and c.
-void product(int64_t rows, int64_t columns, int64_t depth, Left a, Matrix b, Matrix c, bool add) {
+void product(int64_t rows, int64_t columns, int64_t depth, Left a, Matrix b, Matrix c, bool add,
+             int64_t at_once = kDepth) {
   const int64_t vectors = (columns + kWide - 1) / kWide;
   const int64_t groups = (vectors + kTileVectors - 1) / kTileVectors;
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t some = depth - k < kDepth ? depth - k : kDepth;
+  for (int64_t k = 0; k < depth; k += at_once) {
+    const int64_t some = depth - k < at_once ? depth - k : at_once;
     int64_t column = 0;
     for (int64_t group = 0; group < groups; ++group) {
       // As even as can be: a tile of one vector has too few sums to keep the processor busy.
@@ -381,7 +385,8 @@ class Head {
   // A block's queries, and their scores before scaling.
   void scores(int64_t first, int64_t count) const {
     pack(rows(call_.q, first, count), call_.head_dim, at_.queries);
-    product(count, call_.keys, call_.head_dim, by_rows(at_.queries), at_.keys_t, at_.p, false);
+    product(count, call_.keys, call_.head_dim, by_rows(at_.queries), at_.keys_t, at_.p, false,
+            kScoreDepth);
   }
 
   // A block's scores become P, not yet normalised.

@@ -88,7 +88,7 @@ def test_logits_and_all_gradients(key, dtype, monkeypatch):
     # take another, less exact kernel for two rows.
     with monkeypatch.context() as patch:
         patch.setattr(linear, "_by_onednn", lambda x: False)
-        patch.setattr(type(model.family), "reads_prefix_alone", False)
+        patch.setattr(type(model.family), "reads_only_prefix", False)
         same_matmuls = [results(model, images) for images in draws]
     monkeypatch.setattr(timm_block, "plan", lambda *_: Refusal("a test wants it so"))
     plain = [results(model, images) for images in draws]
