@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def unavailable() -> str | None:
     """Why the kernels can't be used here; None when they can. Initialises no device."""
     if find_spec("triton") is None:
-        return "Triton is not installed (it is published for Linux on x86-64)"
+        return "Triton is not installed (it is published for Linux, on x86-64 and aarch64)"
     if INTERPRETED or torch.cuda.is_available():
         return None
     return "there is no CUDA or ROCm device"
