@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("served_by")
             "triton",
             marks=[
                 pytest.mark.triton,
-                # On a device, test_gpu_loss.py asks the same.
+                # On a device, the Triton kernels' own test asks the same.
                 pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"),
             ],
         ),
