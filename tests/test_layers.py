@@ -278,11 +278,12 @@ def test_a_change_of_sys_path_is_found(text):
     assert changes_of_sys_path(ast.parse(text))
 
 
-def test_no_file_of_gist_is_longer_than_450_lines():
+def test_no_file_is_longer_than_450_lines_or_700_of_triton():
     long = {
         module: count
         for module, path in FILES.items()
-        if module.split(".")[0] == "gist"
-        and (count := len(path.read_text(encoding="utf-8").splitlines())) > 450
+        if module.split(".")[0] in ("gist", "gist_kernels")
+        and (count := len(path.read_text(encoding="utf-8").splitlines()))
+        > (700 if module.startswith("gist_kernels.kernels.triton.") else 450)
     }
     assert long == {}
