@@ -139,8 +139,6 @@ def _choose(requested: str, family: str, device_type: str, dtype: torch.dtype) -
 def _choose_backend(
     requested: str, family: str, device_type: str, dtype: torch.dtype
 ) -> Backend | None:
-    if requested == REFERENCE:
-        return None
     for backend in BACKENDS:
         if requested in ("auto", backend.name):
             refusal = backend.refusal(family, device_type, dtype)
