@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import oracles
@@ -140,18 +139,6 @@ def assert_close(case: Case, a: Result, ulps: float = 8) -> None:
     """Each error is at most that of PyTorch, and so many ulps of the tensor's scale."""
     found = shares(case, a, ulps)
     assert all(share <= 1 for share in found.values()), found  # also where one is nan
-
-
-def assert_close_over_draws(computed: Callable[[int], tuple[Case, Result]], ulps: float) -> None:
-    """As :func:`assert_close` of the first draw, or else the geometric mean over eight: of rows of
-    two or three features, a variance that happens to be small makes much of any rounding."""
-    first = shares(*computed(0), ulps)
-    if all(share <= 1 for share in first.values()):
-        return
-    every = [first, *(shares(*computed(seed), ulps) for seed in range(1, 8))]
-    for name in first:
-        mean = torch.tensor([of[name] for of in every]).clamp_min(0.1).log().mean().exp()
-        assert mean <= 1, (name, every)
 
 
 def shares(case: Case, a: Result, ulps: float) -> dict[str, float]:

@@ -46,8 +46,3 @@ def wrapped(name: str = "vit", config: gist.GistConfig | None = None, **options)
 
 def images(batch: int = 2, size: int = 32) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
-
-
-def geometric_mean(draws: torch.Tensor) -> torch.Tensor:
-    """Over the first dimension: of errors, no draw makes up most of it."""
-    return draws.log().mean(0).exp()

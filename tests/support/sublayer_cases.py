@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import oracles
 import torch
+from draws import geometric_mean
 
 import gist_kernels as gk
 
@@ -87,7 +88,7 @@ def check(ours, pytorch, exact, dtype, eps=None):
     draws = (ours, pytorch, exact) if isinstance(ours, list) else ([ours], [pytorch], [exact])
     shares = [_shares(*draw, eps or EPS[dtype]) for draw in zip(*draws, strict=True)]
     for name in shares[0]:
-        mean = torch.tensor([share[name] for share in shares]).log().mean().exp()
+        mean = geometric_mean(torch.tensor([share[name] for share in shares]))
         assert mean <= 1, (name, mean, shares)
 
 

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import geometric_mean
+from draws import geometric_mean
 
 import gist
 from gist.fusion import timm_block

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import BACKBONES, backbone, geometric_mean, images, wrapped
+from draws import geometric_mean
+from models import BACKBONES, backbone, images, wrapped
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import in_processes

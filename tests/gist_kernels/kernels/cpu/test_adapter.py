@@ -12,12 +12,13 @@ from adapter_cases import (
     Case,
     Result,
     assert_close,
-    assert_close_over_draws,
     assert_same,
     computed,
     make,
+    shares,
     truth,
 )
+from draws import assert_within_bounds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -371,9 +372,10 @@ def test_a_row_does_not_depend_on_its_batch(rank):
 def test_any_shape(rows, width, rank, activation, add, biases):
     def drawn(seed):
         case = make(rows, width, rank, activation=activation, add=add, biases=biases, seed=seed)
-        return case, ours(case)
+        return shares(case, ours(case), 16)
 
-    assert_close_over_draws(drawn, 16)
+    # Of two or three features, a variance that happens to be small makes much of any rounding.
+    assert_within_bounds(drawn)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
