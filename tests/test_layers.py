@@ -25,7 +25,7 @@ GIST_LAYERS = (
     ("gist.methods",),
     ("gist.backbones",),
     ("gist.data",),
-    ("gist.files", "gist.validate"),
+    ("gist.files", "gist.untouched", "gist.validate"),
 )
 
 # As above.

@@ -118,6 +118,11 @@ class BackboneFamily(ABC):
         """Modules within the blocks whose ``num_prefix_tokens`` must include the added tokens."""
         return ()
 
+    @property
+    @abstractmethod
+    def output_norm(self) -> nn.Module:
+        """The module whose output :meth:`features` returns; an identity in some models."""
+
     @abstractmethod
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """All tokens after the final norm, by the model's own forward, hooks included."""
@@ -132,6 +137,11 @@ class BackboneFamily(ABC):
     @property
     @abstractmethod
     def num_classes(self) -> int: ...
+
+    def logits(self, output: Any) -> torch.Tensor:
+        """The (B, C) logits in what calling the model returns."""
+        logits: torch.Tensor = output
+        return logits
 
     @abstractmethod
     def reset_classifier(self, num_classes: int) -> None: ...

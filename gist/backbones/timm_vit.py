@@ -67,6 +67,10 @@ class TimmViT(BackboneFamily):
         return self.model.fc_norm if isinstance(self.model.norm, nn.Identity) else self.model.norm
 
     @property
+    def output_norm(self) -> nn.Module:
+        return self.model.norm
+
+    @property
     def pooling(self) -> str:
         return self.model.global_pool
 
@@ -115,6 +119,11 @@ class TimmDistilled(TimmViT):
     @property
     def heads(self) -> Sequence[nn.Module]:
         return [self.model.head, self.model.head_dist]
+
+    def logits(self, output: Any) -> torch.Tensor:
+        # Training with distilled_training set, timm returns both heads' logits.
+        logits: torch.Tensor = (output[0] + output[1]) / 2 if isinstance(output, tuple) else output
+        return logits
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         return features[:, :2]

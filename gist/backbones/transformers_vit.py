@@ -77,6 +77,13 @@ class TransformersViT(BackboneFamily):
         return self.encoder.layernorm
 
     @property
+    def output_norm(self) -> nn.Module:
+        return self.encoder.layernorm
+
+    def logits(self, output: Any) -> torch.Tensor:
+        return output[0] if isinstance(output, tuple) else output.logits
+
+    @property
     def pooling(self) -> str:
         return "token" if type(self.model).__name__.startswith("ViT") else "token+avg"
 

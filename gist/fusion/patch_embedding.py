@@ -9,6 +9,9 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 import gist_kernels as gk
+from gist.untouched import calls_own_forward, hooks_of, is_plain
+
+_FORWARDS = {PatchEmbed: PatchEmbed.forward, nn.Conv2d: nn.Conv2d.forward}
 
 
 def embed_patches(module: Any, images: torch.Tensor) -> torch.Tensor:
@@ -38,8 +41,14 @@ def _is_plain(module: Any) -> bool:
         and not module.dynamic_img_pad
         and module.proj.kernel_size == module.proj.stride == module.patch_size
         and module.proj.groups == 1
-        and not any(
-            part._forward_hooks or part._forward_pre_hooks for part in (module, module.proj)
+        and module.proj.padding == (0, 0)
+        and module.proj.dilation == (1, 1)
+        and is_plain(module.proj.weight)
+        and all(
+            calls_own_forward(part)
+            and type(part).forward is _FORWARDS[type(part)]
+            and not any(hooks_of(part))
+            for part in (module, module.proj)
         )
     )
 

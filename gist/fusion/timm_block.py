@@ -6,8 +6,8 @@ them, with the adapter beside each. A block with anything else in it runs by its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,26 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import gist_kernels as gk
-from gist.methods.base import AttachedMethod, LayerUpdate, Refusal
+from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Refusal
+from gist.methods.hooks import is_owned
+from gist.untouched import calls_own_forward, hooks_of, is_plain
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
     nn.SiLU: "silu",
 }
+# What the fused sublayers take the place of. A class's forward may be replaced after import.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        Block, Attention, Mlp, LayerNorm, LayerScale, DropPath, nn.LayerNorm, nn.Linear,
+        nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU,
+    )
+}  # fmt: skip
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Plan(NamedTuple):
@@ -34,7 +47,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    block: nn.Module, index: int, methods: Sequence[AttachedMethod], hook_owners: Collection[int]
+    block: Any, index: int, methods: Sequence[AttachedMethod], hook_owners: Collection[int]
 ) -> Plan | Refusal:
     """How a block runs as fused sublayers, or why it runs by its own forward.
 
@@ -55,6 +68,8 @@ def plan(
         parts = method.fused(index)
         if isinstance(parts, Refusal):
             return parts
+        if not _fits(parts, block.attn.qkv.weight):
+            return Refusal("its method's parameters are not plain tensors beside its weights")
         if (attention and parts.attention) or (mlp and parts.mlp):
             return Refusal("it has two adapters beside one sublayer")
         if updates.keys() & parts.updates.keys():
@@ -84,12 +99,13 @@ def run(
     proj, proj_update = _linear(attn.proj, updates.get("proj"))
     x = gk.adapter_attention(
         x,
-        _norm(block.norm1, updates.get("norm1")),
+        _norm(block.norm1, updates.get("norm1"), x.dtype),
         gk.AttentionWeights(
             *qkv,
             *proj,
             attn.num_heads,
-            attn.scale,
+            # timm's own call of PyTorch's attention leaves it the default.
+            None if attn.fused_attn else attn.scale,
             _layer_scale(block.ls1),
             qkv_update,
             proj_update,
@@ -105,7 +121,7 @@ def run(
     fc2, fc2_update = _linear(mlp.fc2, updates.get("fc2"))
     return gk.adapter_mlp(
         x,
-        _norm(block.norm2, updates.get("norm2")),
+        _norm(block.norm2, updates.get("norm2"), x.dtype),
         gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), fc1_update, fc2_update),
         plan.mlp,
         drop_path=_drop_path(block.drop_path2, x),
@@ -128,11 +144,36 @@ def _block_refusal(block: Any, hook_owners: Collection[int]) -> str | None:
     inner = _attention_refusal(block.attn) or _mlp_refusal(block.mlp)
     if inner is not None:
         return inner
+    for part in block.modules():
+        kind = type(part)
+        if not calls_own_forward(part) or kind.forward is not _FORWARDS.get(kind, kind.forward):
+            return f"its {kind.__name__} has a forward of its own"
+        if not all(is_owned(hook, hook_owners) for hook in hooks_of(part)):
+            return "it carries hooks that are not gist's"
     if any(weight.requires_grad for weight in _frozen(block)):
         return "it has trainable matrices of its own"
-    if any(id(hook_owner(hook)) not in hook_owners for hook in _hooks(block)):
-        return "it carries hooks that are not gist's"
+    return _weights_refusal(block)
+
+
+def _weights_refusal(block: Any) -> str | None:
+    like = block.attn.qkv.weight
+    for weight in block.parameters():
+        if type(weight) is not nn.Parameter:
+            return f"its weights are {type(weight).__name__}s"
+        if weight.dtype is not like.dtype or weight.device != like.device:
+            return "its weights are of several dtypes or devices"
+    if like.dtype not in _DTYPES:
+        return f"its weights are {like.dtype}"
+    if block.norm1.eps <= 0 or block.norm2.eps <= 0:
+        return "its norm has no positive eps"
     return None
+
+
+def _fits(parts: FusedParts, like: torch.Tensor) -> bool:
+    """Whether a method's tensors are plain ones on a block's device."""
+    groups = (parts.attention or (), parts.mlp or (), *parts.updates.values())
+    tensors = [t for group in groups for t in group if isinstance(t, torch.Tensor)]
+    return all(is_plain(t) and t.device == like.device for t in tensors)
 
 
 def _frozen(block: Any) -> Iterator[torch.Tensor]:
@@ -174,9 +215,11 @@ def _attention_refusal(attn: Any) -> str | None:
             return f"its attention normalises its {name}"
     if not type(attn.qkv) is type(attn.proj) is nn.Linear:
         return "its attention's projections are not plain linears"
-    if attn.training and (attn.attn_drop.p or attn.proj_drop.p):
-        return "its attention has dropout"
-    return None
+    if attn.qkv.out_features != 3 * attn.num_heads * attn.head_dim:
+        return "its attention's heads don't make up its projection"
+    if not math.isfinite(attn.scale):
+        return "its attention's scale is not finite"
+    return _dropout_refusal("attention", attn, attn.attn_drop, attn.proj_drop)
 
 
 def _mlp_refusal(mlp: Any) -> str | None:
@@ -188,8 +231,16 @@ def _mlp_refusal(mlp: Any) -> str | None:
         return "its MLP is normalised within"
     if _activation(mlp.act) is None:
         return f"its MLP's activation is a {type(mlp.act).__name__}"
-    if mlp.training and (mlp.drop1.p or mlp.drop2.p):
-        return "its MLP has dropout"
+    return _dropout_refusal("MLP", mlp, mlp.drop1, mlp.drop2)
+
+
+def _dropout_refusal(name: str, owner: nn.Module, *parts: Any) -> str | None:
+    for part in parts:
+        if type(part) not in (nn.Dropout, nn.Identity):
+            return f"its {name}'s dropout is a {type(part).__name__}"
+        # Attention asks its own training flag for the dropout of its probabilities.
+        if getattr(part, "p", 0) and (part.training or owner.training):
+            return f"its {name} has dropout"
     return None
 
 
@@ -199,26 +250,13 @@ def _activation(act: nn.Module) -> str | None:
     return _ACTIVATIONS.get(type(act))
 
 
-def _hooks(module: nn.Module) -> Iterator[object]:
-    for part in module.modules():
-        yield from part._forward_hooks.values()
-        yield from part._forward_pre_hooks.values()
-        yield from part._backward_hooks.values()
-        yield from part._backward_pre_hooks.values()
-
-
-def hook_owner(hook: object) -> object:
-    """The module whose bound method a hook is; the hook itself if it is none."""
-    if isinstance(hook, partial):
-        hook = hook.func
-    return getattr(hook, "__self__", hook)
-
-
-def _norm(norm: Any, update: LayerUpdate | None) -> gk.NormWeights:
+def _norm(norm: Any, update: LayerUpdate | None, dtype: torch.dtype) -> gk.NormWeights:
     weight, bias = norm.weight, norm.bias
-    if update is not None and weight is not None:
-        bias = _shifted(bias, update, weight.dtype)
-        weight = weight if update.scale is None else update.scale.to(weight.dtype) * weight
+    if update is not None:
+        bias = _shifted(bias, update, dtype)
+        if update.scale is not None:
+            scale = update.scale.to(dtype)
+            weight = scale if weight is None else scale * weight
     return gk.NormWeights(weight, bias, norm.eps)
 
 

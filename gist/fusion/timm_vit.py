@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gist.fusion import timm_block
 from gist.fusion.patch_embedding import embed_patches
 from gist.methods.base import AttachedMethod, Refusal
+from gist.methods.hooks import is_owned
+from gist.untouched import calls_own_forward, hooks_of
 
+_FORWARDS = {
+    name: getattr(VisionTransformer, name)
+    for name in ("forward", "forward_features", "forward_head")
+}
 # Parameters that come after the patch embedding.
 _LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
 
@@ -28,15 +35,40 @@ class InsertedTokens(Protocol):
         """(B, N, D) to (B, N + count, D)."""
 
 
-def refusal(model: Any) -> Refusal | None:
-    """Why no block of a backbone is fused, so that its own forward runs as a whole; or None."""
+def refusal(model: Any, hook_owners: Collection[int]) -> Refusal | None:
+    """Why no block of a backbone is fused, so that the backbone runs by its own call; or None.
+
+    ``hook_owners`` is as :func:`gist.fusion.timm_block.plan` takes it. Hooks of others within a
+    block concern that block only; any other may read what the fused forward leaves out.
+    """
     if torch.compiler.is_compiling():
         return Refusal("it is traced by torch.compile or torch.export")
+    if torch._C._get_tracing_state() is not None:
+        return Refusal("it is traced by torch.jit.trace")
     if not isinstance(model, VisionTransformer):
         return Refusal(f"it is a {type(model).__name__}")
-    if type(model).forward_features is not VisionTransformer.forward_features:
-        return Refusal(f"{type(model).__name__} has a forward_features of its own")
+    for name, own in _FORWARDS.items():
+        if getattr(type(model), name) is not own:
+            return Refusal(f"{type(model).__name__} has a {name} of its own")
+        if name in model.__dict__:
+            return Refusal(f"its {name} was replaced")
+    if model._compiled_call_impl is not None:
+        return Refusal("it was compiled in place")
+    for part in _outside_blocks(model):
+        if not calls_own_forward(part):
+            return Refusal(f"its {type(part).__name__} has a forward of its own")
+        if not all(is_owned(hook, hook_owners) for hook in hooks_of(part)):
+            return Refusal("it carries hooks that are not gist's outside of its blocks")
     return None
+
+
+def _outside_blocks(model: Any) -> Iterator[nn.Module]:
+    yield model
+    for name, child in model.named_children():
+        if name == "blocks":
+            yield child
+        else:
+            yield from child.modules()
 
 
 def plans(
@@ -78,7 +110,8 @@ def features(
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         x = model.patch_drop(model._pos_embed(embed_patches(model.patch_embed, images)))
         x = model.norm_pre(x)
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x = x.to(next(model.parameters()).dtype)  # where no float32 position has been added
     # Of the first block's input, only the Gist token then needs a gradient.
     grad_tokens = None

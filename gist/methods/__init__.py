@@ -4,6 +4,7 @@ from gist.methods.adapter import Adapter
 from gist.methods.adaptformer import AdaptFormer
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
 from gist.methods.fact import FacT
+from gist.methods.hooks import Hook
 from gist.methods.lora import LoRA
 from gist.methods.repadapter import RepAdapter
 from gist.methods.selective import BitFit, Full, LayerNormTuning
@@ -36,6 +37,7 @@ __all__ = [
     "FacT",
     "Full",
     "FusedParts",
+    "Hook",
     "LayerNormTuning",
     "LoRA",
     "Method",

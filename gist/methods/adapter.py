@@ -10,10 +10,15 @@ from torch import nn
 
 import gist_kernels
 from gist.backbones.base import BackboneFamily
+from gist.methods import hooks
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal, new_parameters, unique
+from gist.methods.hooks import Hook
+from gist.methods.linear import CastLinear, is_untouched
 from gist.validate import check_activation, check_count, check_finite, check_known
+from gist_kernels.reference.adapter import ACTIVATIONS
 
 PLACEMENTS = ("shared", "parallel", "sequential")
+ALTERED = "its adapter's layers are not as gist made them"
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Adapter(Method):
         for index, parts in enumerate(blocks):
             if self.placement == "shared":
                 shared = Bottleneck(self, family)
-                shared.attach_parallel(parts.norms, parts.branch_outputs)
+                shared.attach_parallel(family.blocks[index], parts.norms, parts.branch_outputs)
                 adapters.append(shared)
                 continue
             pair = {name: Bottleneck(self, family) for name in ("attention", "mlp")}
@@ -73,10 +78,12 @@ class Adapter(Method):
                 if self.placement == "sequential":
                     nn.init.trunc_normal_(bottleneck.down.weight, std=0.01)
                     nn.init.trunc_normal_(bottleneck.up.weight, std=0.01)
-                    last[index][place].register_forward_hook(bottleneck.after)
+                    last[index][place].register_forward_hook(Hook(bottleneck, "after"))
                 else:
                     bottleneck.attach_parallel(
-                        parts.norms[place : place + 1], parts.branch_outputs[place : place + 1]
+                        family.blocks[index],
+                        parts.norms[place : place + 1],
+                        parts.branch_outputs[place : place + 1],
                     )
             adapters.append(nn.ModuleDict(pair))
         return adapters
@@ -94,18 +101,19 @@ class Bottleneck(nn.Module):
         super().__init__()
         width, options = family.embed_dim, new_parameters(family.model)
         self.scale, self.activation = config.scale, config.activation
-        self.down = nn.Linear(width, config.rank, **options)
-        self.up = nn.Linear(config.rank, width, **options)
+        self.down = CastLinear(width, config.rank, **options)
+        self.up = CastLinear(config.rank, width, **options)
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        self._update: torch.Tensor | None = None
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, activation={self.activation!r}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The update A(x) of (B, N, D) tokens, to be added to the residual stream."""
+        if not self.is_untouched:
+            return self.scale * self.up(ACTIVATIONS[self.activation](self.down(x)))
         parameters = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         return gist_kernels.adapter(
             x,
@@ -113,6 +121,11 @@ class Bottleneck(nn.Module):
             scale=self.scale,
             activation=self.activation,
         )
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether both layers are as made here, so that kernels may read their weights."""
+        return is_untouched(self.down) and is_untouched(self.up)
 
     def weights(self) -> gist_kernels.AdapterWeights:
         """Parameters and settings as the fused sublayers take them."""
@@ -122,25 +135,36 @@ class Bottleneck(nn.Module):
         )
 
     def attach_parallel(
-        self, norms: tuple[nn.Module, ...], branch_outputs: tuple[nn.Module, ...]
+        self,
+        block: nn.Module,
+        norms: tuple[nn.Module, ...],
+        branch_outputs: tuple[nn.Module, ...],
     ) -> None:
         """Read x at the norm's input, and add A(x) to the sublayer's output."""
         for norm in norms:
-            norm.register_forward_hook(self._at_norm)
+            norm.register_forward_hook(Hook(self, "at_norm"))
         for output in unique(branch_outputs):
-            output.register_forward_hook(self._at_output)
+            output.register_forward_hook(Hook(self, "at_output"))
+        # Also after an exception, and where activation checkpointing stops within a block.
+        block.register_forward_hook(Hook(self, "at_end"), always_call=True)
 
     def after(self, linear: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         """Hook: the update of a layer's own output, added to it."""
         return output + self(output)
 
-    def _at_norm(self, norm: nn.Module, args: tuple[torch.Tensor], output: object) -> None:
-        self._update = self(args[0])
+    def at_norm(self, norm: nn.Module, args: tuple[torch.Tensor], output: object) -> None:
+        """Hook: compute the update of a norm's input, for :meth:`at_output`."""
+        hooks.hand_on(self, self(args[0]))
 
-    def _at_output(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    def at_output(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        """Hook: add the update to a sublayer's output."""
         # Both sublayers may end in one module: this bottleneck may belong to only one of them.
-        update, self._update = self._update, None
+        update = hooks.taken(self)
         return output if update is None else output + update
+
+    def at_end(self, block: nn.Module, args: object, output: object) -> None:
+        """Hook: drop an update that found no output."""
+        hooks.taken(self)
 
 
 class Adapters(nn.ModuleList, AttachedMethod):
@@ -154,6 +178,9 @@ class Adapters(nn.ModuleList, AttachedMethod):
         if self.placement == "sequential":
             return Refusal("its adapters come after the sublayers, not beside them")
         part: Any = self[index]
+        bottlenecks = [part] if isinstance(part, Bottleneck) else part.values()
+        if not all(bottleneck.is_untouched for bottleneck in bottlenecks):
+            return Refusal(ALTERED)
         if isinstance(part, Bottleneck):
             return FusedParts(part.weights(), part.weights())
         return FusedParts(part["attention"].weights(), part["mlp"].weights())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
-from gist.methods.adapter import Bottleneck
+from gist.methods.adapter import ALTERED, Bottleneck
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
 from gist.validate import check_activation, check_count, check_finite, check_rate
 from gist_kernels.reference.adapter import ACTIVATIONS
@@ -51,8 +51,8 @@ class AdaptFormer(Method):
     def attach(self, family: BackboneFamily) -> AttachedMethod:
         blocks = [family.parts(index) for index in range(len(family.blocks))]
         beside = MlpAdapters(DroppedBottleneck(self, family) for _ in blocks)
-        for bottleneck, parts in zip(beside, blocks, strict=True):
-            bottleneck.attach_parallel(parts.norms[1:], parts.branch_outputs[1:])  # type: ignore[operator]
+        for block, bottleneck, parts in zip(family.blocks, beside, blocks, strict=True):
+            bottleneck.attach_parallel(block, parts.norms[1:], parts.branch_outputs[1:])  # type: ignore[operator]
         return beside
 
     def num_parameters(self, family: BackboneFamily) -> int:
@@ -76,9 +76,8 @@ class DroppedBottleneck(Bottleneck):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.drops:
             return super().forward(x)
-        down, up = ((p.weight.to(x.dtype), p.bias.to(x.dtype)) for p in (self.down, self.up))
-        hidden = ACTIVATIONS[self.activation](F.linear(x, *down))
-        return self.scale * F.linear(F.dropout(hidden, self.dropout), *up)
+        hidden = ACTIVATIONS[self.activation](self.down(x))
+        return self.scale * self.up(F.dropout(hidden, self.dropout))
 
 
 class MlpAdapters(nn.ModuleList, AttachedMethod):
@@ -88,4 +87,6 @@ class MlpAdapters(nn.ModuleList, AttachedMethod):
         bottleneck: Any = self[index]
         if bottleneck.drops:
             return Refusal("its adapter has dropout")
+        if not bottleneck.is_untouched:
+            return Refusal(ALTERED)
         return FusedParts(mlp=bottleneck.weights())

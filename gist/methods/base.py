@@ -46,9 +46,10 @@ class Refusal(NamedTuple):
 class AttachedMethod(nn.Module):
     """The module with a method's new parameters, joined to a backbone by hooks.
 
-    Hooks must be bound methods of this module or of its children, or partials of them:
-    ``copy.deepcopy`` then binds the copy's hooks to the copy's parameters. No module's ``forward``
-    is replaced.
+    Hooks must be :class:`gist.methods.hooks.Hook` of this module or of its children: the hooks of a
+    copy then use the copy's parameters. No module's ``forward`` is replaced. Parameters are read
+    within their module's own ``forward``, where offloading and sharding have them at hand. Nothing
+    of a call is kept on a module.
     """
 
     reaches_embedding = False
@@ -114,7 +115,18 @@ def new_parameters(backbone: nn.Module) -> dict[str, Any]:
     Below float32 rounding would lose an optimiser's small steps.
     """
     like = next(backbone.parameters())
-    return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    return {"device": device_of(backbone), "dtype": torch.promote_types(like.dtype, torch.float32)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model's parameters are computed on, also where they are offloaded."""
+    like = next(model.parameters())
+    if like.is_meta:  # accelerate's hooks know the device they bring the parameters to
+        for module in model.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return like.device
 
 
 def unique(modules: Iterable[nn.Module]) -> list[nn.Module]:

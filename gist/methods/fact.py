@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from gist.backbones.base import BackboneFamily
 from gist.methods.base import AttachedMethod, Method, new_parameters
+from gist.methods.hooks import Hook
 from gist.validate import check_count, check_finite, check_known, check_rate
 
 FORMS = ("tt", "tk")
@@ -56,7 +56,7 @@ class FacT(Method):
         pieces, count = _pieces(family)
         factors = Factors(self, family, count)
         for layer, of_layer in pieces.items():
-            layer.register_forward_hook(partial(factors.update, tuple(of_layer)))
+            layer.register_forward_hook(Hook(factors, "update", tuple(of_layer)))
         return factors
 
     def num_parameters(self, family: BackboneFamily) -> int:
@@ -126,7 +126,12 @@ class Factors(AttachedMethod):
         output: torch.Tensor,
     ) -> torch.Tensor:
         """Hook: a layer's output with the updates of its matrices."""
-        x, width = args[0], len(self.u)
+        update: torch.Tensor = self(args[0], pieces)
+        return output + update
+
+    def forward(self, x: torch.Tensor, pieces: Sequence[_Piece]) -> torch.Tensor:
+        """The update of the output of a layer with these matrices."""
+        width = len(self.u)
         u, v = self.u.to(x.dtype), self.v.to(x.dtype)
         by_input = {
             start: x[..., start : start + width] @ u for start in {p.inputs for p in pieces}
@@ -138,7 +143,7 @@ class Factors(AttachedMethod):
             by_output[piece.outputs] = by_output.get(piece.outputs, 0) + low
         # A layer's matrices cover all its outputs, in order.
         updates = torch.stack([by_output[start] for start in sorted(by_output)], dim=-2) @ v.T
-        return output + self.scale * updates.flatten(-2)
+        return self.scale * updates.flatten(-2)
 
     def merge(self, family: BackboneFamily) -> None:
         width = len(self.u)

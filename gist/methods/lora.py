@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from gist.methods.base import (
     Refusal,
     new_parameters,
 )
+from gist.methods.hooks import Hook
 from gist.validate import check_count, check_finite, check_known, check_rate
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -73,7 +73,7 @@ class LoRA(Method):
                 of_layer.setdefault(projection.layer, []).append((target, projection.start))
             updates.append(nn.ModuleDict(of_block))
             for layer, places in of_layer.items():
-                layer.register_forward_hook(partial(updates.update, index, tuple(places)))
+                layer.register_forward_hook(Hook(updates, "update", index, tuple(places)))
         return updates
 
     def num_parameters(self, family: BackboneFamily) -> int:
@@ -93,6 +93,10 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, inputs, **options))
         self.up = nn.Parameter(torch.zeros(outputs, rank, **options))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``up (down x)``, not scaled."""
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.down.shape[1]} -> {self.down.shape[0]} -> {self.up.shape[0]}"
@@ -117,9 +121,7 @@ class LowRankUpdates(nn.ModuleList, AttachedMethod):
         x = F.dropout(args[0], self.dropout, self.training) if self.dropout else args[0]
         of_block: Any = self[index]
         for target, start in places:
-            factors = of_block[target]
-            low = F.linear(x, factors.down.to(x.dtype))
-            update = self.scale * F.linear(low, factors.up.to(x.dtype))
+            update = self.scale * of_block[target](x)
             rest = output.shape[-1] - start - update.shape[-1]
             output = output + F.pad(update, (start, rest)) if start or rest else output + update
         return output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,8 @@ from torch import nn
 
 from gist.backbones.base import BackboneFamily
 from gist.methods.base import AttachedMethod, Method, new_parameters
+from gist.methods.hooks import Hook
+from gist.methods.linear import CastLinear
 from gist.validate import check_count, check_finite, check_rate
 
 _PLACES = ("attention", "mlp")
@@ -61,7 +62,7 @@ class RepAdapter(Method):
             pair = {place: GroupedLinear(self, family) for place in _PLACES}
             adapters.append(nn.ModuleDict(pair))
             for place, norm in zip(_PLACES, of_block, strict=True):
-                norm.register_forward_hook(partial(adapters.adapt, index, place))
+                norm.register_forward_hook(Hook(adapters, "adapt", index, place))
         return adapters
 
     def num_parameters(self, family: BackboneFamily) -> int:
@@ -77,7 +78,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         width, rank, groups = family.embed_dim, config.rank, config.groups
         options = new_parameters(family.model)
-        self.down = nn.Linear(width, rank, **options)
+        self.down = CastLinear(width, rank, **options)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
         self.up_weight = nn.Parameter(
@@ -86,8 +87,7 @@ class GroupedLinear(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(width, **options))
 
     def forward(self, n: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-        down_weight, down_bias = self.down.weight.to(n.dtype), self.down.bias.to(n.dtype)
-        low = F.dropout(F.linear(n, down_weight, down_bias), dropout)
+        low = F.dropout(self.down(n), dropout)
         low = low.unflatten(-1, (len(self.up_weight), -1))
         up = torch.einsum("...gr,gdr->...gd", low, self.up_weight.to(n.dtype))
         return up.flatten(-2) + self.up_bias.to(n.dtype)

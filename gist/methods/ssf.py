@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from gist.methods.base import (
     Refusal,
     new_parameters,
 )
+from gist.methods.hooks import Hook
 
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 
@@ -46,7 +46,7 @@ class SSF(Method):
         for name, _, width in places:
             features[name] = ScaleShift(width, options)
         for name, module, _ in places:
-            module.register_forward_hook(partial(features.scaled, name))
+            module.register_forward_hook(Hook(features, "scaled", name))
         return features
 
     def num_parameters(self, family: BackboneFamily) -> int:

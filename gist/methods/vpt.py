@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from gist.backbones.base import BackboneFamily
 from gist.backbones.timm_vit import TimmEva
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal, new_parameters
+from gist.methods.hooks import Hook
 from gist.validate import check_count, check_rate
 
 
@@ -49,8 +49,8 @@ class VPT(Method):
         self.num_parameters(family)
         prompts = Prompts(self, family)
         for index in range(len(family.blocks) if self.deep else 1):
-            family.blocks[index].register_forward_pre_hook(partial(prompts.enter, index))
-        family.blocks[-1].register_forward_hook(prompts.leave)
+            family.blocks[index].register_forward_pre_hook(Hook(prompts, "enter", index))
+        family.blocks[-1].register_forward_hook(Hook(prompts, "leave"))
         return prompts
 
     def num_parameters(self, family: BackboneFamily) -> int:
@@ -86,6 +86,11 @@ class Prompts(AttachedMethod):
         return FusedParts()
 
     def before_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        tokens: torch.Tensor = self(index, x)
+        return tokens
+
+    def forward(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """A block's input with its prompts, in place of the previous block's."""
         if index >= len(self.prompts):
             return x
         prompts = self.prompts[index].to(x.dtype).expand(x.shape[0], -1, -1)
@@ -99,7 +104,7 @@ class Prompts(AttachedMethod):
     def enter(
         self, index: int, block: nn.Module, args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """Hook before a block: add its prompts, in place of the previous block's."""
+        """Hook before a block: add its prompts."""
         return (self.before_block(index, args[0]), *args[1:])
 
     def leave(self, block: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:

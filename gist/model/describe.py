@@ -50,7 +50,7 @@ def explain(model: GistModel) -> str:
     blocks 0 to 11: fused sublayers, served by 'cpu'
     """
     backbone = model.family.model
-    whole = timm_vit.refusal(backbone)
+    whole = timm_vit.refusal(backbone, model.hook_owners)
     if whole is not None:
         last = len(model.family.blocks) - 1
         return f"blocks 0 to {last}: the backbone's own forward, for {whole.reason}"

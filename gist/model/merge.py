@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gist.backbones.timm_vit import TimmViT
-from gist.fusion.timm_block import hook_owner
+from gist.methods import hooks
 from gist.model.wrapped import GistModel
 
 
@@ -50,11 +50,7 @@ def merge(model: GistModel, *, drop_token: bool = False) -> Any:
 
 def remove_hooks(model: GistModel) -> None:
     """Take methods and token off the backbone, which is then as before :func:`gist.wrap`."""
-    owners = model.hook_owners
-    for part in model.backbone.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if id(hook_owner(hook)) in owners]:
-                del hooks[key]
+    hooks.remove_hooks(model.backbone, model.hook_owners)
     if model.token is not None:
         for module in model.family.prefix_counters:
             module.num_prefix_tokens -= model.token.count

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
+from gist.methods import hooks
 from gist.methods.base import new_parameters
+from gist.methods.hooks import Hook
 
 
 class GistToken(nn.Module):
@@ -45,7 +47,8 @@ class GistToken(nn.Module):
         return f"count={self.count}, index={self.index}"
 
     def attach(self, family: BackboneFamily) -> None:
-        family.blocks[0].register_forward_pre_hook(self._before_first_block)
+        family.blocks[0].register_forward_pre_hook(Hook(self, "enter"))
+        family.output_norm.register_forward_hook(Hook(self, "leave"))
         for module in family.prefix_counters:
             module.num_prefix_tokens += self.count
 
@@ -65,7 +68,14 @@ class GistToken(nn.Module):
             return tokens[:, self.index]
         return tokens[:, self.index : self.index + self.count].mean(1)
 
-    def _before_first_block(
-        self, block: nn.Module, args: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]:
+    def enter(self, block: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Hook before the first block: add the Gist token."""
         return (self(args[0]), *args[1:])
+
+    def leave(self, norm: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor | None:
+        """Hook after the final norm: keep the tokens for who asks, and remove the Gist token."""
+        tokens = hooks.asked_for(self)
+        if tokens is None:
+            return None
+        tokens[:] = [output]
+        return self.remove(output)

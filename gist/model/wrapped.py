@@ -14,7 +14,7 @@ import gist_kernels
 from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
 from gist.fusion import timm_vit
-from gist.methods import AttachedMethod
+from gist.methods import AttachedMethod, hooks
 from gist.model.config import GistConfig
 from gist.model.token import GistToken
 
@@ -110,10 +110,29 @@ class GistModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
         """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class."""
+        family = self.family
+        if getattr(self, "_is_replica", False):
+            with hooks.replica_owners(list(self.modules())):
+                return self._by_backbone(images)
+        if timm_vit.refusal(family.model, self.hook_owners) is not None:
+            return self._by_backbone(images)
         num_read = None
-        if self.family.reads_only_prefix:
+        if family.reads_only_prefix:
             num_read = 1 if self.token is None else 1 + self.token.count
         return self.forward_head(self._features(images, num_read))
+
+    def _by_backbone(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
+        """Run the backbone as its library does, by its call: the class token's logits are its."""
+        family, token = self.family, self.token
+        if token is None:
+            return family.logits(self.backbone(images))
+        with hooks.asking(token) as tokens:
+            logits = family.logits(self.backbone(images))
+        if not self.training:
+            return logits
+        (features,) = tokens
+        pooled = family.pool_token(token.pick(features), token.remove(features))
+        return GistOutput(logits, family.classify(pooled, self.gist_head))
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
@@ -121,7 +140,7 @@ class GistModel(nn.Module):
 
     def _features(self, images: torch.Tensor, num_read: int | None) -> torch.Tensor:
         """The first ``num_read`` tokens after the final norm; None for all."""
-        if timm_vit.refusal(self.family.model) is not None:
+        if timm_vit.refusal(self.family.model, self.hook_owners) is not None:
             return self.family.features(images)
         return timm_vit.features(
             self.family.model,

@@ -8,7 +8,7 @@ import math
 import pytest
 import timm
 import torch
-from models import backbone, images, wrapped
+from models import backbone, eva, images, wrapped
 
 import gist
 
@@ -137,18 +137,6 @@ def test_average_pooling_needs_no_class_token():
 
 
 # ---- rotary positions --------------------------------------------------------------------------
-
-
-def eva(**options):
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    vit = timm.models.eva.Eva(
-        **{**sizes, "num_classes": 5, "use_rot_pos_emb": True, "global_pool": "token", **options}
-    )
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return vit
 
 
 @pytest.mark.parametrize("options", [{}, {"qkv_fused": False}, {"attn_type": "rope"}])

@@ -9,70 +9,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import backbone, images, wrapped
+from models import FAMILIES, METHOD_CONFIGS, backbone, images, made, wrapped
 
 import gist
-from gist.methods import METHODS
 
-METHOD_CONFIGS = {
-    **{name: method() for name, method in METHODS.items()},
-    "none": None,
-    "adapter, parallel": gist.Adapter(placement="parallel"),
-    "adapter, sequential": gist.Adapter(rank=8, scale=1.0, placement="sequential"),
-    "lora, all": gist.LoRA(rank=2, targets=("q", "k", "v", "proj", "fc1", "fc2"), dropout=0.1),
-    "vpt, shallow": gist.VPT(deep=False, dropout=0.1),
-    "fact, tk": gist.FacT(form="tk", rank=4),
-    "several": (gist.VPT(num_tokens=2), gist.BitFit(), gist.LoRA(rank=2)),
-}
 START_AT_THE_BACKBONE = {
     "adaptformer", "lora", "fact", "repadapter", "bitfit", "layernorm", "full", "none",
     "lora, all", "fact, tk",
 }  # fmt: skip
-
-SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
-
-
-def timm_vit():
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
-
-
-def timm_dinov2():
-    return timm.create_model("vit_small_patch14_dinov2", img_size=28, **SMALL)
-
-
-def transformers_vit():
-    transformers = pytest.importorskip("transformers")
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(
-            hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192,
-            image_size=32, patch_size=8, num_labels=5,
-        )
-    )  # fmt: skip
-
-
-def transformers_dinov2(registers=0):
-    transformers = pytest.importorskip("transformers")
-    kind = "Dinov2WithRegisters" if registers else "Dinov2"
-    config = getattr(transformers, kind + "Config")(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8,
-        num_labels=5, **({"num_register_tokens": registers} if registers else {}),
-    )  # fmt: skip
-    return getattr(transformers, kind + "ForImageClassification")(config)
-
-
-FAMILIES = {
-    "timm ViT-Ti": (timm_vit, 32),
-    "timm DINOv2-S": (timm_dinov2, 28),
-    "transformers ViT": (transformers_vit, 32),
-    "transformers DINOv2": (transformers_dinov2, 32),
-}
-
-
-def made(family):
-    """A seeded backbone and images for it."""
-    make, size = FAMILIES[family]
-    torch.manual_seed(5)
-    return make(), images(size=size)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

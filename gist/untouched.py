@@ -1,0 +1,34 @@
+"""Whether modules and tensors are as their library made them.
+
+A kernel reads weights where the backbone would call modules. That is the same only if nothing hangs
+on the call: no hook, no replaced ``forward``, no compiled call, no tensor subclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+def calls_own_forward(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's ``forward``.
+
+    Offloading, compilation in place (``module.compile()``) and experiments give one instance
+    another.
+    """
+    return "forward" not in module.__dict__ and module._compiled_call_impl is None
+
+
+def hooks_of(module: nn.Module) -> Iterator[object]:
+    """The hooks that calling the module runs, forward and backward."""
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
+    yield from module._backward_hooks.values()
+    yield from module._backward_pre_hooks.values()
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether it is a tensor and of no subclass, such as a quantised or a sharded one."""
+    return isinstance(tensor, torch.Tensor) and type(tensor) in (torch.Tensor, nn.Parameter)
