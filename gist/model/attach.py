@@ -56,6 +56,11 @@ def remove_hooks(backbone: nn.Module, owners: Collection[int]) -> None:
                 del hooks[key]
 
 
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Put ``old``'s hooks on the module that replaces it; their handles still remove them."""
+    vars(new).update({name: hooks for name, hooks in vars(old).items() if "_hooks" in name})
+
+
 def take_over(new: nn.Module, old: nn.Module) -> None:
     """Put ``old``'s parameters into ``new``, a method's module for the first blocks of ``old``'s.
 

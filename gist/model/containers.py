@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gist.model.wrapped import GistModel
 
@@ -32,6 +33,11 @@ def gist_model_of(model: nn.Module) -> GistModel:
             )
         inner = found
     return inner
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether every process holds the same parameters, by DistributedDataParallel."""
+    return any(isinstance(part, DistributedDataParallel) for part in model.modules())
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 from gist.backbones.base import BackboneFamily
 from gist.methods import AttachedMethod
-from gist.model.attach import attach_methods, remove_hooks, take_over
+from gist.model.attach import attach_methods, carry_hooks, remove_hooks, take_over
 from gist.model.config import GistConfig
 from gist.model.token import GistToken
 
@@ -132,7 +132,9 @@ class TimmInterface(nn.Module):
         _take_indices(len(family.blocks), indices)  # its errors come first
         owners = {id(part) for method in self.attached_methods for part in method.modules()}
         remove_hooks(family.model, owners)
+        norm = self.family.model.norm
         taken: list[int] = prune(indices, prune_norm=prune_norm, prune_head=prune_head)
+        carry_hooks(norm, self.family.model.norm)
         if self.method is not None:
             method = attach_methods(self.config, family)
             assert method is not None
@@ -149,9 +151,7 @@ class TimmInterface(nn.Module):
         before, trained = self.family.patch_projection, _trained(model)
         model.set_input_size(img_size=img_size, patch_size=patch_size)
         after = self.family.patch_projection
-        if after is not before:
-            after._forward_hooks.update(before._forward_hooks)
-            after._forward_pre_hooks.update(before._forward_pre_hooks)
+        carry_hooks(before, after)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
 

@@ -24,7 +24,7 @@ from torch import nn
 from gist.backbones.families import family_of
 from gist.files import write_atomically, write_json
 from gist.model.config import GistConfig
-from gist.model.containers import gist_model_of, is_sharded, whole
+from gist.model.containers import gist_model_of, is_replicated, is_sharded, whole
 from gist.model.unwrap import unwrap
 from gist.model.wrapped import GistModel, wrap
 
@@ -40,7 +40,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> N
     earlier file whole.
 
     Parameters that the config trains are saved in any case, and so are others of the backbone that
-    are trained now. :func:`load` restores which are trained.
+    are trained now. :func:`load` restores which are trained. What was trained and then frozen again
+    counts as the backbone's own: freeze it after saving.
 
     Args:
         model: what :func:`gist.wrap` returned, also within DistributedDataParallel or
@@ -53,7 +54,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> N
         ValueError: parameters or buffers were added to the model after :func:`gist.wrap`. They
             could not be loaded.
     """
-    directory, outer, model = Path(directory), model, gist_model_of(model)
+    replicated, directory, model = is_replicated(model), Path(directory), gist_model_of(model)
     added = model.added_names()
     if added:
         raise ValueError(
@@ -80,7 +81,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> N
     sharded, processes = is_sharded(model), torch.distributed
     together = processes.is_available() and processes.is_initialized()
     try:
-        if not together or processes.get_rank() == 0 or (outer is model and not sharded):
+        if not together or processes.get_rank() == 0 or not (replicated or sharded):
             write_atomically(directory / WEIGHTS_FILE, weights)
             write_json(directory / CONFIG_FILE, config)
     finally:
@@ -138,13 +139,17 @@ def load(
             "adapter trained"
         )
     _check_match(_describe(backbone, config, beside), saved["backbone"], check_weights)
-    if saved["num_classes"] and family.num_classes != saved["num_classes"]:
-        family.reset_classifier(saved["num_classes"])
+    state = safetensors.torch.load(weights)
+    classes = saved["num_classes"]
+    # A head that was reset is no longer the one that HF PEFT had put there.
+    lacking = {name for name in state if name.startswith("backbone.")} - own
+    if classes and (family.num_classes != classes or (family.model is not backbone and lacking)):
+        family.reset_classifier(classes)
     model = wrap(backbone, config)
     try:
-        if not saved["num_classes"]:
+        if not classes:
             model.reset_classifier(0)
-        _fill(model, safetensors.torch.load(weights), beside, directory)
+        _fill(model, state, beside, directory)
     except Exception:
         unwrap(model)
         raise

@@ -247,6 +247,11 @@ def test_a_model_adapted_by_peft_gets_token_and_loss(kind, tmp_path):
     gist.save(model.eval(), tmp_path)
     loaded = gist.load(lora_by_peft(kind), tmp_path)
     assert torch.equal(loaded(images()), model(images()))
+    for classes in (model.num_classes, 3):
+        model.reset_classifier(classes)
+        gist.save(model, tmp_path)
+        loaded = gist.load(lora_by_peft(kind), tmp_path)
+        assert torch.equal(loaded(images()), model(images()))
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])

@@ -349,6 +349,10 @@ def test_input_size_is_set_as_on_the_backbone(make, size):
 def test_another_patch_size_keeps_what_a_method_does_to_the_embedding(method):
     model = wrapped("vit", gist.GistConfig(method)).eval()
     trained = set(model.trainable_state_dict())
+    seen = []
+    handle = model.backbone.patch_embed.proj.register_forward_hook(
+        lambda proj, args, kwargs, output: seen.append(kwargs), with_kwargs=True
+    )
     before = model.backbone.patch_embed(images())
     with torch.no_grad():
         fresh = backbone()
@@ -357,6 +361,9 @@ def test_another_patch_size_keeps_what_a_method_does_to_the_embedding(method):
     assert set(model.trainable_state_dict()) == trained
     found = model.backbone.patch_embed(images())
     assert before.shape != found.shape
+    handle.remove()
+    model.backbone.patch_embed(images())
+    assert seen == [{}, {}]
     expected = fresh.patch_embed(images())
     if isinstance(method, gist.SSF):
         part = model.method["patch_embed"]
