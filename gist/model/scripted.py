@@ -21,7 +21,6 @@ class Scripted(nn.Module):
     def __init__(self, model: nn.Module, size: tuple[int, int, int]) -> None:
         super().__init__()
         like = next(model.parameters())
-        # Two images: a batch of one would be traced as a constant where sizes are broadcast.
         images = torch.zeros(2, *size, device=like.device, dtype=like.dtype)
         reference: Any = gist_kernels.use_backend("reference")
         with torch.no_grad(), reference, warnings.catch_warnings():

@@ -214,6 +214,8 @@ class GistModel(TimmInterface):
         )
 
     def extra_repr(self) -> str:
+        if self.backbone is None:
+            return "unwrapped"
         counted, family = self.count_parameters(), self.family
         parts = {method.name: method.num_parameters(family) for method in self.config.methods}
         if family.model is not self.backbone:

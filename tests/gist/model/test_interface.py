@@ -130,11 +130,23 @@ def test_intermediates_hold_the_backbones_own_tokens_alone(make, config):
     assert stopped.shape == features.shape
 
 
-def test_intermediates_at_other_image_sizes_and_of_no_image():
-    model = wrapped("registers", LORA, dynamic_img_size=True).eval()
-    for size in (40, 64):
-        layers = model.forward_intermediates(images(size=size), intermediates_only=True)
-        assert {x.shape for x in layers} == {(2, 48, size // 8, size // 8)}
+@pytest.mark.parametrize("make", [backbone, eva])
+def test_intermediates_at_other_image_sizes(make):
+    vit = make(dynamic_img_size=True).eval()
+    pixels = [images(size=size) for size in (40, 64)]
+    expected = [(vit(x), vit.forward_intermediates(x)) for x in pixels]
+    model = gist.wrap(copy.deepcopy(vit), NOTHING).eval()
+    for x, (logits, layers) in zip(pixels, expected, strict=True):
+        torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-5)
+        equal(model.forward_intermediates(x), layers, rtol=0, atol=1e-5)
+    model = gist.wrap(vit).eval()
+    for x, (logits, (_, layers)) in zip(pixels, expected, strict=True):
+        assert model(x).shape == logits.shape
+        found = model.forward_intermediates(x, intermediates_only=True)
+        assert [f.shape for f in found] == [f.shape for f in layers]
+
+
+def test_intermediates_of_no_image():
     layers = wrapped("vit").forward_intermediates(images(0), intermediates_only=True)
     assert {x.shape for x in layers} == {(0, 48, 4, 4)}
 

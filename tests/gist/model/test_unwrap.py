@@ -103,6 +103,7 @@ def test_an_unwrapped_model_says_so():
     for use in (lambda: model(images()), lambda: gist.unwrap(model), lambda: gist.merge(model)):
         with pytest.raises(RuntimeError, match=r"gist.unwrap has given this model's backbone back"):
             use()
+    assert str(model).splitlines()[1] == "  unwrapped"
 
 
 def test_a_copy_keeps_the_model():
