@@ -33,6 +33,7 @@ from gist.model.describe import available_methods, count_parameters, explain
 from gist.model.loss import GistLoss
 from gist.model.merge import merge
 from gist.model.saving import load, save
+from gist.model.unwrap import unwrap
 from gist.model.wrapped import GistModel, GistOutput, ParameterCount, wrap
 
 __all__ = [
@@ -58,5 +59,6 @@ __all__ = [
     "load",
     "merge",
     "save",
+    "unwrap",
     "wrap",
 ]

@@ -21,7 +21,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: the file could not be written; the text names it.
     """
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # processes may write at once
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

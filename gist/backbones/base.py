@@ -101,6 +101,11 @@ class BackboneFamily(ABC):
 
     @property
     @abstractmethod
+    def image_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model is built for."""
+
+    @property
+    @abstractmethod
     def final_norm(self) -> nn.Module:
         """The norm after the last block."""
 
@@ -144,7 +149,8 @@ class BackboneFamily(ABC):
         return logits
 
     @abstractmethod
-    def reset_classifier(self, num_classes: int) -> None: ...
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; 0 classes remove it. None keeps the pooling."""
 
     @abstractmethod
     def pool(self, features: torch.Tensor) -> torch.Tensor:
@@ -157,6 +163,16 @@ class BackboneFamily(ABC):
     @abstractmethod
     def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
         """(..., F) to (..., C) logits, by ``head`` if given, else by the model's own classifier."""
+
+    def pre_logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(..., F) to the input of the classifier's last linear layer."""
+        return pooled
+
+    # ---- training
+
+    @abstractmethod
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recompute the blocks' activations in the backward pass, or keep them."""
 
     # ---- checks
 

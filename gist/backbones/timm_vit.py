@@ -63,6 +63,10 @@ class TimmViT(BackboneFamily):
         return self.model.patch_embed.proj
 
     @property
+    def image_size(self) -> tuple[int, int, int]:
+        return (self.model.in_chans, *self.model.patch_embed.img_size)
+
+    @property
     def final_norm(self) -> nn.Module:
         return self.model.fc_norm if isinstance(self.model.norm, nn.Identity) else self.model.norm
 
@@ -85,15 +89,20 @@ class TimmViT(BackboneFamily):
     def num_classes(self) -> int:
         return self.model.num_classes
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self.model.reset_classifier(num_classes)
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.model.reset_classifier(num_classes, global_pool)
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         return self.model.pool(features)
 
     def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
-        pooled = self.model.head_drop(self.model.fc_norm(pooled))
-        return (head or self.model.head)(pooled)
+        return (head or self.model.head)(self.pre_logits(pooled))
+
+    def pre_logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.model.head_drop(self.model.fc_norm(pooled))
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        self.model.set_grad_checkpointing(enable)
 
     def refusal(self, gist: bool) -> str | None:
         if not self.pooling:
@@ -136,6 +145,10 @@ class TimmDistilled(TimmViT):
         if head is not None:
             return head((by_class + by_distillation) / 2)
         return (self.model.head(by_class) + self.model.head_dist(by_distillation)) / 2
+
+    def pre_logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        by_class, by_distillation = self.model.head_drop(pooled).unbind(-2)
+        return (by_class + by_distillation) / 2
 
 
 class TimmEva(TimmViT):

@@ -73,6 +73,12 @@ class TransformersViT(BackboneFamily):
         return self.encoder.embeddings.patch_embeddings.projection
 
     @property
+    def image_size(self) -> tuple[int, int, int]:
+        size = self.model.config.image_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return self.model.config.num_channels, height, width
+
+    @property
     def final_norm(self) -> nn.Module:
         return self.encoder.layernorm
 
@@ -98,13 +104,20 @@ class TransformersViT(BackboneFamily):
     def num_classes(self) -> int:
         return self.model.num_labels
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool not in (None, self.pooling):
+            raise ValueError(
+                f"global_pool can't be {global_pool!r}: a {type(self.model).__name__} pools by "
+                f"{self.pooling!r}"
+            )
         old = self.model.classifier
         like = next(self.encoder.parameters())
         width = self.embed_dim * (1 if self.pooling == "token" else 2)
-        new = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
-        nn.init.trunc_normal_(new.weight, std=0.02)
-        nn.init.zeros_(new.bias)
+        new: nn.Module = nn.Identity()
+        if num_classes:
+            new = linear = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
         self.model.classifier = new.train(old.training)
         self.model.config.num_labels = self.model.num_labels = num_classes
 
@@ -119,3 +132,8 @@ class TransformersViT(BackboneFamily):
 
     def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
         return (head or self.model.classifier)(pooled)
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        name = "activation_checkpointing"  # the name in newer versions of transformers
+        name = name if hasattr(self.model, f"{name}_enable") else "gradient_checkpointing"
+        getattr(self.model, f"{name}_enable" if enable else f"{name}_disable")()

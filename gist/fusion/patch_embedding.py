@@ -30,7 +30,8 @@ def embed_patches(module: Any, images: torch.Tensor) -> torch.Tensor:
     patches = images.reshape(batch, channels, height // high, high, width // wide, wide)
     rows = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * high * wide)
     embedded = linear(rows, proj.weight.flatten(1), proj.bias)
-    return module.norm(embedded.view(batch, -1, proj.out_channels))
+    patches_each = (height // high) * (width // wide)
+    return module.norm(embedded.view(batch, patches_each, proj.out_channels))
 
 
 def _is_plain(module: Any) -> bool:

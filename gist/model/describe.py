@@ -11,6 +11,7 @@ from gist.backbones.families import family_of
 from gist.fusion import timm_vit
 from gist.methods import METHODS
 from gist.methods.base import Refusal
+from gist.model.containers import gist_model_of
 from gist.model.wrapped import GistModel, ParameterCount
 
 
@@ -32,15 +33,16 @@ def available_methods(backbone: nn.Module) -> dict[str, int]:
     return counts
 
 
-def count_parameters(model: GistModel) -> ParameterCount:
+def count_parameters(model: nn.Module) -> ParameterCount:
     """Count a model's parameters by method, token, head and frozen backbone.
 
-    The backbone's own parameters that a method trains count as the method's.
+    The backbone's own parameters that a method trains count as the method's. The model may stand
+    within DistributedDataParallel or ``torch.compile``, or be sharded.
     """
-    return model.count_parameters()
+    return gist_model_of(model).count_parameters()
 
 
-def explain(model: GistModel) -> str:
+def explain(model: nn.Module) -> str:
     """Which blocks run as fused sublayers and which by their own forward, and why: a line each.
 
     The answer holds for the state at the call: training or evaluation mode, inside or outside
@@ -49,8 +51,11 @@ def explain(model: GistModel) -> str:
     >>> print(gist.explain(model))
     blocks 0 to 11: fused sublayers, served by 'cpu'
     """
+    outer, model = model, gist_model_of(model)
     backbone = model.family.model
     whole = timm_vit.refusal(backbone, model.hook_owners)
+    if any(part is model and "_orig_mod" in name for name, part in outer.named_modules()):
+        whole = Refusal("it is traced by torch.compile or torch.export")
     if whole is not None:
         last = len(model.family.blocks) - 1
         return f"blocks 0 to {last}: the backbone's own forward, for {whole.reason}"

@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from gist.backbones.families import family_of
 from gist.backbones.timm_vit import TimmViT
-from gist.methods import hooks
+from gist.model.containers import gist_model_of, is_sharded
+from gist.model.unwrap import unwrap
 from gist.model.wrapped import GistModel
 
 
-def merge(model: GistModel, *, drop_token: bool = False) -> Any:
+def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
     """A plain copy of the backbone with the logits of ``model`` in evaluation mode, up to rounding.
 
     LoRA, SSF, FacT and RepAdapter fold into the weights; a model may have only one method. Methods
-    that train the backbone's own parameters have nothing to fold. The Gist token stays as one more
-    register token of a timm VisionTransformer.
+    that train the backbone's own parameters have nothing to fold. What HF PEFT has put into the
+    backbone is merged by its own ``merge_and_unload``. The Gist token stays as one more register
+    token of a timm VisionTransformer.
 
     Args:
-        model: what :func:`gist.wrap` returned.
+        model: what :func:`gist.wrap` returned, also within DistributedDataParallel or
+            ``torch.compile``.
         drop_token: leave the Gist token out. The result is then not exact, because the class token
             attended to it: measure the accuracy again.
 
@@ -29,31 +33,55 @@ def merge(model: GistModel, *, drop_token: bool = False) -> Any:
         The copy, in evaluation mode, with all parameters trainable as in a new model.
 
     Raises:
-        ValueError: a method that weights can't express (adapters, prompts), several, or a token
-            that the backbone has no place for. ``model`` is unchanged in any case.
+        ValueError: a method that weights can't express (adapters, prompts), several, a token that
+            the backbone has no place for, or parameters sharded over processes. ``model`` is
+            unchanged in any case.
     """
+    model = gist_model_of(model)
+    if is_sharded(model):
+        raise ValueError(
+            "a model sharded by fully_shard can't be merged; gist.save it, and merge what "
+            "gist.load makes of it on a fresh backbone"
+        )
     if len(model.attached_methods) > 1:
         raise ValueError("only one method can be merged; this model has several")
     keep_token = model.token is not None and not drop_token
     if keep_token:
         _check_register(model)
     twin = copy.deepcopy(model).eval()
-    family, token = twin.family, twin.token
-    remove_hooks(twin)
+    by_peft, methods, token = _is_peft(twin), twin.attached_methods, twin.token
+    backbone = unwrap(twin)
+    if by_peft:
+        backbone = _merged_by_peft(backbone)
+    family = family_of(backbone)
     with torch.no_grad():
-        for method in twin.attached_methods:
+        for method in methods:
             method.merge(family)
         if token is not None and keep_token:
-            _keep_as_register(family.model, token.weight)
-    return family.model.requires_grad_(True)
+            _keep_as_register(backbone, token.weight)
+    return backbone.requires_grad_(True)
 
 
-def remove_hooks(model: GistModel) -> None:
-    """Take methods and token off the backbone, which is then as before :func:`gist.wrap`."""
-    hooks.remove_hooks(model.backbone, model.hook_owners)
-    if model.token is not None:
-        for module in model.family.prefix_counters:
-            module.num_prefix_tokens -= model.token.count
+def _is_peft(model: GistModel) -> bool:
+    return model.family.model is not model.backbone
+
+
+def _merged_by_peft(backbone: Any) -> Any:
+    """The base model of HF PEFT's, with its adapters in the weights."""
+    kinds = ", ".join(str(config.peft_type.value) for config in backbone.peft_config.values())
+    try:
+        plain = backbone.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise ValueError(
+            f"HF PEFT can't merge its {kinds} into this backbone: {error}; use the wrapped model"
+        ) from error
+    left = [n for n, part in plain.named_modules() if type(part).__module__.startswith("peft.")]
+    if left:
+        raise ValueError(
+            f"HF PEFT's merge_and_unload leaves its modules for {kinds} in the backbone: "
+            f"{', '.join(left[:4])}; use the wrapped model"
+        )
+    return plain
 
 
 def _check_register(model: GistModel) -> None:

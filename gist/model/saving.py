@@ -2,6 +2,9 @@
 
 The frozen backbone is not saved. Its fingerprint is, so that parameters trained on one backbone are
 not silently loaded onto another.
+
+Format 1 holds the parameters that the config trains. Format 2 also names those that are trained
+beside them, and those that the config trains and the user has frozen.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +24,69 @@ from torch import nn
 from gist.backbones.families import family_of
 from gist.files import write_atomically, write_json
 from gist.model.config import GistConfig
+from gist.model.containers import gist_model_of, is_replicated, is_sharded, whole
+from gist.model.unwrap import unwrap
 from gist.model.wrapped import GistModel, wrap
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
 
 
-def save(model: GistModel, directory: str | os.PathLike[str], **extra: Any) -> None:
+def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> None:
     """Write the trained parameters and the config into ``directory``, which is made if missing.
 
     Each file is written beside its final place and then renamed: a full disk or a crash leaves the
     earlier file whole.
 
+    Parameters that the config trains are saved in any case, and so are others of the backbone that
+    are trained now. :func:`load` restores which are trained. What was trained and then frozen again
+    counts as the backbone's own: freeze it after saving.
+
     Args:
-        model: what :func:`gist.wrap` returned.
+        model: what :func:`gist.wrap` returned, also within DistributedDataParallel or
+            ``torch.compile``, or sharded by ``fully_shard``. A sharded model is gathered: call this
+            in every process. The first process writes, for DistributedDataParallel too.
         directory: gets adapter.safetensors and config.json.
         extra: further JSON values for config.json, such as ``classes=[...]``.
+
+    Raises:
+        ValueError: parameters or buffers were added to the model after :func:`gist.wrap`. They
+            could not be loaded.
     """
-    directory = Path(directory)
-    state = {name: p.cpu().contiguous() for name, p in model.trainable_state_dict().items()}
+    replicated, directory, model = is_replicated(model), Path(directory), gist_model_of(model)
+    added = model.added_names()
+    if added:
+        raise ValueError(
+            f"gist.load could not make what was added after gist.wrap: {', '.join(added[:4])}; "
+            "add it to the backbone before gist.wrap, or remove it and save it by torch.save"
+        )
+    values = model.state_dict()  # sharded parameters are sharded again
+    parameters = dict(model.named_parameters())
+    adapted = model.adapted_names()
+    beside = [n for n, p in parameters.items() if p.requires_grad and n not in set(adapted)]
+    frozen = [name for name in adapted if not parameters[name].requires_grad]
+    state = {name: whole(values[name]) for name in (*adapted, *beside)}
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
     config = {
-        "format": FORMAT,
+        "format": FORMAT if beside or frozen else 1,
         "gist": model.config.to_dict(),
         "num_classes": model.num_classes,
-        "backbone": _describe(model.backbone, model.config),
+        "backbone": _describe(model.backbone, model.config, beside),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        **({"also_trained": beside, "frozen": frozen} if beside or frozen else {}),
         **extra,
     }
-    write_atomically(directory / WEIGHTS_FILE, weights)
-    write_json(directory / CONFIG_FILE, config)
+    sharded, processes = is_sharded(model), torch.distributed
+    together = processes.is_available() and processes.is_initialized()
+    try:
+        if not together or processes.get_rank() == 0 or not (replicated or sharded):
+            write_atomically(directory / WEIGHTS_FILE, weights)
+            write_json(directory / CONFIG_FILE, config)
+    finally:
+        if together and sharded:
+            processes.barrier()  # the files are there for all
 
 
 def load(
@@ -63,7 +98,7 @@ def load(
     """Wrap a fresh backbone with what :func:`save` wrote; the model is in evaluation mode.
 
     The classifier is part of what was saved: the backbone's own is replaced where its number of
-    classes differs.
+    classes differs. Parameters are trained or frozen as they were when saved.
 
     Args:
         backbone: the model that the adapter was trained on, not wrapped. If HF PEFT adapted it,
@@ -85,10 +120,10 @@ def load(
         saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG_FILE} is not valid JSON: {error}") from error
-    if saved.get("format") != FORMAT:
+    if saved.get("format") not in (1, FORMAT):
         raise ValueError(
             f"{directory / CONFIG_FILE} has format {saved.get('format')!r}; "
-            f"this version reads format {FORMAT}"
+            f"this version reads formats 1 to {FORMAT}"
         )
     weights = (directory / WEIGHTS_FILE).read_bytes()
     if hashlib.sha256(weights).hexdigest() != saved["weights_sha256"]:
@@ -96,23 +131,47 @@ def load(
             f"{directory / WEIGHTS_FILE} is damaged or not the one that {CONFIG_FILE} describes"
         )
     config = GistConfig.from_dict(saved["gist"])
-    family = family_of(backbone)
-    _check_match(_describe(backbone, config), saved["backbone"], check_weights)
-    if family.num_classes != saved["num_classes"]:
-        family.reset_classifier(saved["num_classes"])
-    model = wrap(backbone, config)
+    family, beside = family_of(backbone), saved.get("also_trained", [])
+    own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
+    if not own.issuperset(beside):
+        raise ValueError(
+            f"backbone does not match: it lacks {sorted(set(beside) - own)[:4]}, which the saved "
+            "adapter trained"
+        )
+    _check_match(_describe(backbone, config, beside), saved["backbone"], check_weights)
     state = safetensors.torch.load(weights)
-    expected = model.trainable_state_dict().keys()
+    classes = saved["num_classes"]
+    # A head that was reset is no longer the one that HF PEFT had put there.
+    lacking = {name for name in state if name.startswith("backbone.")} - own
+    if classes and (family.num_classes != classes or (family.model is not backbone and lacking)):
+        family.reset_classifier(classes)
+    model = wrap(backbone, config)
+    try:
+        if not classes:
+            model.reset_classifier(0)
+        _fill(model, state, beside, directory)
+    except Exception:
+        unwrap(model)
+        raise
+    trained = set(model.adapted_names()).union(beside).difference(saved.get("frozen", []))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model.eval()
+
+
+def _fill(
+    model: GistModel, state: dict[str, torch.Tensor], beside: Sequence[str], directory: Path
+) -> None:
+    expected = set(model.adapted_names()).union(beside)
     if state.keys() != expected:
         raise ValueError(
             f"{directory / WEIGHTS_FILE} holds other parameters than {CONFIG_FILE} describes: "
             f"{sorted(state.keys() ^ expected)[:4]}"
         )
     model.load_state_dict(state, strict=False)
-    return model.eval()
 
 
-def _describe(backbone: nn.Module, config: GistConfig) -> dict[str, Any]:
+def _describe(backbone: nn.Module, config: GistConfig, beside: Sequence[str]) -> dict[str, Any]:
     family = family_of(backbone)
     # A backbone made without timm.create_model has no pretrained_cfg.
     origin: Any = getattr(family.model, "pretrained_cfg", None) or {}
@@ -122,12 +181,12 @@ def _describe(backbone: nn.Module, config: GistConfig) -> dict[str, Any]:
         "depth": len(family.blocks),
         "num_prefix_tokens": family.num_prefix_tokens,
         "global_pool": family.pooling,
-        "fingerprint": _fingerprint(backbone, config),
+        "fingerprint": _fingerprint(backbone, config, beside),
     }
 
 
-def _fingerprint(backbone: nn.Module, config: GistConfig) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors that are not trained."""
+def _fingerprint(backbone: nn.Module, config: GistConfig, beside: Sequence[str]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors that the saved file lacks."""
     family = family_of(backbone)
     trained = {id(p) for method in config.methods for p in method.trained(family)}
     trained |= {id(p) for head in family.heads for p in head.parameters()}
@@ -135,11 +194,13 @@ def _fingerprint(backbone: nn.Module, config: GistConfig) -> str:
         trained |= {id(p) for p in backbone.parameters() if p.requires_grad}
     own = {id(parameter): name for name, parameter in backbone.named_parameters()}
     left_out = {own[parameter] for parameter in trained if parameter in own}
+    left_out |= {name.removeprefix("backbone.") for name in beside}
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         if name not in left_out:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            content: Any = whole(tensor).view(torch.uint8).numpy()
+            digest.update(content)
     return digest.hexdigest()
 
 

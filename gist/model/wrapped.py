@@ -15,7 +15,10 @@ from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
 from gist.fusion import timm_vit
 from gist.methods import AttachedMethod, hooks
+from gist.model.attach import Before, attach_methods
 from gist.model.config import GistConfig
+from gist.model.interface import TimmInterface, hide_added_tokens
+from gist.model.scripted import Scripted
 from gist.model.token import GistToken
 
 
@@ -45,16 +48,20 @@ class ParameterCount(NamedTuple):
         )
 
 
-class GistModel(nn.Module):
+class GistModel(TimmInterface):
     """A backbone adapted by :func:`wrap`, which makes it.
 
     In training mode with a Gist token, the model returns :class:`GistOutput`. In evaluation mode,
     or without a token, it returns (B, C) logits of the class token (or of the backbone's own
     pooling).
 
+    timm's other methods and attributes, such as ``forward_intermediates`` and ``pretrained_cfg``,
+    are the backbone's: timm's functions take the wrapped model.
+
     Attributes:
         backbone: the given model. Its forward now runs through method and token; its state dict
-            has not changed.
+            has not changed. Call the GistModel instead: the backbone's own ``forward_features``
+            has the Gist token among its tokens. :func:`gist.unwrap` gives it back.
         method: the module with the PEFT method's parameters, or None.
         token: the :class:`gist.model.token.GistToken`, or None.
         config: the :class:`gist.GistConfig`.
@@ -64,19 +71,14 @@ class GistModel(nn.Module):
         super().__init__()
         family = family_of(backbone)
         _check(family, config)
-        self.config = config
+        self.config, self.before_wrap = config, Before.of(backbone)
         trained = [p for method in config.methods for p in method.trained(family)]
         if family.model is not backbone:  # HF PEFT's, which has marked what it trains
             trained += [p for p in backbone.parameters() if p.requires_grad]
         # First, because a method may refuse the backbone, which must then be unchanged.
         for method in config.methods:
             method.num_parameters(family)
-        attached = {method.name: method.attach(family) for method in config.methods}
-        modules = {name: module for name, module in attached.items() if module is not None}
-        several = len(config.methods) > 1
-        self.method: nn.Module | None = (
-            nn.ModuleDict(modules) if several else next(iter(modules.values()), None)
-        )
+        self.method = attach_methods(config, family)
         self.token = None
         if config.gist:
             self.token = GistToken(
@@ -88,20 +90,20 @@ class GistModel(nn.Module):
         for parameter in trained:
             parameter.requires_grad_(True)
         self._train_heads()
+        hide_added_tokens(family, self.token, self.attached_methods)
+        self._known = frozenset(self.state_dict())
 
     @property
     def family(self) -> BackboneFamily:
         """The backbone's family, which knows its blocks, pooling and classifier."""
+        if self.backbone is None:
+            raise RuntimeError("gist.unwrap has given this model's backbone back; wrap it again")
         return family_of(self.backbone)
 
     @property
     def anatomy(self) -> BackboneFamily:
         """The earlier name of :attr:`family`."""
         return self.family
-
-    @property
-    def num_classes(self) -> int:
-        return self.family.num_classes
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -130,9 +132,17 @@ class GistModel(nn.Module):
             logits = family.logits(self.backbone(images))
         if not self.training:
             return logits
+        self._check_pooling()
         (features,) = tokens
         pooled = family.pool_token(token.pick(features), token.remove(features))
         return GistOutput(logits, family.classify(pooled, self.gist_head))
+
+    def _check_pooling(self) -> None:
+        if not self.family.pooling:
+            raise ValueError(
+                "with global_pool='' there is nothing to train the Gist token against; call "
+                "reset_classifier(num_classes, global_pool='token'), or eval() for features"
+            )
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
@@ -165,16 +175,25 @@ class GistModel(nn.Module):
         methods = {id(part) for method in self.attached_methods for part in method.modules()}
         return {id(self.token)} | methods
 
-    def forward_head(self, features: torch.Tensor) -> torch.Tensor | GistOutput:
-        """(B, N, D) tokens of :meth:`forward_features` to logits."""
+    def forward_head(
+        self, features: torch.Tensor, pre_logits: bool = False
+    ) -> torch.Tensor | GistOutput:
+        """(B, N, D) tokens of :meth:`forward_features` to logits.
+
+        With ``pre_logits``, to the classifier's (B, F) input instead, of both tokens in training.
+        """
         family, token = self.family, self.token
+        classify = family.pre_logits if pre_logits else family.classify
         if token is None:
-            return family.classify(family.pool(features))
+            return classify(family.pool(features))
         own_tokens = features if family.reads_only_prefix else token.remove(features)
         pooled = family.pool(own_tokens)
         if not self.training:
-            return family.classify(pooled)
+            return classify(pooled)
+        self._check_pooling()
         token_pooled = family.pool_token(token.pick(features), own_tokens)
+        if pre_logits:
+            return GistOutput(classify(pooled), classify(token_pooled))
         if self.gist_head is not None:
             return GistOutput(
                 family.classify(pooled), family.classify(token_pooled, self.gist_head)
@@ -182,11 +201,16 @@ class GistModel(nn.Module):
         logits = family.classify(torch.stack((pooled, token_pooled), dim=1))
         return GistOutput(*gist_kernels.split_heads(logits))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new, trainable one for ``num_classes`` classes."""
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1; it is {num_classes}")
-        self.family.reset_classifier(num_classes)
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new, trainable one.
+
+        Args:
+            num_classes: 0 removes the head: the logits are then its input.
+            global_pool: another pooling, by timm's names; None keeps the present one.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0; it is {num_classes}")
+        self.family.reset_classifier(num_classes, global_pool)
         self._train_heads()
 
     def _train_heads(self) -> None:
@@ -213,6 +237,8 @@ class GistModel(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        if self.backbone is None:
+            return "unwrapped"
         counted, family = self.count_parameters(), self.family
         parts = {method.name: method.num_parameters(family) for method in self.config.methods}
         if family.model is not self.backbone:
@@ -221,13 +247,36 @@ class GistModel(nn.Module):
         trained = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
         return f"trained: {trained}; frozen: {counted.frozen:,}"
 
-    def no_weight_decay(self) -> set[str]:
-        """Names that timm's optimiser factory must not decay: the token, like timm's own tokens."""
-        return {"token.weight"} if self.token is not None else set()
-
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
-        """Only the trained parameters, by name, detached; :func:`gist.save` writes these."""
+        """Only the trained parameters, by name, detached."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def adapted_names(self) -> list[str]:
+        """Names of the parameters that the config trains, whether or not they are trained now."""
+        family, before = self.family, self.before_wrap.parameters
+        parameters = _head_parameters(family.heads)
+        for method in self.config.methods:
+            parameters += method.trained(family)
+        ids = {id(parameter) for parameter in parameters}
+
+        def adapted(name: str, parameter: nn.Parameter) -> bool:
+            module, _, own = name.partition(".")
+            if module != "backbone":
+                return module == "gist_head" or name in self._known
+            by_peft = family.model is not self.backbone and before.get(own, (False,))[0]
+            return by_peft or id(parameter) in ids
+
+        return [name for name, parameter in self.named_parameters() if adapted(name, parameter)]
+
+    def added_names(self) -> list[str]:
+        """Names in the state dict that are neither wrap's nor were the backbone's then."""
+        known = self._known.union(self.adapted_names())
+        return [name for name in self.state_dict() if name not in known]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        if self.training:
+            raise RuntimeError("torch.jit.script takes a wrapped model in evaluation mode: eval()")
+        return Scripted(self, self.family.image_size)
 
 
 def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:

@@ -235,6 +235,55 @@ def test_a_model_adapted_by_peft_gets_token_and_loss(kind, tmp_path):
     gist.save(model.eval(), tmp_path)
     loaded = gist.load(lora_by_peft(kind), tmp_path)
     assert torch.equal(loaded(images()), model(images()))
+    for classes in (model.num_classes, 3):
+        model.reset_classifier(classes)
+        gist.save(model, tmp_path)
+        loaded = gist.load(lora_by_peft(kind), tmp_path)
+        assert torch.equal(loaded(images()), model(images()))
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+@pytest.mark.parametrize("config", [gist.GistConfig(None, gist=False), gist.GistConfig(None)])
+def test_a_model_adapted_by_peft_is_merged_by_peft(kind, config):
+    keep = config.gist and kind == "timm"
+    model = gist.wrap(lora_by_peft(kind), config).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = gist.merge(model, drop_token=config.gist and not keep)
+    fresh = backbone(reg_tokens=int(keep)) if kind == "timm" else transformers_model("ViT")
+    assert type(plain) is type(fresh)
+    fresh.load_state_dict(plain.state_dict())  # every name, and no other
+    for merged in (plain, fresh.eval()):
+        logits = merged(images())
+        logits = getattr(logits, "logits", logits)
+        if keep or not config.gist:
+            torch.testing.assert_close(logits, model(images()), rtol=0, atol=1e-5)
+    head = "head" if kind == "timm" else "classifier"
+    trained = f"backbone.base_model.model.{head}.modules_to_save.default.weight"
+    assert torch.equal(plain.get_submodule(head).weight, before[trained])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_pefts_adapters_are_merged_before_a_method_of_gist():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["fc2"], init_lora_weights=False)
+    adapted = peft.get_peft_model(backbone(), config)
+    model = gist.wrap(adapted, gist.GistConfig(gist.LoRA(rank=2), token_dropout=0.0)).eval()
+    with torch.no_grad():
+        for parameter in model.method.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    torch.testing.assert_close(gist.merge(model)(images()), model(images()), rtol=0, atol=1e-5)
+
+
+def test_what_peft_cannot_merge_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], lora_bias=True)
+    model = gist.wrap(peft.get_peft_model(backbone(), config), gist.GistConfig(None, gist=False))
+    qkv = model.family.blocks[0].attn.qkv
+    with torch.no_grad():
+        qkv.lora_A["default"].weight.fill_(math.inf)
+    with pytest.raises(ValueError, match="HF PEFT can't merge its LORA into this backbone: .*NaN"):
+        gist.merge(model)
+    assert model.family.blocks[0].attn.qkv is qkv
 
 
 # ---- the Gist token's options ------------------------------------------------------------------

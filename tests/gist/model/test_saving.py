@@ -111,7 +111,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     weights.write_bytes(whole)
     text = config.read_text()
     config.write_text(text.replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match="format 99; this version reads format 1"):
+    with pytest.raises(ValueError, match="format 99; this version reads formats 1 to 2"):
         gist.load(backbone(), tmp_path)
     config.write_text(text[:40])
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
@@ -138,6 +138,137 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
     assert torch.equal(gist.load(backbone(), tmp_path)(PIXELS), expected)
+
+
+# ---- trained otherwise than the config says ------------------------------------------------------
+
+CONFIG = gist.GistConfig(gist.Adapter(rank=3, scale=0.5))
+
+
+def unfreeze_norm(model):
+    model.backbone.norm.requires_grad_(True)
+
+
+def unfreeze_position_and_a_block(model):
+    model.backbone.pos_embed.requires_grad_(True)
+    model.backbone.blocks[1].requires_grad_(True)
+
+
+def freeze_head(model):
+    model.backbone.head.requires_grad_(False)
+
+
+def freeze_token_and_unfreeze_norm(model):
+    model.token.requires_grad_(False)
+    model.backbone.norm.requires_grad_(True)
+
+
+def freeze_all(model):
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [unfreeze_norm, unfreeze_position_and_a_block, freeze_head, freeze_token_and_unfreeze_norm,
+     freeze_all],
+)  # fmt: skip
+@pytest.mark.parametrize("check_weights", [True, False])
+def test_what_the_user_trains_or_freezes_is_saved_and_restored(tmp_path, change, check_weights):
+    model = gist.wrap(backbone(), CONFIG)
+    trained_by_config = set(model.trainable_state_dict())
+    change(model)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or name in trained_by_config:
+                parameter.add_(torch.randn_like(parameter))
+    gist.save(model.eval(), tmp_path)
+    loaded = gist.load(backbone(), tmp_path, check_weights=check_weights)
+    assert torch.equal(loaded(PIXELS), model(PIXELS))
+    assert loaded.trainable_state_dict().keys() == model.trainable_state_dict().keys()
+    again = tmp_path / "again"
+    gist.save(loaded, again)
+    for file in ("config.json", "adapter.safetensors"):
+        assert (again / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_the_rest_of_the_backbone_is_still_checked(tmp_path):
+    model = gist.wrap(backbone(), CONFIG)
+    unfreeze_norm(model)
+    gist.save(model, tmp_path)
+    vit = backbone(seed=9)
+    with pytest.raises(ValueError, match="frozen weights differ"):
+        gist.load(vit, tmp_path)
+    with pytest.raises(ValueError, match=r"lacks \['backbone.norm.bias', 'backbone.norm.weight'\]"):
+        gist.load(backbone(global_pool="avg"), tmp_path)
+
+
+def test_only_files_with_such_parameters_are_of_format_2(tmp_path):
+    model = gist.wrap(backbone(), CONFIG)
+    for change, expected in ((None, 1), (freeze_head, 2), (unfreeze_norm, 2)):
+        if change is not None:
+            change(model)
+        gist.save(model, tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert saved["format"] == expected
+        assert ("also_trained" in saved) is ("frozen" in saved) is (expected == 2)
+
+
+@pytest.mark.parametrize(
+    ("add", "name"),
+    [
+        (lambda m: setattr(m, "extra", torch.nn.Linear(2, 2)), "extra.weight, extra.bias"),
+        (lambda m: setattr(m.method, "extra", torch.nn.Parameter(torch.ones(1))), "method.extra"),
+        (
+            lambda m: setattr(m.backbone, "extra", torch.nn.Parameter(torch.ones(1))),
+            "backbone.extra",
+        ),
+        (lambda m: m.register_buffer("mean", torch.ones(3)), "mean"),
+    ],
+)
+def test_what_was_added_later_is_refused_by_name(tmp_path, add, name):
+    model = gist.wrap(backbone(), CONFIG)
+    add(model)
+    with pytest.raises(ValueError, match=f"added after gist.wrap: {name};"):
+        gist.save(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_added_before_is_saved(tmp_path):
+    def with_scale():
+        vit = backbone()
+        vit.extra = torch.nn.Parameter(torch.ones(2))
+        return vit
+
+    model = gist.wrap(with_scale(), CONFIG)
+    model.backbone.extra.requires_grad_(True)
+    with torch.no_grad():
+        model.backbone.extra.mul_(3)
+    gist.save(model, tmp_path)
+    assert gist.load(with_scale(), tmp_path).backbone.extra.tolist() == [3, 3]
+
+
+def test_a_model_without_a_classifier_is_saved(tmp_path):
+    model = trained()
+    model.reset_classifier(0)
+    gist.save(model, tmp_path)
+    loaded = gist.load(backbone(), tmp_path)
+    assert torch.equal(loaded(PIXELS), model(PIXELS))
+    assert loaded.num_classes == 0
+
+
+def test_files_that_do_not_belong_together_leave_the_backbone_unwrapped(tmp_path):
+    gist.save(trained(), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"num_tokens": 1', '"num_tokens": 2'))
+    vit = backbone()
+    with pytest.raises(RuntimeError, match="token.weight"):
+        gist.load(vit, tmp_path)
+    assert all(p.requires_grad for p in vit.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in vit.modules())
+
+
+# ---- earlier files -------------------------------------------------------------------------------
 
 
 def filled(model):

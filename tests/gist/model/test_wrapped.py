@@ -238,8 +238,8 @@ def test_classifier_may_be_reset():
     assert model(images()).shape == (2, 11)
     assert model.num_classes == 11
     assert {"backbone.head.weight", "backbone.head.bias"} <= set(model.trainable_state_dict())
-    with pytest.raises(ValueError, match="num_classes must be at least 1"):
-        model.reset_classifier(0)
+    with pytest.raises(ValueError, match="num_classes must be at least 0; it is -1"):
+        model.reset_classifier(-1)
 
 
 def test_printing_a_model_says_what_is_trained():

@@ -1,0 +1,64 @@
+"""The wrapped model within what other libraries put around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gist.model.wrapped import GistModel
+
+
+def gist_model_of(model: nn.Module) -> GistModel:
+    """The GistModel in ``torch.compile``'s, DistributedDataParallel's or another's module.
+
+    Raises:
+        TypeError: there is none.
+        ValueError: FSDP1 holds its parameters, flattened.
+    """
+    inner: Any = model
+    while not isinstance(inner, GistModel):
+        if type(inner).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "model is sharded by FullyShardedDataParallel, which flattens its parameters; "
+                "shard it by torch.distributed.fsdp.fully_shard instead"
+            )
+        found = getattr(inner, "_orig_mod", None)
+        found = getattr(inner, "module", None) if found is None else found
+        if not isinstance(found, nn.Module):
+            raise TypeError(
+                f"model must be what gist.wrap returned; it is a {type(model).__name__}"
+            )
+        inner = found
+    return inner
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether every process holds the same parameters, by DistributedDataParallel."""
+    return any(isinstance(part, DistributedDataParallel) for part in model.modules())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are sharded over processes, as by ``fully_shard``."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    # Parameters that FSDP2 holds gathered after a forward are plain tensors.
+    by_fsdp = any(isinstance(part, FSDPModule) for part in model.modules())
+    return by_fsdp or any(_is_part(parameter) for parameter in model.parameters())
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU. A sharded one is gathered: every process has to call this."""
+    gathered: Any = tensor.detach()
+    if _is_part(gathered):
+        gathered = gathered.full_tensor()
+    result: torch.Tensor = gathered.cpu().contiguous()
+    return result
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor
