@@ -10,6 +10,7 @@ from torch import nn
 
 from gist.backbones.timm_vit import TimmViT
 from gist.fusion.timm_block import hook_owner
+from gist.model.precision import half_dtype, in_own_dtype
 from gist.model.wrapped import GistModel
 
 
@@ -45,6 +46,7 @@ def merge(model: GistModel, *, drop_token: bool = False) -> Any:
             method.merge(family)
         if token is not None and keep_token:
             _keep_as_register(family.model, token.weight)
+    _in_one_dtype(family.model)
     return family.model.requires_grad_(True)
 
 
@@ -53,11 +55,21 @@ def remove_hooks(model: GistModel) -> None:
     owners = model.hook_owners
     for part in model.backbone.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if id(hook_owner(hook)) in owners]:
-                del hooks[key]
+            for key, hook in list(hooks.items()):
+                if id(hook_owner(hook)) in owners or hook is in_own_dtype:
+                    del hooks[key]
     if model.token is not None:
         for module in model.family.prefix_counters:
             module.num_prefix_tokens -= model.token.count
+
+
+def _in_one_dtype(backbone: nn.Module) -> None:
+    """Give what was trained in float32 the dtype of a half backbone again."""
+    half = half_dtype(backbone.parameters())
+    if half is not None:
+        for parameter in backbone.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(half)
 
 
 def _check_register(model: GistModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from gist.backbones.families import family_of
 from gist.fusion import timm_vit
 from gist.methods import AttachedMethod
 from gist.model.config import GistConfig
+from gist.model.precision import InputDtype, half_dtype, in_own_dtype, train
 from gist.model.token import GistToken
 
 
@@ -85,8 +87,7 @@ class GistModel(nn.Module):
             self.token.attach(family)
         self.backbone: Any = backbone.requires_grad_(False)
         self.gist_head: nn.Module | None = None
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        train(trained)
         self._train_heads()
 
     @property
@@ -113,11 +114,22 @@ class GistModel(nn.Module):
         num_read = None
         if self.family.reads_only_prefix:
             num_read = 1 if self.token is None else 1 + self.token.count
-        return self.forward_head(self._features(images, num_read))
+        with self._at_use(images):
+            return self.forward_head(self._features(images, num_read))
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
-        return self._features(images, None)
+        with self._at_use(images):
+            return self._features(images, None)
+
+    def _at_use(self, x: torch.Tensor) -> AbstractContextManager[Any]:
+        """Where a method trains parameters of a half backbone in float32, convert them at use."""
+        heads = {id(p) for p in _head_parameters(self.family.heads)}
+        body = [p for p in self.backbone.parameters() if id(p) not in heads]
+        wide = any(p.requires_grad and p.dtype.itemsize >= 4 for p in body)
+        if wide and (x.dtype.itemsize < 4 or half_dtype(body) is not None):
+            return InputDtype()
+        return nullcontext()
 
     def _features(self, images: torch.Tensor, num_read: int | None) -> torch.Tensor:
         """The first ``num_read`` tokens after the final norm; None for all."""
@@ -172,8 +184,10 @@ class GistModel(nn.Module):
 
     def _train_heads(self) -> None:
         heads = self.family.heads
-        for parameter in _head_parameters(heads):
-            parameter.requires_grad_(True)
+        train(_head_parameters(heads))
+        for head in _trained_heads(heads):
+            if in_own_dtype not in head._forward_pre_hooks.values():
+                head.register_forward_pre_hook(in_own_dtype)
         if self.config.gist and self.config.separate_head:
             self.gist_head = copy.deepcopy(heads[0])
 
@@ -215,7 +229,9 @@ def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
     """Adapt a vision transformer, in place: freeze it, attach the methods and the Gist token.
 
     The backbone's modules and their ``forward`` stay; methods and token join by hooks. All
-    parameters are frozen, except the classifier's and those that a method trains.
+    parameters are frozen, except the classifier's and those that a method trains. These become
+    float32 in a half backbone, whose dtype would lose small steps, and are converted where they
+    are used. The classifier computes in float32, or in autocast's dtype.
 
     Args:
         backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
@@ -237,13 +253,17 @@ def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
     return model
 
 
+def _trained_heads(heads: Sequence[nn.Module]) -> list[nn.Module]:
+    """The trained layers; HF PEFT keeps a trained copy of a head beside the original."""
+    found: list[nn.Module] = []
+    for head in heads:
+        copies: Any = getattr(head, "modules_to_save", None)
+        found += [head] if copies is None else copies.values()
+    return found
+
+
 def _head_parameters(heads: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The trained parameters; HF PEFT keeps a trained copy of a head beside the original."""
-    return [
-        parameter
-        for head in heads
-        for parameter in getattr(head, "modules_to_save", head).parameters()
-    ]
+    return [parameter for head in _trained_heads(heads) for parameter in head.parameters()]
 
 
 def _check(family: BackboneFamily, config: GistConfig) -> None:

@@ -37,8 +37,9 @@ def adapter_attention(
 
     Args:
         x: (B, N, D), floating point.
-        norm: the LayerNorm, tensors of x's dtype.
-        attention: the attention, tensors of x's dtype.
+        norm: the LayerNorm, tensors of any floating dtype.
+        attention: the attention; matrices and layer scale of x's dtype, biases and updates of any
+            floating one.
         adapter: the bottleneck, tensors of any floating dtype, or None.
         num_queries: compute the result of the first tokens alone, all being keys and values.
             Default: of all.
@@ -175,8 +176,8 @@ def _check_weights(
         if tensor is None:
             continue
         check.shape(f"{group}.{name}", tensor, shape, "that fits x and the other weights")
-        check.alike(f"{group}.{name}", tensor, "x", x)
         frozen = name == "layer_scale" or len(shape) > 1
+        check.alike(f"{group}.{name}", tensor, "x", x, any_float=not frozen)
         if frozen and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{group}.{name} requires a gradient, and is taken as frozen; pass it detached, "
