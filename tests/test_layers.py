@@ -41,6 +41,7 @@ GIST_KERNELS_LAYERS: tuple[tuple[str, ...], ...] = (
         "gist_kernels.activations",
         "gist_kernels.check",
         "gist_kernels.suggest",
+        "gist_kernels.tracing",
     ),
 )
 

@@ -7,15 +7,10 @@ from functools import wraps
 from typing import Any, TypeAlias
 
 import torch
-from torch.autograd import forward_ad
+
+from gist_kernels.tracing import transformed
 
 Gradients: TypeAlias = "tuple[torch.Tensor | None, ...]"
-
-
-def under_transform() -> bool:
-    """Whether the call is within a torch.func transform or forward-mode differentiation, which the
-    kernels take no part in."""
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def once_differentiable(
@@ -31,7 +26,7 @@ def once_differentiable(
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @wraps(backward)
         def refusing(ctx: Any, *upstream: torch.Tensor | None) -> Gradients:
-            if any(map(_transformed, upstream)):
+            if any(map(transformed, upstream)):
                 raise second_derivative(operation)
             saved = ctx.saved_tensors  # once: checkpointing recomputes them once
             if not torch.is_grad_enabled():
@@ -52,18 +47,6 @@ def second_derivative(operation: str) -> NotImplementedError:
     return NotImplementedError(
         f"{operation} has no second derivative in its kernels; compute it inside "
         'gist_kernels.use_backend("reference"), forward pass included'
-    )
-
-
-def _transformed(gradient: torch.Tensor | None) -> bool:
-    """Whether a gradient is batched, or has a tangent or a graph of torch.func."""
-    if gradient is None:
-        return False
-    if torch._C._functorch.is_legacy_batchedtensor(gradient):  # autograd.grad(is_grads_batched=)
-        return True
-    return under_transform() and (
-        torch._C._functorch.is_functorch_wrapped_tensor(gradient)
-        or forward_ad.unpack_dual(gradient).tangent is not None
     )
 
 

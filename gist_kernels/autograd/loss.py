@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from gist_kernels.autograd.derivatives import once_differentiable, second_derivative
-from gist_kernels.autograd.tensors import dense_rows, needs_dispatcher
+from gist_kernels.autograd.tensors import dense_rows
 from gist_kernels.kernels.protocols import LossKernels, LossOptions
+from gist_kernels.tracing import needs_dispatcher
 
 
 def gist_loss(

@@ -21,10 +21,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 import torch
 
 from gist_kernels import autograd, check, reference
-from gist_kernels.autograd.derivatives import under_transform
 from gist_kernels.backend import BACKENDS, select
 from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.suggest import unknown_name
+from gist_kernels.tracing import batched, under_transform
 
 Reduction: TypeAlias = Literal["mean", "batchmean", "sum", "none"]
 REDUCTIONS = get_args(Reduction)
@@ -317,7 +317,7 @@ def _check_tensors(
     if not plain:
         _check_logits("cls_logits", cls, "gist_logits", gist)
         _check_target(target, cls)
-    if _CHECK_TARGETS and not (torch.compiler.is_compiling() or check.batched(target)):
+    if _CHECK_TARGETS and not (torch.compiler.is_compiling() or batched(target)):
         check.class_indices("target", target, cls.shape[1], options.ignore_index)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from gist_kernels import check
 from gist_kernels.kernels.protocols import LossOptions
+from gist_kernels.tracing import batched
 
 
 def gist_loss(
@@ -35,9 +36,7 @@ def gist_loss(
     if target is not None and target.is_floating_point():
         expected = target.to(cls.dtype)
     elif target is not None:
-        if cls.device.type == "cpu" and not (
-            torch.compiler.is_compiling() or check.batched(target)
-        ):
+        if cls.device.type == "cpu" and not (torch.compiler.is_compiling() or batched(target)):
             check.class_indices("target", target, classes, options.ignore_index)
         kept = target != options.ignore_index
         count = kept.sum()
@@ -113,7 +112,7 @@ def cross_entropy_rows(logits: torch.Tensor, expected: torch.Tensor) -> torch.Te
 def _one_hot(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Rows of 0 and 1; NaN for a class out of range, where the caller could not check (GPU)."""
     classes = like.shape[1]
-    expected = torch.zeros_like(like).scatter_(1, target.clamp(0, classes - 1)[:, None], 1)
+    expected = (target[:, None] == torch.arange(classes, device=like.device)).to(like.dtype)
     outside = (target < 0) | (target >= classes)
     return expected.masked_fill(outside[:, None], torch.nan)
 

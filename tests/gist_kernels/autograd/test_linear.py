@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sublayer_cases import DROPPED, arguments, check, converted, exact_attention, exact_mlp, normal
+from sublayer_cases import (
+    DROPPED,
+    arguments,
+    check,
+    converted,
+    exact_attention,
+    exact_mlp,
+    folded,
+    normal,
+    update,
+)
 
 import gist_kernels as gk
 from gist_kernels.autograd import linear
@@ -24,20 +34,6 @@ CASES = [
     ("mlp", {}),
     ("mlp", {"drop_path": DROPPED}),
 ]
-
-
-def update(outputs, inputs, dtype, device, rank=None, scale=False):
-    return gk.LinearUpdate(
-        1 + normal(outputs, dtype=dtype, device=device) if scale else None,
-        normal(rank, inputs, dtype=dtype, device=device) if rank else None,
-        normal(outputs, rank, dtype=dtype, device=device) if rank else None,
-    )
-
-
-def folded(weight, change):
-    """The matrix of one plain linear layer that does the same."""
-    weight = weight if change.scale is None else change.scale[:, None] * weight
-    return weight if change.down is None else weight + change.up @ change.down
 
 
 def compare(name, kind, options, dtype, draws=None, eps=None, **how):
