@@ -7,8 +7,8 @@ through the norm also adds the adapter's part of the gradient of x, and sums up 
 adapter's weights. Whatever else may be trained is small: the norm, the biases, and low-rank updates
 and scales of the linear layers.
 
-Under autocast the matmuls and the attention run in its dtype, with frozen weights converted once;
-the residual stream, norm and adapter stay in x's dtype.
+Under autocast the matmuls and the attention run in its dtype; the residual stream, norm and adapter
+stay in x's dtype. A forward pass converts each frozen weight once, for its backward pass too.
 
 Backends differ in their :class:`~gist_kernels.kernels.protocols.SublayerKernels`; the equations are
 here only.
