@@ -19,6 +19,7 @@ GIST_LAYERS = (
     ("gist",),  # the public names
     ("gist.suites",),
     ("gist.runs",),
+    ("gist.train", "gist.evaluation"),  # their earlier places
     ("gist.training",),
     ("gist.model",),
     ("gist.fusion",),
