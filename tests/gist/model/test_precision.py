@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from devices import WithoutFloat64
 from models import backbone, images
 
 import gist
@@ -177,3 +178,18 @@ def test_compiled_with_float32_biases():
     torch.testing.assert_close(
         compiled(images().bfloat16()), by_hooks(model)(images().bfloat16()), rtol=0.05, atol=0.05
     )
+
+
+@pytest.mark.parametrize("method", [gist.LoRA(rank=2), gist.SSF(), gist.FacT(), gist.RepAdapter()])
+def test_merging_makes_no_float64_on_a_device_without_it(monkeypatch, method):
+    model = gist.wrap(backbone(), config(method)).eval()
+    with torch.no_grad():
+        for p in model.method.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    expected = gist.merge(model, drop_token=True)
+    with WithoutFloat64(), pytest.raises(TypeError, match="float64"):
+        gist.merge(model, drop_token=True)
+    monkeypatch.setattr("gist.methods.base._WITHOUT_FLOAT64", ("cpu",))
+    with WithoutFloat64():
+        merged = gist.merge(model, drop_token=True)
+    torch.testing.assert_close(merged.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
