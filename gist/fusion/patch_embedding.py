@@ -9,6 +9,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 import gist_kernels as gk
+from gist_kernels.tracing import under_transform
 
 
 def embed_patches(module: Any, images: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,9 @@ def _is_plain(module: Any) -> bool:
 
 
 def _fits(module: Any, images: torch.Tensor) -> bool:
-    if images.ndim != 4 or images.device.type != "cpu" or torch.is_grad_enabled():
+    if images.ndim != 4 or images.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() or under_transform():  # oneDNN's operator has no derivative
         return False
     if (
         torch.is_autocast_enabled("cpu")

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from gist.fusion import timm_block
 from gist.fusion.patch_embedding import embed_patches
 from gist.methods.base import AttachedMethod, Refusal
+from gist_kernels.tracing import under_transform
 
 # Parameters that come after the patch embedding.
 _LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
@@ -72,6 +73,7 @@ def features(
     embedding = (p for name, p in model.named_parameters() if not name.startswith(_LATER))
     frozen = not (
         images.requires_grad
+        or under_transform()  # whose tangents no flag tells of
         or any(p.requires_grad for p in embedding)
         or any(method.reaches_embedding for method in methods)
     )
