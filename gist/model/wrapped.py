@@ -88,6 +88,7 @@ class GistModel(nn.Module):
         self.backbone: Any = backbone.requires_grad_(False)
         self.gist_head: nn.Module | None = None
         train(trained)
+        self._trains_backbone = bool(trained)
         self._train_heads()
 
     @property
@@ -124,6 +125,8 @@ class GistModel(nn.Module):
 
     def _at_use(self, x: torch.Tensor) -> AbstractContextManager[Any]:
         """Where a method trains parameters of a half backbone in float32, convert them at use."""
+        if not self._trains_backbone:
+            return nullcontext()
         heads = {id(p) for p in _head_parameters(self.family.heads)}
         body = [p for p in self.backbone.parameters() if id(p) not in heads]
         wide = any(p.requires_grad and p.dtype.itemsize >= 4 for p in body)

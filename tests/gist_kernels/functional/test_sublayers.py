@@ -279,7 +279,7 @@ def test_nothing_is_computed_for_what_needs_no_gradient():
 
 def test_weights_changed_after_forward_are_noticed():
     x, norm, attention, _, adapter = arguments(torch.float32)
-    adapter.up_weight.requires_grad_()
+    adapter.down_weight.requires_grad_()  # whose gradient needs the other weight
     out = gk.adapter_attention(x, norm, attention, adapter)
     with torch.no_grad():
         adapter.up_weight.mul_(2)
