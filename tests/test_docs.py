@@ -46,6 +46,17 @@ def test_no_page_documents_a_name_that_is_gone(package):
     assert set(named) <= set(package.__all__)
 
 
+def test_every_cache_is_listed():
+    """A memoised function, or a module's own list or dict that calls fill."""
+    kept = re.compile(r"lru_cache|functools.*\bcache\b|^_[a-z]\w*(: .*)? = (\[\]|\{\}|Weak)", re.M)
+    sources = [p for name in ("gist", "gist_kernels") for p in (ROOT / name).rglob("*.py")]
+    caching = {p for p in sources if kept.search(p.read_text(encoding="utf-8"))}
+    assert len(caching) >= 5
+    listed = PAGES["environment"].read_text(encoding="utf-8").partition("## What is cached")[2]
+    missing = [p for p in caching if "/".join(p.parts[-2:]) not in listed]
+    assert not missing, "list it in docs/environment.md: what its key is, and when it ends"
+
+
 @pytest.mark.parametrize("page", [name for name, path in PAGES.items() if snippets(path)])
 def test_python_on_the_page_runs(page, monkeypatch, tmp_path):
     create = timm.create_model

@@ -19,6 +19,7 @@ GIST_LAYERS = (
     ("gist",),  # the public names
     ("gist.suites",),
     ("gist.runs",),
+    ("gist.train", "gist.evaluation"),  # their earlier places
     ("gist.training",),
     ("gist.model",),
     ("gist.fusion",),
@@ -41,6 +42,7 @@ GIST_KERNELS_LAYERS: tuple[tuple[str, ...], ...] = (
         "gist_kernels.activations",
         "gist_kernels.check",
         "gist_kernels.suggest",
+        "gist_kernels.tracing",
     ),
 )
 

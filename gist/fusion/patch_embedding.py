@@ -10,6 +10,7 @@ from torch import nn
 
 import gist_kernels as gk
 from gist.untouched import calls_own_forward, hooks_of, is_plain
+from gist_kernels.tracing import under_transform
 
 _FORWARDS = {PatchEmbed: PatchEmbed.forward, nn.Conv2d: nn.Conv2d.forward}
 
@@ -55,7 +56,9 @@ def _is_plain(module: Any) -> bool:
 
 
 def _fits(module: Any, images: torch.Tensor) -> bool:
-    if images.ndim != 4 or images.device.type != "cpu" or torch.is_grad_enabled():
+    if images.ndim != 4 or images.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() or under_transform():  # oneDNN's operator has no derivative
         return False
     if (
         torch.is_autocast_enabled("cpu")

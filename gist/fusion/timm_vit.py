@@ -15,6 +15,7 @@ from gist.fusion.patch_embedding import embed_patches
 from gist.methods.base import AttachedMethod, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of
+from gist_kernels.tracing import under_transform
 
 _FORWARDS = {
     name: getattr(VisionTransformer, name)
@@ -104,6 +105,7 @@ def features(
     embedding = (p for name, p in model.named_parameters() if not name.startswith(_LATER))
     frozen = not (
         images.requires_grad
+        or under_transform()  # whose tangents no flag tells of
         or any(p.requires_grad for p in embedding)
         or any(method.reaches_embedding for method in methods)
     )

@@ -14,6 +14,13 @@ from torch import nn
 from gist.backbones.base import BackboneFamily
 from gist_kernels import AdapterWeights
 
+_WITHOUT_FLOAT64 = ("mps",)
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, for a fold that is rounded once; in float32 on devices without it."""
+    return tensor.float() if tensor.device.type in _WITHOUT_FLOAT64 else tensor.double()
+
 
 class LayerUpdate(NamedTuple):
     """A method's update of a layer's or a norm's output y: ``scale * y + shift + up (down x)``."""

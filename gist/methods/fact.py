@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
-from gist.methods.base import AttachedMethod, Method, new_parameters
+from gist.methods.base import AttachedMethod, Method, new_parameters, widened
 from gist.methods.hooks import Hook
 from gist.validate import check_count, check_finite, check_known, check_rate
 
@@ -149,6 +149,6 @@ class Factors(AttachedMethod):
         width = len(self.u)
         for layer, of_layer in _pieces(family)[0].items():
             for k, inputs, outputs in of_layer:
-                update = self.u.double() @ self.core_of(k).double() @ self.v.double().T
+                update = widened(self.u) @ widened(self.core_of(k)) @ widened(self.v).T
                 part = layer.weight[outputs : outputs + width, inputs : inputs + width]
-                part.copy_(part.double() + self.scale * update.T)
+                part.copy_(widened(part) + self.scale * update.T)

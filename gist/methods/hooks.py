@@ -7,7 +7,7 @@ that fails would leave its graph there. What a later hook needs is kept by threa
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,16 @@ class Hook:
 
     def __repr__(self) -> str:
         return f"{type(self.owner).__name__}.{self.method}"
+
+
+class FreeHook:
+    """A hook of gist's that needs no parameters of its own: it calls a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 class _Thread(threading.local):
@@ -97,12 +107,12 @@ def replica_owners(owners: Collection[nn.Module]) -> Iterator[None]:
 
 
 def is_owned(hook: object, owners: Collection[int]) -> bool:
-    """Whether a hook belongs to one of the modules with these ids."""
-    return isinstance(hook, Hook) and id(hook.owner) in owners
+    """Whether a hook belongs to one of the modules with these ids, or is a :class:`FreeHook`."""
+    return isinstance(hook, FreeHook) or (isinstance(hook, Hook) and id(hook.owner) in owners)
 
 
 def remove_hooks(backbone: nn.Module, owners: Collection[int]) -> None:
-    """Take the hooks of the modules with these ids off a backbone."""
+    """Take gist's hooks, of the modules with these ids, off a backbone."""
     for part in backbone.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if is_owned(hook, owners)]:

@@ -19,6 +19,7 @@ from gist.methods.base import (
     Method,
     Refusal,
     new_parameters,
+    widened,
 )
 from gist.methods.hooks import Hook
 from gist.validate import check_count, check_finite, check_known, check_rate
@@ -149,5 +150,5 @@ class LowRankUpdates(nn.ModuleList, AttachedMethod):
             for target, factors in of_block.items():  # type: ignore[operator]
                 layer, start, stop = family.projection(index, target)
                 weight = layer.weight
-                update = self.scale * (factors.up.double() @ factors.down.double())
-                weight[start:stop] = (weight[start:stop].double() + update).to(weight.dtype)
+                update = self.scale * (widened(factors.up) @ widened(factors.down))
+                weight[start:stop] = (widened(weight[start:stop]) + update).to(weight.dtype)

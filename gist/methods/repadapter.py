@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
-from gist.methods.base import AttachedMethod, Method, new_parameters
+from gist.methods.base import AttachedMethod, Method, new_parameters, widened
 from gist.methods.hooks import Hook
 from gist.methods.linear import CastLinear
 from gist.validate import check_count, check_finite, check_rate
@@ -111,15 +111,15 @@ class LinearAdapters(nn.ModuleList, AttachedMethod):
         for index, of_block in enumerate(self):
             for place, names in (("attention", ("q", "k", "v")), ("mlp", ("fc1",))):
                 adapter: Any = of_block[place]  # type: ignore[index]
-                down, bias = adapter.down.weight.double(), adapter.down.bias.double()
-                up = torch.block_diag(*adapter.up_weight.double())
+                down, bias = widened(adapter.down.weight), widened(adapter.down.bias)
+                up = torch.block_diag(*widened(adapter.up_weight))
                 matrix = torch.eye(len(up), dtype=up.dtype, device=up.device)
                 matrix = matrix + self.scale * up @ down
-                shift = self.scale * (up @ bias + adapter.up_bias.double())
+                shift = self.scale * (up @ bias + widened(adapter.up_bias))
                 for name in names:
                     layer, start, stop = family.projection(index, name)
                     if layer.bias is None:
                         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
-                    weight = layer.weight[start:stop].double()
+                    weight = widened(layer.weight[start:stop])
                     layer.bias[start:stop] += (weight @ shift).to(layer.bias.dtype)
                     layer.weight[start:stop] = (weight @ matrix).to(layer.weight.dtype)

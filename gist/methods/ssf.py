@@ -17,6 +17,7 @@ from gist.methods.base import (
     Method,
     Refusal,
     new_parameters,
+    widened,
 )
 from gist.methods.hooks import Hook
 
@@ -112,7 +113,7 @@ def _fold(module: Any, by: Any) -> None:
     """Fold scale and shift into a layer's or a norm's own weight and bias."""
     if module.bias is None:
         module.bias = nn.Parameter(torch.zeros_like(by.shift, dtype=module.weight.dtype))
-    scale, weight = by.scale.double(), module.weight
+    scale, weight = widened(by.scale), module.weight
     shape = (-1,) + (1,) * (weight.ndim - 1)
-    weight.copy_(scale.view(shape) * weight.double())
-    module.bias.copy_(scale * module.bias.double() + by.shift.double())
+    weight.copy_(scale.view(shape) * widened(weight))
+    module.bias.copy_(scale * widened(module.bias) + widened(by.shift))

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
 from gist.backbones.timm_vit import TimmViT
 from gist.model.containers import gist_model_of, is_sharded
+from gist.model.precision import half_dtype
 from gist.model.unwrap import unwrap
 from gist.model.wrapped import GistModel
 
@@ -59,6 +61,7 @@ def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
             method.merge(family)
         if token is not None and keep_token:
             _keep_as_register(backbone, token.weight)
+    _head_in_half(family)
     return backbone.requires_grad_(True)
 
 
@@ -82,6 +85,16 @@ def _merged_by_peft(backbone: Any) -> Any:
             f"{', '.join(left[:4])}; use the wrapped model"
         )
     return plain
+
+
+def _head_in_half(family: BackboneFamily) -> None:
+    """Give a classifier that was trained in float32 the dtype of a half backbone."""
+    head = [parameter for head in family.heads for parameter in head.parameters()]
+    ids = {id(parameter) for parameter in head}
+    half = half_dtype(p for p in family.model.parameters() if id(p) not in ids)
+    if half is not None:
+        for parameter in head:
+            parameter.data = parameter.data.to(half)
 
 
 def _check_register(model: GistModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
 from gist.fusion import timm_vit
 from gist.methods import AttachedMethod, hooks
+from gist.methods.hooks import FreeHook
 from gist.model.attach import Before, attach_methods
 from gist.model.config import GistConfig
 from gist.model.interface import TimmInterface, hide_added_tokens
+from gist.model.precision import IN_OWN_DTYPE, InputDtype, half_dtype, train
 from gist.model.scripted import Scripted
 from gist.model.token import GistToken
 
@@ -87,8 +90,8 @@ class GistModel(TimmInterface):
             self.token.attach(family)
         self.backbone: Any = backbone.requires_grad_(False)
         self.gist_head: nn.Module | None = None
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        train(trained)
+        self._trains_backbone = bool(trained)
         self._train_heads()
         hide_added_tokens(family, self.token, self.attached_methods)
         self._known = frozenset(self.state_dict())
@@ -117,11 +120,13 @@ class GistModel(TimmInterface):
             with hooks.replica_owners(list(self.modules())):
                 return self._by_backbone(images)
         if timm_vit.refusal(family.model, self.hook_owners) is not None:
-            return self._by_backbone(images)
+            with self._at_use(images):
+                return self._by_backbone(images)
         num_read = None
         if family.reads_only_prefix:
             num_read = 1 if self.token is None else 1 + self.token.count
-        return self.forward_head(self._features(images, num_read))
+        with self._at_use(images):
+            return self.forward_head(self._features(images, num_read))
 
     def _by_backbone(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
         """Run the backbone as its library does, by its call: the class token's logits are its."""
@@ -146,7 +151,19 @@ class GistModel(TimmInterface):
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
-        return self._features(images, None)
+        with self._at_use(images):
+            return self._features(images, None)
+
+    def _at_use(self, x: torch.Tensor) -> AbstractContextManager[Any]:
+        """Where a method trains parameters of a half backbone in float32, convert them at use."""
+        if not self._trains_backbone:
+            return nullcontext()
+        heads = {id(p) for p in _head_parameters(self.family.heads)}
+        body = [p for p in self.backbone.parameters() if id(p) not in heads]
+        wide = any(p.requires_grad and p.dtype.itemsize >= 4 for p in body)
+        if wide and (x.dtype.itemsize < 4 or half_dtype(body) is not None):
+            return InputDtype()
+        return nullcontext()
 
     def _features(self, images: torch.Tensor, num_read: int | None) -> torch.Tensor:
         """The first ``num_read`` tokens after the final norm; None for all."""
@@ -215,8 +232,10 @@ class GistModel(TimmInterface):
 
     def _train_heads(self) -> None:
         heads = self.family.heads
-        for parameter in _head_parameters(heads):
-            parameter.requires_grad_(True)
+        train(_head_parameters(heads))
+        for head in _trained_heads(heads):
+            if not any(isinstance(hook, FreeHook) for hook in head._forward_pre_hooks.values()):
+                head.register_forward_pre_hook(IN_OWN_DTYPE)
         if self.config.gist and self.config.separate_head:
             self.gist_head = copy.deepcopy(heads[0])
 
@@ -283,7 +302,9 @@ def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
     """Adapt a vision transformer, in place: freeze it, attach the methods and the Gist token.
 
     The backbone's modules and their ``forward`` stay; methods and token join by hooks. All
-    parameters are frozen, except the classifier's and those that a method trains.
+    parameters are frozen, except the classifier's and those that a method trains. These become
+    float32 in a half backbone, whose dtype would lose small steps, and are converted where they
+    are used. The classifier computes in float32, or in autocast's dtype.
 
     Args:
         backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
@@ -305,13 +326,17 @@ def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
     return model
 
 
+def _trained_heads(heads: Sequence[nn.Module]) -> list[nn.Module]:
+    """The trained layers; HF PEFT keeps a trained copy of a head beside the original."""
+    found: list[nn.Module] = []
+    for head in heads:
+        copies: Any = getattr(head, "modules_to_save", None)
+        found += [head] if copies is None else copies.values()
+    return found
+
+
 def _head_parameters(heads: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The trained parameters; HF PEFT keeps a trained copy of a head beside the original."""
-    return [
-        parameter
-        for head in heads
-        for parameter in getattr(head, "modules_to_save", head).parameters()
-    ]
+    return [parameter for head in _trained_heads(heads) for parameter in head.parameters()]
 
 
 def _check(family: BackboneFamily, config: GistConfig) -> None:

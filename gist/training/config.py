@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from gist.validate import (
     check_at_least,
@@ -35,7 +35,8 @@ class TrainConfig:
         min_lr: where the cosine ends.
         precision: "fp32", or "bf16" for autocast.
         seed: of initialisation, order, dropout and mixing.
-        optimizer: as timm's ``create_optimizer_v2`` knows it.
+        optimizer: a first-order one, as timm's ``create_optimizer_v2`` knows it. Those of Apex and
+            bitsandbytes need a GPU and their library.
         accumulate: parts that each process computes its images of a batch in, one after the other:
             less memory, the same step but for rounding and random draws.
         clip_grad_norm: largest 2-norm of all gradients together; 0 for any.
@@ -81,4 +82,10 @@ class TrainConfig:
         for name in ("label_smoothing", "ema"):
             check_rate(name, getattr(self, name))
         check_choice("precision", self.precision, PRECISIONS)
-        check_known("optimizer", self.optimizer, (str(name) for name in list_optimizers()))
+        names = [str(name) for name in list_optimizers()]
+        check_known("optimizer", self.optimizer, names)
+        if get_optimizer_info(self.optimizer).second_order:
+            raise ValueError(
+                f"optimizer {self.optimizer} is a second-order one: it needs second derivatives, "
+                "which the kernels do not have; take a first-order one, such as adamw"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -36,6 +37,9 @@ def evaluate(
     """Accuracy and cross-entropy over every item of ``data``; leaves ``model`` in evaluation mode.
 
     With several processes, each measures its share, without padding, and all return the total.
+
+    Raises:
+        ValueError: ``data`` is empty.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -43,7 +47,7 @@ def evaluate(
     if state.num_processes > 1:
         share = range(state.process_index, len(data), state.num_processes)  # type: ignore[arg-type]
         data = Subset(data, share)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, images
+    batches: list[torch.Tensor] = []  # correct, loss, images
     start = time.perf_counter()
     loader = DataLoader(
         data,
@@ -55,9 +59,13 @@ def evaluate(
     for images, target in loader:
         target = target.to(device)
         logits = model(images.to(device)).float()
-        sums[0] += (logits.argmax(1) == target).sum()
-        sums[1] += F.cross_entropy(logits, target, reduction="sum")
-        sums[2] += len(target)
-    correct, total, count = reduce(sums, "sum").tolist()
+        right = (logits.argmax(1) == target).sum()
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        batches.append(torch.stack((right.float(), loss, loss.new_full((), len(target)))))
+    # Python sums them: not every device has float64.
+    rows = gather_object(torch.stack(batches).tolist() if batches else [])
+    if not rows:
+        raise ValueError("data has no items to evaluate")
+    correct, total, count = (math.fsum(column) for column in zip(*rows, strict=True))
     seconds = time.perf_counter() - start
     return Evaluation(correct / count, total / count, int(count), count / seconds)

@@ -109,7 +109,8 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite; it names the step.
         OSError: the checkpoint or the log could not be written; it names the file.
-        ValueError: the checkpoint was written by another number of processes.
+        ValueError: the checkpoint was written by another number of processes, or the optimizer
+            needs a library or a device that is not here.
     """
     training = _Training(model, train, val, config, loss, workers, checkpoint, log)
     training.on_step, training.on_epoch = on_step, on_epoch
@@ -125,6 +126,15 @@ def fit(
     if training.best is not None:
         model.load_state_dict(training.best, strict=False)
     return training.result
+
+
+def _optimizer(model: GistModel, config: TrainConfig) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(
+            model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay
+        )
+    except (AssertionError, ImportError) as error:  # what timm raises without Apex, say
+        raise ValueError(f"optimizer {config.optimizer} can't be used here: {error}") from error
 
 
 @dataclass
@@ -191,9 +201,7 @@ class _Training:
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
         )
-        self.optimizer = create_optimizer_v2(
-            model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay
-        )
+        self.optimizer = _optimizer(model, config)
         steps = config.epochs * len(self.batches)
         self.schedule = CosineLRScheduler(
             self.optimizer,

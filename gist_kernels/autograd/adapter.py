@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gist_kernels.autograd.derivatives import once_differentiable
 from gist_kernels.autograd.tensors import as_result, rows_of
 from gist_kernels.kernels.protocols import AdapterKernels
 from gist_kernels.weights import AdapterWeights
@@ -41,10 +42,10 @@ class _Adapter(torch.autograd.Function):
         return as_result(out, x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable("adapter")
+    def backward(ctx: Any, saved: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kernels, scale, activation, onto_x = ctx.options
-        *weights, x, z = ctx.saved_tensors
+        *weights, x, z = saved
         need_dx, need_residual = ctx.needs_input_grad[5:7]
         d_x, *d_weights = kernels.backward(
             rows_of(d_out), None, rows_of(x), None, None,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gist_kernels import reference
+from gist_kernels.autograd.derivatives import once_differentiable
 from gist_kernels.autograd.tensors import in_memory
 from gist_kernels.kernels.protocols import AttentionKernels
 from gist_kernels.weights import AttentionWeights
@@ -111,10 +112,10 @@ class _PrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable("prefix_attention")
+    def backward(ctx: Any, saved: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kernels, num_heads, num_queries, scale = ctx.options
-        qkv, lse = ctx.saved_tensors
+        qkv, lse = saved
         q, k, v = qkv.chunk(3, dim=-1)
         d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)

@@ -10,13 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gist_kernels.autograd.tensors import column_sums
 from gist_kernels.kernels.protocols import LinearKernels
 from gist_kernels.weights import LinearUpdate
-
-_converted: Any = WeakIdKeyDictionary()
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
@@ -25,19 +22,6 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
-
-
-def in_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A frozen weight in the compute dtype, converted once unless it changes. Autocast itself
-    keeps copies of trained weights only."""
-    if weight.dtype is dtype:
-        return weight
-    version = -1 if weight.is_inference() else weight._version
-    state = version, weight.data_ptr(), dtype
-    found = _converted.get(weight)
-    if found is None or found[0] != state:
-        found = _converted[weight] = state, weight.detach().to(dtype)
-    return found[1]
 
 
 class LinearParts(NamedTuple):
@@ -76,7 +60,8 @@ class FrozenLinear(NamedTuple):
         update: LinearUpdate | None,
     ) -> FrozenLinear:
         parts = LinearParts(bias, *(update or LinearUpdate()))
-        return cls(kernels, in_dtype(weight, dtype), parts)
+        # Converted anew by each forward pass: nothing tells that `weight.data` was written to.
+        return cls(kernels, weight.detach().to(dtype), parts)
 
     def outputs(self, chosen: slice) -> FrozenLinear:
         """The layer of some of its outputs."""

@@ -7,8 +7,8 @@ through the norm also adds the adapter's part of the gradient of x, and sums up 
 adapter's weights. Whatever else may be trained is small: the norm, the biases, and low-rank updates
 and scales of the linear layers.
 
-Under autocast the matmuls and the attention run in its dtype, with frozen weights converted once;
-the residual stream, norm and adapter stay in x's dtype.
+Under autocast the matmuls and the attention run in its dtype; the residual stream, norm and adapter
+stay in x's dtype. A forward pass converts each frozen weight once, for its backward pass too.
 
 Backends differ in their :class:`~gist_kernels.kernels.protocols.SublayerKernels`; the equations are
 here only.
@@ -25,6 +25,7 @@ from gist_kernels.autograd.attention import (
     attention_forward,
     token_gradients,
 )
+from gist_kernels.autograd.derivatives import once_differentiable
 from gist_kernels.autograd.linear import (
     FrozenLinear,
     LinearSaved,
@@ -127,9 +128,9 @@ class _Attention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        trained, saved = _restored(ctx, _AttentionSaved)
+    @once_differentiable("adapter_attention")
+    def backward(ctx: Any, kept: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        trained, saved = _restored(kept, _AttentionSaved)
         sublayer = ctx.sublayer.with_trained(trained)
         kernels, _, weights = sublayer[:3]
         needs, need_dx = _needs(ctx, 3)
@@ -223,9 +224,9 @@ class _PrefixAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        trained, saved = _restored(ctx, _PrefixSaved)
+    @once_differentiable("adapter_attention")
+    def backward(ctx: Any, kept: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        trained, saved = _restored(kept, _PrefixSaved)
         sublayer, num_queries = ctx.sublayer.with_trained(trained), ctx.num_queries
         kernels, norm, weights = sublayer[:3]
         needs, need_dx = _needs(ctx, 3)
@@ -306,9 +307,9 @@ class _Mlp(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        trained, saved = _restored(ctx, _MlpSaved)
+    @once_differentiable("adapter_mlp")
+    def backward(ctx: Any, kept: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        trained, saved = _restored(kept, _MlpSaved)
         sublayer = ctx.sublayer.with_trained(trained)
         activation, name = sublayer.kernels.activation, sublayer.weights.activation
         needs, need_dx = _needs(ctx, 1)
@@ -327,10 +328,9 @@ class _Mlp(torch.autograd.Function):
         return None, *grads._replace(last=d_fc2).flat(), d_x.view(saved.x.shape)
 
 
-def _restored(ctx: Any, kind: Any) -> tuple[Trained, Any]:
+def _restored(kept: Any, kind: Any) -> tuple[Trained, Any]:
     """What a node saved: what may be trained, and its own ``kind`` of holder."""
-    saved = ctx.saved_tensors
-    return Trained.from_flat(saved[:TRAINED]), kind._make(saved[TRAINED:])
+    return Trained.from_flat(kept[:TRAINED]), kind._make(kept[TRAINED:])
 
 
 def _needs(ctx: Any, options: int) -> tuple[Trained, bool]:

@@ -7,17 +7,6 @@ from typing import Any, TypeVar
 import torch
 
 _T = TypeVar("_T", torch.Tensor, "torch.Tensor | None")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call is traced, or its tensors have no memory to give a kernel."""
-    return (
-        torch.compiler.is_compiling()
-        or any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def negated(*arguments: Any) -> bool:

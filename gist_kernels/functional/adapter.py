@@ -6,9 +6,10 @@ import torch
 
 from gist_kernels import autograd, check, reference
 from gist_kernels.activations import ACTIVATIONS, Activation
-from gist_kernels.autograd.tensors import needs_dispatcher, negated
+from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import select
 from gist_kernels.suggest import unknown_name
+from gist_kernels.tracing import needs_dispatcher
 from gist_kernels.weights import AdapterWeights
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from gist_kernels import autograd, check, reference
-from gist_kernels.autograd.tensors import needs_dispatcher, negated
+from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import select
+from gist_kernels.tracing import needs_dispatcher
 
 
 def prefix_attention(

@@ -6,9 +6,10 @@ import torch
 
 from gist_kernels import autograd, check, reference
 from gist_kernels.activations import ACTIVATIONS
-from gist_kernels.autograd.tensors import needs_dispatcher, negated
+from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import select
 from gist_kernels.suggest import unknown_name
+from gist_kernels.tracing import needs_dispatcher
 from gist_kernels.weights import (
     AdapterWeights,
     AttentionWeights,
@@ -37,8 +38,9 @@ def adapter_attention(
 
     Args:
         x: (B, N, D), floating point.
-        norm: the LayerNorm, tensors of x's dtype.
-        attention: the attention, tensors of x's dtype.
+        norm: the LayerNorm, tensors of any floating dtype.
+        attention: the attention; matrices and layer scale of x's dtype, biases and updates of any
+            floating one.
         adapter: the bottleneck, tensors of any floating dtype, or None.
         num_queries: compute the result of the first tokens alone, all being keys and values.
             Default: of all.
@@ -175,8 +177,8 @@ def _check_weights(
         if tensor is None:
             continue
         check.shape(f"{group}.{name}", tensor, shape, "that fits x and the other weights")
-        check.alike(f"{group}.{name}", tensor, "x", x)
         frozen = name == "layer_scale" or len(shape) > 1
+        check.alike(f"{group}.{name}", tensor, "x", x, any_float=not frozen)
         if frozen and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{group}.{name} requires a gradient, and is taken as frozen; pass it detached, "

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+
+from gist_kernels.tracing import needs_dispatcher, transformed, under_transform
 
 
 def prefix_attention(
@@ -19,4 +23,68 @@ def attention(
 ) -> torch.Tensor:
     """(B, Q, H Dh): attention of (B, Q, H Dh) queries over (B, N, H Dh) keys and values."""
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    if needs_dispatcher(q, k, v):
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    elif under_transform():
+        out = _formula(q, k, v, scale)
+    else:
+        out = _Attention.apply(q, k, v, scale, torch.is_grad_enabled())
+    return out.transpose(1, 2).flatten(2)
+
+
+def _formula(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """``softmax(scale * q k^T) v`` of (B, H, N, Dh) in operators that have every derivative."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights, _ = _weights(q.to(wide), k.to(wide), scale)
+    return (weights @ v.to(wide)).to(q.dtype)
+
+
+def _gradients(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+) -> tuple[torch.Tensor, ...]:
+    """Those of :func:`_formula`, in such operators too."""
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    d_out, q, k, v = (part.to(wide) for part in (d_out, q, k, v))
+    weights, scale = _weights(q, k, scale)
+    of_weights = weights * (d_out @ v.mT)
+    d_scores = scale * (of_weights - weights * of_weights.sum(-1, keepdim=True))
+    found = d_scores @ k, d_scores.mT @ q, weights.mT @ d_out
+    return tuple(part.to(dtype) for part in found)
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float]:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (scale * (q @ k.mT)).softmax(-1), scale
+
+
+class _Attention(torch.autograd.Function):
+    """PyTorch's attention; gradients by the formula where more is asked than its kernels have."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        need_grad: bool,
+    ) -> torch.Tensor:
+        if not need_grad:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v)
+        ctx.leaves = q, k, v = tuple(part.detach().requires_grad_() for part in (q, k, v))
+        with torch.enable_grad():
+            ctx.out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed(d_out):
+            return *_gradients(d_out, q, k, v, ctx.scale), None, None
+        # Kept: a second backward asks again.
+        grads = torch.autograd.grad(ctx.out, ctx.leaves, d_out, retain_graph=True)
+        return *grads, None, None

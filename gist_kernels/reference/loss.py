@@ -8,11 +8,13 @@ neither they nor a NaN in them reach the gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from gist_kernels import check
 from gist_kernels.kernels.protocols import LossOptions
+from gist_kernels.tracing import batched
 
 
 def gist_loss(
@@ -34,7 +36,7 @@ def gist_loss(
     if target is not None and target.is_floating_point():
         expected = target.to(cls.dtype)
     elif target is not None:
-        if cls.device.type == "cpu" and not torch.compiler.is_compiling():
+        if cls.device.type == "cpu" and not (torch.compiler.is_compiling() or batched(target)):
             check.class_indices("target", target, classes, options.ignore_index)
         kept = target != options.ignore_index
         count = kept.sum()
@@ -64,6 +66,15 @@ def gist_loss_and_grad(
     options: LossOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss and both gradients. See :func:`gist_kernels.gist_loss_and_grad`."""
+    if torch._C._are_functorch_transforms_active():  # which take no requires_grad_()
+
+        def summed(cls: torch.Tensor, gist: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, _ = gist_loss(cls, gist, target, options, want_terms=False)
+            return loss.sum(), loss
+
+        both: Any = torch.func.grad(summed, argnums=(0, 1), has_aux=True)(cls_logits, gist_logits)
+        (d_cls, d_gist), loss = both
+        return loss, d_cls, d_gist
     # Autograd is needed whatever mode the caller is in, and takes no inference tensors.
     with torch.inference_mode(False), torch.enable_grad():
         cls, gist, target = (
@@ -101,7 +112,7 @@ def cross_entropy_rows(logits: torch.Tensor, expected: torch.Tensor) -> torch.Te
 def _one_hot(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Rows of 0 and 1; NaN for a class out of range, where the caller could not check (GPU)."""
     classes = like.shape[1]
-    expected = torch.zeros_like(like).scatter_(1, target.clamp(0, classes - 1)[:, None], 1)
+    expected = (target[:, None] == torch.arange(classes, device=like.device)).to(like.dtype)
     outside = (target < 0) | (target >= classes)
     return expected.masked_fill(outside[:, None], torch.nan)
 

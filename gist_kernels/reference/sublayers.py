@@ -34,7 +34,7 @@ def adapter_attention(
         start, count = grad_tokens
         before, tokens, after = x.tensor_split((start, start + count), dim=1)
         x = torch.cat((before.detach(), tokens, after.detach()), dim=1)
-    normed = F.layer_norm(x, x.shape[-1:], *norm)
+    normed = _normed(x, norm)
     q, k, v = _projections(normed, weights, num_queries)
     out = attention(q, k, v, weights.num_heads, weights.scale)
     out = linear(out, weights.proj_weight, weights.proj_bias, weights.proj_update)
@@ -49,11 +49,16 @@ def adapter_mlp(
     drop_path: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""
-    normed = F.layer_norm(x, x.shape[-1:], *norm)
+    normed = _normed(x, norm)
     u = linear(normed, weights.fc1_weight, weights.fc1_bias, weights.fc1_update)
     hidden = ACTIVATIONS[weights.activation](u)
     out = linear(hidden, weights.fc2_weight, weights.fc2_bias, weights.fc2_update)
     return _join(x, out, weights.layer_scale, adapter, drop_path)
+
+
+def _normed(x: torch.Tensor, norm: NormWeights) -> torch.Tensor:
+    weight, bias = (None if t is None else t.to(x.dtype) for t in norm[:2])
+    return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
 
 
 def linear(
@@ -63,6 +68,7 @@ def linear(
     update: LinearUpdate | None,
 ) -> torch.Tensor:
     """A linear layer with what is trained beside it."""
+    bias = None if bias is None else bias.to(weight.dtype)
     if update is None:
         return F.linear(x, weight, bias)
     scale, down, up = (None if t is None else t.to(x.dtype) for t in update)

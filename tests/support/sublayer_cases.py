@@ -71,6 +71,20 @@ def arguments(
     return x, norm, attention, mlp, adapter if with_adapter else None
 
 
+def update(outputs, inputs, dtype, device, rank=None, scale=False):
+    return gk.LinearUpdate(
+        1 + normal(outputs, dtype=dtype, device=device) if scale else None,
+        normal(rank, inputs, dtype=dtype, device=device) if rank else None,
+        normal(outputs, rank, dtype=dtype, device=device) if rank else None,
+    )
+
+
+def folded(weight, change):
+    """The matrix of one plain linear layer that does the same."""
+    weight = weight if change.scale is None else change.scale[:, None] * weight
+    return weight if change.down is None else weight + change.up @ change.down
+
+
 def converted(weights, dtype):
     if weights is None:
         return None

@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from devices import WithoutFloat64
+from timm.optim import list_optimizers
 from torch.utils.data import TensorDataset
 from training import model, stripes
 
@@ -194,6 +196,25 @@ def test_gradients_are_clipped_by_their_common_norm():
     assert clipped == pytest.approx([0.05] * 4, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", [str(name) for name in list_optimizers()])
+def test_every_optimizer_trains_or_is_refused_by_name(name):
+    """Those that need a GPU, Apex or bitsandbytes, or second derivatives, before a step is made."""
+    m, steps = model(), []
+    before = torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad])
+    try:
+        config = TrainConfig(epochs=2, batch_size=3, warmup_epochs=0, optimizer=name)
+        fit(m, stripes(3, seed=0), None, config, on_step=lambda step, _: steps.append(step))
+    except ValueError as error:
+        assert name in str(error)  # noqa: PT017
+        assert name == "adahessian" or name.startswith(("bnb", "fused"))
+        assert steps == []
+        return
+    after = torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad])
+    assert steps == [1, 2]  # ADOPT learns from the first one only
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+
+
 def test_the_optimizer_is_timms_of_that_name():
     m = model()
     before = m.trainable_state_dict()
@@ -293,8 +314,33 @@ def test_late_looks_at_the_loss_change_nothing(monkeypatch):
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
         ({"label_smoothing": math.nan}, r"label_smoothing must be in \[0, 1\)"),
         ({"optimizer": "adamv"}, "optimizer: 'adamv' is not known; did you mean"),
+        ({"optimizer": "adahessian"}, "adahessian is a second-order one.* such as adamw"),
     ],
 )
 def test_bad_schedules_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+def test_training_and_evaluation_make_no_float64():
+    config = replace(CONFIG, epochs=1, mixup=0.2, cutmix=0.5, ema=0.9, clip_grad_norm=1.0)
+    expected = fit(model(), TRAIN, VAL, config).history
+    with WithoutFloat64():
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros(1).double()
+        found = fit(model(), TRAIN, VAL, config).history
+    # A dispatch mode is served by the reference, whose rounding differs.
+    assert found[0].val_loss == pytest.approx(expected[0].val_loss, rel=1e-3)
+
+
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(ValueError, match="no items to evaluate"):
+        evaluate(model(), TensorDataset(torch.empty(0, 3, 16, 16), torch.empty(0).long()))
+
+
+def test_the_earlier_places_have_the_same_names():
+    from gist import evaluation, train
+
+    assert train.fit is fit
+    assert train.TrainConfig is TrainConfig
+    assert evaluation.evaluate is evaluate

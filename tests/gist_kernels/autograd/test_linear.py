@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sublayer_cases import DROPPED, arguments, check, converted, exact_attention, exact_mlp, normal
+from sublayer_cases import (
+    DROPPED,
+    arguments,
+    check,
+    converted,
+    exact_attention,
+    exact_mlp,
+    folded,
+    normal,
+    update,
+)
+from torch.profiler import ProfilerActivity, profile
 
 import gist_kernels as gk
-from gist_kernels.autograd import linear
 from gist_kernels.kernels.triton import DEVICE_TYPES
 
 KINDS = {
@@ -24,20 +34,6 @@ CASES = [
     ("mlp", {}),
     ("mlp", {"drop_path": DROPPED}),
 ]
-
-
-def update(outputs, inputs, dtype, device, rank=None, scale=False):
-    return gk.LinearUpdate(
-        1 + normal(outputs, dtype=dtype, device=device) if scale else None,
-        normal(rank, inputs, dtype=dtype, device=device) if rank else None,
-        normal(outputs, rank, dtype=dtype, device=device) if rank else None,
-    )
-
-
-def folded(weight, change):
-    """The matrix of one plain linear layer that does the same."""
-    weight = weight if change.scale is None else change.scale[:, None] * weight
-    return weight if change.down is None else weight + change.up @ change.down
 
 
 def compare(name, kind, options, dtype, draws=None, eps=None, **how):
@@ -126,22 +122,58 @@ def test_under_autocast(name, options, shape):
         compare(name, "scale and low rank", options, torch.float32, draws=16, eps=2**-8, **shape)
 
 
-def test_frozen_weights_are_converted_once_under_autocast(monkeypatch):
-    x, norm, _, mlp, adapter = arguments(torch.float32)
-    converted = []
-    monkeypatch.setattr(
-        linear, "in_dtype",
-        lambda w, dtype, by=linear.in_dtype: converted.append(by(w, dtype)) or converted[-1],
-    )  # fmt: skip
+def by_data_copy(weight, value):
+    weight.data.copy_(value)
+
+
+def by_data(weight, value):
+    weight.data = value.clone()
+
+
+def by_set(weight, value):
+    with torch.no_grad():
+        weight.set_(value.clone())
+
+
+def by_numpy(weight, value):
+    weight.detach().numpy()[:] = value.numpy()
+
+
+def in_place(weight, value):
+    with torch.no_grad():
+        weight.copy_(value)
+
+
+@pytest.mark.parametrize("replace", [by_data_copy, by_data, by_set, by_numpy, in_place])
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_replaced_weights_are_used_under_autocast(name, replace):
+    """However they are replaced: a version counter does not count all of it."""
+    x, norm, attention, mlp, adapter = arguments(torch.float32)
+    weights = attention if name == "attention" else mlp
+    function = gk.adapter_attention if name == "attention" else gk.adapter_mlp
+    given = weights._replace(**{weights._fields[i]: weights[i].clone() for i in (0, 2)})
     with torch.autocast("cpu", torch.bfloat16):
-        first = gk.adapter_mlp(x, norm, mlp, adapter)
-        assert torch.equal(gk.adapter_mlp(x, norm, mlp, adapter), first)
-        assert [a is b for a, b in zip(converted[:2], converted[2:], strict=True)] == [True, True]
-        assert {w.dtype for w in converted} == {torch.bfloat16}
-        mlp.fc1_weight.mul_(2)
-        assert not torch.equal(gk.adapter_mlp(x, norm, mlp, adapter), first)
-    assert converted[4] is not converted[0]
-    assert converted[5] is converted[1]
+        before = function(x, norm, given, adapter)
+        for i in (0, 2):
+            replace(given[i], 2 * weights[i])
+        twice = weights._replace(**{weights._fields[i]: 2 * weights[i] for i in (0, 2)})
+        found, fresh = (function(x, norm, by, adapter) for by in (given, twice))
+        assert torch.equal(found, fresh)
+        assert not torch.equal(found, before)
+
+
+def test_a_pass_under_autocast_converts_each_frozen_weight_once():
+    x, norm, _, mlp, adapter = arguments(torch.float32)
+    x.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = gk.adapter_mlp(x, norm, mlp, adapter)
+        out.sum().backward()
+    shapes = [tuple(w.shape) for w in (mlp.fc1_weight, mlp.fc2_weight)]
+    conversions = [
+        tuple(event.input_shapes[0]) for event in trace.events() if event.name == "aten::_to_copy"
+    ]
+    assert [conversions.count(shape) for shape in shapes] == [1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

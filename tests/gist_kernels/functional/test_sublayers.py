@@ -119,6 +119,38 @@ def test_triton_value_and_every_gradient(name, options, with_adapter, dtype):
     compare(name, dtype, options, backend="triton", with_adapter=with_adapter, device=device)
 
 
+@pytest.mark.parametrize(
+    "backend", ["auto", "reference", pytest.param("triton", marks=pytest.mark.triton)]
+)
+@pytest.mark.parametrize(("name", "options"), [*CASES[:2], ("mlp", {})])
+def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend):
+    device = DEVICE_TYPES[0] if backend == "triton" else "cpu"
+    x, norm, attention, mlp, adapter = arguments(torch.bfloat16, device=device)
+    weights = attention if name == "attention" else mlp
+    function = gk.adapter_attention if name == "attention" else gk.adapter_mlp
+    upstream = torch.randn_like(x[:, : options.get("num_queries")])
+
+    def gradients(dtype):
+        trained = {
+            key: value.to(dtype).requires_grad_()
+            for key, value in (norm._asdict() | weights._asdict()).items()
+            if isinstance(value, torch.Tensor) and value.ndim == 1
+        }
+        own_norm = norm._replace(weight=trained["weight"], bias=trained["bias"])
+        own = weights._replace(**{k: t for k, t in trained.items() if k not in ("weight", "bias")})
+        with gk.use_backend(backend):
+            out = function(x, own_norm, own, adapter, **options)
+        found = torch.autograd.grad(out, list(trained.values()), upstream)
+        return out, dict(zip(trained, found, strict=True))
+
+    out, found = gradients(torch.float32)
+    same, halves = gradients(torch.bfloat16)
+    torch.testing.assert_close(out, same, rtol=0, atol=0)
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient.bfloat16(), halves[key], rtol=2**-7, atol=1e-3)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "identity"])
 @pytest.mark.parametrize("name", ["attention", "mlp"])
 def test_activations_and_missing_biases(name, activation):
@@ -247,7 +279,7 @@ def test_nothing_is_computed_for_what_needs_no_gradient():
 
 def test_weights_changed_after_forward_are_noticed():
     x, norm, attention, _, adapter = arguments(torch.float32)
-    adapter.up_weight.requires_grad_()
+    adapter.down_weight.requires_grad_()  # whose gradient needs the other weight
     out = gk.adapter_attention(x, norm, attention, adapter)
     with torch.no_grad():
         adapter.up_weight.mul_(2)
@@ -310,8 +342,8 @@ def test_compiles_without_a_graph_break():
             ValueError, "attention.proj_weight requires a gradient",
         ),
         (
-            lambda a: a | {"norm": a["norm"]._replace(weight=torch.ones(48).double())},
-            TypeError, "norm.weight is torch.float64",
+            lambda a: a | {"norm": a["norm"]._replace(weight=torch.ones(48).int())},
+            TypeError, "norm.weight must be float32, .* it is torch.int32",
         ),
         (
             lambda a: a | {"adapter": a["adapter"]._replace(activation="tanh")},

@@ -1,0 +1,45 @@
+"""Whether a call is traced or transformed, so that kernels can't run on its tensors' memory."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call is traced, or its tensors have no memory to give a kernel."""
+    return (
+        torch.compiler.is_compiling()
+        or any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def under_transform() -> bool:
+    """Whether a call is within a torch.func transform or forward-mode differentiation."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def batched(tensor: torch.Tensor) -> bool:
+    """Whether ``torch.vmap`` has batched a tensor: its values can then decide nothing."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def transformed(gradient: torch.Tensor | None) -> bool:
+    """Whether an upstream gradient is batched, or has a tangent or a graph of torch.func."""
+    if gradient is None:
+        return False
+    if torch._C._functorch.is_legacy_batchedtensor(gradient):  # autograd.grad(is_grads_batched=)
+        return True
+    return under_transform() and (
+        torch._C._functorch.is_functorch_wrapped_tensor(gradient)
+        or forward_ad.unpack_dual(gradient).tangent is not None
+    )
