@@ -12,8 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from gist_kernels.kernels.triton import INTERPRETED
+
+# PyTorch remembers which functions torch.device("meta") applies to: those as they are before
+# _poisoned_empty replaces some of them.
+_device_constructors()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

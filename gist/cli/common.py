@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gist.backbones import hf_folder
 from gist.methods import Method, method_type
 from gist.model.config import GistConfig
 from gist.model.describe import count_parameters
@@ -28,8 +30,20 @@ from gist.model.wrapped import GistModel
 from gist.runs.run import Listener
 from gist.training.loop import Epoch
 
-console = Console()
-to_stderr = Console(stderr=True)
+
+class _Console(Console):
+    """A console that prints names as they are, and leaves a closed pipe to :func:`main`."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        # A name may hold brackets or colons, which are markup and emoji to rich.
+        super().__init__(stderr=stderr, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+console = _Console()
+to_stderr = _Console(stderr=True)
 
 
 def add_command(
@@ -57,6 +71,24 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default here: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+
+
+def model_label(name: str) -> str:
+    """A model's name as part of a folder's name; of hf:FOLDER, the last part."""
+    folder = name.removeprefix(hf_folder.PREFIX)
+    return name if folder == name else Path(folder).resolve().name
+
+
+def warn_passed_over(paths: Sequence[Path], shown: int = 3) -> None:
+    """One line that counts the files that were found but not used, and names the first."""
+    if paths and not console.quiet:
+        names = ", ".join(map(str, paths[:shown])) + (", ..." if len(paths) > shown else "")
+        to_stderr.print(
+            f"warning: {len(paths):,} passed over, not taken as images of a class: {names}",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def gist_config_of(arguments: argparse.Namespace) -> GistConfig:

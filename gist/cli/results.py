@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from timm.data import resolve_model_data_config
+from torch import nn
 
 import gist_kernels
-from gist.cli.common import add_command, add_device_options, console
+from gist.backbones import hf_folder
+from gist.backbones.create import input_size
+from gist.cli.common import add_command, add_device_options, console, warn_passed_over
 from gist.data import load_data, prepare
 from gist.files import write_atomically
 from gist.model.merge import merge
 from gist.runs import summary
-from gist.runs.predict import predict
+from gist.runs.predict import find, predict
 from gist.runs.run import load_run, read_results
 from gist.training.evaluation import evaluate
 
@@ -28,13 +32,15 @@ from gist.training.evaluation import evaluate
 def register(commands: Any) -> None:
     """Add the commands to the parser of ``gist``."""
     merged = add_command(
-        commands, "merge", _merge, "fold a run's method into a plain timm model, and test that"
+        commands, "merge", _merge, "fold a run's method into a plain model, and test that"
     )
     merged.add_argument("run", type=Path, help="the folder of a finished run")
     merged.add_argument("--drop-token", action="store_true",
                         help="leave the Gist token out, which is not exact")  # fmt: skip
     merged.add_argument("--data", help="what to test on; default: the run's")
-    merged.add_argument("--out", type=Path, help="default: merged.safetensors in the folder")
+    merged.add_argument(
+        "--out", type=Path, help="default: merged.safetensors, or merged, in the folder"
+    )
     add_device_options(merged)
 
     predicted = add_command(
@@ -64,38 +70,32 @@ def _bench(arguments: argparse.Namespace) -> None:
     path = os.pathsep.join(filter(None, (str(repository), os.environ.get("PYTHONPATH"))))
     status = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode
     if status:
-        sys.exit(status)
+        sys.exit(status if status > 0 else 128 - status)  # as a shell says which signal ended it
 
 
 def _backends(arguments: argparse.Namespace) -> None:
     for name, info in gist_kernels.backends().items():
         state = "available" if info.available else "not available"
-        console.print(f"{name}: {state}. {info.detail}", markup=False, highlight=False)
+        console.print(f"{name}: {state}. {info.detail}", highlight=False)
         if info.available:
             console.print(f"    serves: {', '.join(info.operations) or 'nothing yet'}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    """Fold a finished run's method into a plain timm model, and test that model."""
+    """Fold a finished run's method into a plain model, and test that model."""
     model = load_run(arguments.run)
     merged = merge(model, drop_token=arguments.drop_token)
-    out = arguments.out or arguments.run / "merged.safetensors"
-    write_atomically(out, safetensors.torch.save(merged.state_dict()))
-    options = {
-        "num_classes": merged.num_classes,
-        "img_size": merged.patch_embed.img_size[0],
-        "reg_tokens": merged.num_reg_tokens,
-    }
     results = read_results(arguments.run)
     assert results is not None
-    name = results["config"]["model"]
-    arguments_of = ", ".join(f"{key}={value}" for key, value in options.items())
-    console.print(f"{out}: weights of timm.create_model({name!r}, {arguments_of})", soft_wrap=True)
-    data = load_data(arguments.data or results["config"]["data"])
+    _write_merged(merged, results["config"]["model"], arguments)
+    # Unchecked: the test reads the images that it needs, and names one that it can't read.
+    data = load_data(arguments.data or results["config"]["data"], check=False)
+    warn_passed_over(data.passed_over)
     split, which = (data.test, "test") if data.test is not None else (data.val, "validation")
     assert split is not None
-    images = prepare(split, options["img_size"], resolve_model_data_config(model.backbone))
-    before, after = (evaluate(each.to(arguments.device), images) for each in (model, merged))
+    images = prepare(split, input_size(model.backbone), resolve_model_data_config(model.backbone))
+    models = (model, _Logits(merged))
+    before, after = (evaluate(each.to(arguments.device), images) for each in models)
     console.print(
         f"{len(images):,} {which} images: {before.accuracy:.2%} as trained, {after.accuracy:.2%} "
         f"merged{' without the Gist token' if arguments.drop_token else ''}",
@@ -103,9 +103,41 @@ def _merge(arguments: argparse.Namespace) -> None:
     )
 
 
+class _Logits(nn.Module):
+    """A model's logits, which transformers' models return within an output of their own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        output = self.model(images)
+        logits: torch.Tensor = getattr(output, "logits", output)
+        return logits
+
+
+def _write_merged(merged: Any, name: str, arguments: argparse.Namespace) -> None:
+    """Write the plain model, and say how to load it."""
+    if name.startswith(hf_folder.PREFIX):
+        out = arguments.out or arguments.run / "merged"
+        hf_folder.save(merged, out, like=Path(name.removeprefix(hf_folder.PREFIX)))
+        how = f"transformers.AutoModelForImageClassification.from_pretrained({str(out)!r})"
+    else:
+        out = arguments.out or arguments.run / "merged.safetensors"
+        write_atomically(out, safetensors.torch.save(merged.state_dict()))
+        options = {"num_classes": merged.num_classes, "img_size": input_size(merged)}
+        if hasattr(merged, "num_reg_tokens"):  # a Gist token may have become one of them
+            options["reg_tokens"] = merged.num_reg_tokens
+        listed = ", ".join(f"{key}={value}" for key, value in options.items())
+        how = f"timm.create_model({name!r}, {listed})"
+    console.print(f"{out}: weights of {how}", soft_wrap=True)
+
+
 def _predict(arguments: argparse.Namespace) -> None:
     """Print a finished run's predictions of images as CSV."""
-    predictions = predict(arguments.run, arguments.images, device=arguments.device)
+    found = find(arguments.images)
+    warn_passed_over(found.passed_over)
+    predictions = predict(arguments.run, found, device=arguments.device)
     first = next(predictions)  # raises before the table starts
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["image", "class", "probability"])
@@ -122,7 +154,7 @@ def show(results: dict[str, Any], directory: Path, title: str) -> None:
     try:
         summary.plot(results, picture, title)
     except ImportError as error:
-        console.print(str(error), style="yellow", markup=False)
+        console.print(str(error), style="yellow")
     for name, result in results.items():
         if result["reused"]:
             console.print(f"{name}: finished earlier, --fresh trains it again", style="dim")

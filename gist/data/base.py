@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +44,7 @@ class ImageData:
         train, val, test: items are an RGB PIL image and an int label; val and test may be missing.
         fingerprint: changes with any image, label or split.
         every_class_trained: False allows classes without a training image.
+        passed_over: files and folders that were found but not used.
 
     Raises:
         DataError: a label that no class has, or a class without a training image.
@@ -55,6 +57,7 @@ class ImageData:
     test: Images | None
     fingerprint: str
     every_class_trained: bool = True
+    passed_over: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         faults = []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from gist.data.base import DataError, ImageData, fingerprint
+from gist.data.images import decode, image_suffixes, read_image
+from gist.data.walk import find_images
 
 SPLITS = ("train", "val", "test")
 VAL_SHARE = 0.2
@@ -19,12 +22,10 @@ Sample = tuple[Path, int]
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Image files with their labels, decoded on access by ``read``."""
+    """Image files with their labels, decoded on access. A DataError names what can't be read."""
 
-    def __init__(
-        self, samples: Sequence[Sample], read: Callable[[Path], Image.Image] | None = None
-    ) -> None:
-        self.samples, self._read = samples, read or read_image
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
 
     @property
     def labels(self) -> list[int]:
@@ -35,22 +36,15 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return self._read(path), label
+        try:
+            return read_image(path), label
+        except Exception as error:  # decoders of damaged files raise anything
+            raise DataError(unreadable(path, error)) from error
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image file as RGB, turned upright as its EXIF orientation says.
-
-    16-bit grey levels are scaled to 8 bits. Levels without a fixed range are refused.
-    """
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("I", "F"):
-            raise ValueError(f"mode {upright.mode} has no fixed range; save it with 8 or 16 bits")
-        if upright.mode.startswith("I;16"):
-            # PIL would clip, not scale: every level above 255 of 65535 would turn white.
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        return upright.convert("RGB")
+def unreadable(path: Path, error: Exception) -> str:
+    """The line that names a file that can't be read, and the reason."""
+    return f"{path} can't be read: {error or type(error).__name__}"
 
 
 def load_folder(root: Path, *, check: bool = True) -> ImageData:
@@ -58,11 +52,16 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
 
     ``root/train/CLASS/*`` with ``root/val/CLASS/*`` and ``root/test/CLASS/*`` if they are there;
     or ``root/CLASS/*``. Without a val folder, a fifth of each class is set apart for validation,
-    the same in every run. Files without an image's suffix, and hidden ones, are skipped.
+    the same in every run. Links to files and folders are followed. Hidden files are skipped. Every
+    other file without a suffix of :func:`gist.data.images.image_suffixes` is listed in
+    ``passed_over`` of the result. So are images beside the class folders, and folders beside the
+    splits.
 
     Args:
         root: the folder.
-        check: decode every image first. False finds only what the folders show.
+        check: decode every image first, and include its content in the fingerprint. False opens
+            no file: it finds only what the folders show, and the fingerprint is that of the files'
+            names, sizes and times of modification.
 
     Raises:
         DataError: unreadable images, empty class folders, classes that differ between splits, fewer
@@ -74,6 +73,7 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
     folders = {s: root / s for s in SPLITS if (root / s).is_dir()} if in_splits else {"train": root}
 
     faults: list[str] = []
+    passed_over = _beside(root, folders)
     classes = _class_names(folders["train"])
     if len(classes) < 2:
         faults.append(f"{folders['train']} has {len(classes)} class folders; at least 2 are needed")
@@ -84,14 +84,19 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
         faults += [f"{folder} lacks the class folder {n!r}" for n in classes - names]
         samples[split] = []
         for label, name in enumerate(sorted(classes)):
-            files = image_files(folder / name)
-            if not files and name in names:
+            found = find_images(folder / name, below=folder)
+            if not found.images and name in names:
                 faults.append(f"{folder / name} has no image")
-            samples[split] += [(file, label) for file in files]
+            samples[split] += [(file, label) for file in found.images]
+            passed_over += found.passed_over
+            faults += found.faults
     if "val" not in samples:
         faults += _split_off_val(samples, sorted(classes))
+    paths = [path for split in samples.values() for path, _ in split]
+    digests: list[bytes] = []
     if check:
-        faults += _unreadable([path for split in samples.values() for path, _ in split])
+        digests, unread = _read_all(paths)
+        faults += unread
     if faults:
         raise DataError(f"{root} can't be trained on:\n  " + "\n  ".join(sorted(faults)))
     return ImageData(
@@ -100,7 +105,8 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
         train=ImageFiles(samples["train"]),
         val=ImageFiles(samples["val"]),
         test=ImageFiles(samples["test"]) if "test" in samples else None,
-        fingerprint=fingerprint(_identities(samples)),
+        fingerprint=_fingerprint(samples, digests),
+        passed_over=tuple(passed_over),
     )
 
 
@@ -108,15 +114,14 @@ def _class_names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files in and below a folder by their suffixes, without hidden ones, sorted."""
-    return sorted(
-        path
-        for path in (folder.rglob("*") if folder.is_dir() else ())
-        if path.suffix.lower() in IMG_EXTENSIONS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def _beside(root: Path, folders: Mapping[str, Path]) -> list[Path]:
+    """Images beside class folders and, where there are splits, folders beside the splits."""
+    suffixes = image_suffixes()
+    beside = [p for folder in folders.values() for p in folder.iterdir() if not p.is_dir()]
+    found = [p for p in beside if p.suffix.lower() in suffixes]
+    if root not in folders.values():
+        found += [root / name for name in _class_names(root) - set(SPLITS)]
+    return sorted(p for p in found if not p.name.startswith("."))
 
 
 def _split_off_val(samples: dict[str, list[Sample]], classes: Sequence[str]) -> list[str]:
@@ -140,23 +145,35 @@ def _split_off_val(samples: dict[str, list[Sample]], classes: Sequence[str]) -> 
     return faults
 
 
-def _identities(samples: Mapping[str, Sequence[Sample]]) -> Iterator[bytes]:
-    """The parts of the fingerprint."""
-    for split, of_split in samples.items():
-        for path, label in of_split:
-            yield f"{split} {label} {path.name}".encode()
-            yield path.read_bytes()
+def _fingerprint(samples: Mapping[str, Sequence[Sample]], digests: Sequence[bytes]) -> str:
+    """The fingerprint of images in splits, by their content if ``digests`` has it."""
+    listed = [(split, *sample) for split, of_split in samples.items() for sample in of_split]
+    contents = digests or [_status(path) for _, path, _ in listed]
+    # Names as the file system has them: they need not be UTF-8.
+    identities: Iterator[bytes] = (
+        part
+        for (split, path, label), content in zip(listed, contents, strict=True)
+        for part in (f"{split} {label} ".encode() + os.fsencode(path.name), content)
+    )
+    return ("" if digests else "unread-") + fingerprint(identities)
 
 
-def _unreadable(paths: Sequence[Path]) -> list[str]:
-    """One line, with the reason, per file that can't be decoded."""
+def _status(path: Path) -> bytes:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
-    def fault(path: Path) -> str | None:
+
+def _read_all(paths: Sequence[Path]) -> tuple[list[bytes], list[str]]:
+    """The SHA-256 of each file, and one line, with the reason, per file that can't be decoded."""
+
+    def read(path: Path) -> tuple[bytes, str | None]:
         try:
-            read_image(path)
+            data = path.read_bytes()
+            decode(data)
         except Exception as error:  # decoders of damaged files raise anything
-            return f"{path} can't be read: {error}"
-        return None
+            return b"", unreadable(path, error)
+        return hashlib.sha256(data).digest(), None
 
     with ThreadPoolExecutor() as pool:
-        return [found for found in pool.map(fault, paths) if found]
+        results = list(pool.map(read, paths))
+    return [digest for digest, _ in results], [fault for _, fault in results if fault]

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from gist.data.base import ImageData, Images, fingerprint
 from gist.data.folder import ImageFiles
+from gist.data.images import read_image
 from gist.data.mnist import Digits, load_mnist_1k
 from gist.data.split import distinct, pixel_digest, stratified
 
@@ -151,14 +151,6 @@ def load_emoji(folder: Path) -> ImageData:
     return _of_files("emoji", files, [known[file] for file in files], SIZES)
 
 
-def on_white(path: Path) -> Image.Image:
-    """An image file as RGB, on a white background where it is transparent."""
-    with Image.open(path) as image:
-        page = Image.new("RGBA", image.size, "white")
-        page.alpha_composite(image.convert("RGBA"))
-        return page.convert("RGB")
-
-
 def _pngs(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*.png") if p.is_file() and not p.is_symlink())
 
@@ -187,7 +179,7 @@ def _of_files(
 ) -> ImageData:
     """A split of the ``classes`` with most distinct images."""
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda file: pixel_digest(on_white(file)), files))
+        digests = list(pool.map(lambda file: pixel_digest(read_image(file)), files))
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
     kept = distinct(digests, [numbers[label] for label in labels])
     sizes_of = Counter(labels[i] for i in kept if labels[i] != without)
@@ -196,7 +188,7 @@ def _of_files(
     numbers = {label: number for number, label in enumerate(chosen)}
     splits = stratified([numbers[labels[i]] for i in kept], sizes)
     images = [
-        ImageFiles([(files[kept[i]], numbers[labels[kept[i]]]) for i in indices], on_white)
+        ImageFiles([(files[kept[i]], numbers[labels[kept[i]]]) for i in indices])
         for indices in splits
     ]
     return _image_data(name, chosen, images, [[digests[kept[i]] for i in part] for part in splits])

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from timm.data import resolve_model_data_config
 
+from gist.backbones.create import input_size
 from gist.data import DataError
 from gist.data.base import Transformed
-from gist.data.folder import ImageFiles, image_files
+from gist.data.folder import ImageFiles
+from gist.data.walk import Found, find_images
 from gist.model.saving import CONFIG_FILE
 from gist.runs.run import load_run
 
@@ -25,14 +27,38 @@ class Prediction(NamedTuple):
     probability: float
 
 
+def find(images: Sequence[Path]) -> Found:
+    """The image files that paths name: files as they are, folders by :func:`find_images`.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or no image in any.
+    """
+    absent = [str(path) for path in images if not path.exists()]
+    if absent:
+        raise FileNotFoundError(f"no such image or folder: {', '.join(absent)}")
+    found = Found()
+    for path in images:
+        if not path.is_dir():
+            found.images.append(path)
+            continue
+        below = find_images(path)
+        found.images += below.images
+        found.passed_over += below.passed_over
+        found.faults += below.faults
+    if not (found.images or found.faults):
+        raise FileNotFoundError(f"no image in {', '.join(map(str, images))}")
+    return found
+
+
 def predict(
-    directory: Path, images: Sequence[Path], *, device: str = "cpu", batch_size: int = 32
+    directory: Path, images: Sequence[Path] | Found, *, device: str = "cpu", batch_size: int = 32
 ) -> Iterator[Prediction]:
     """Predict images with a run's model, prepared as the run's own images were.
 
     Args:
         directory: a finished run's.
-        images: files, and folders whose image files are all taken, with those in sub-folders.
+        images: files, and folders whose image files are all taken, with those in sub-folders and
+            behind links; or what :func:`find` found.
         device: where to compute.
         batch_size: images per forward.
 
@@ -45,24 +71,19 @@ def predict(
     """
     model = load_run(directory).to(device)
     classes = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["classes"]
-    absent = [str(path) for path in images if not path.exists()]
-    if absent:
-        raise FileNotFoundError(f"no such image or folder: {', '.join(absent)}")
-    files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
-    if not files:
-        raise FileNotFoundError(f"no image in {', '.join(map(str, images))}")
-    img_size = model.backbone.patch_embed.img_size[0]
+    found = images if isinstance(images, Found) else find(images)
+    files, faults = found.images, found.faults
+    img_size = input_size(model.backbone)
     normalisation = resolve_model_data_config(model.backbone)
     inputs = Transformed(ImageFiles([(file, 0) for file in files]), img_size, normalisation)
-    faults: list[str] = []
     for start in range(0, len(files), batch_size):
         read: list[Path] = []
         pixels: list[torch.Tensor] = []
         for index, file in enumerate(files[start : start + batch_size], start):
             try:
                 pixels.append(inputs[index][0])
-            except Exception as error:  # decoders of damaged files raise anything
-                faults.append(f"{file} can't be read: {error}")
+            except DataError as error:
+                faults.append(str(error))
             else:
                 read.append(file)
         if not read:

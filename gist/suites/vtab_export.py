@@ -13,6 +13,7 @@ from PIL import Image
 
 from gist.data import ImageData
 from gist.data.base import Images
+from gist.data.images import to_rgb
 from gist.data.split import distinct, pixel_digest, stratified
 from gist.suites.vtab_layout import LISTS, Joined
 from gist_kernels.suggest import unknown_name
@@ -102,7 +103,7 @@ class _Torchvision:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self._data[index][0].convert("RGB"), int(self.labels[index])
+        return to_rgb(self._data[index][0]), int(self.labels[index])
 
 
 def _labels(data: Any) -> list[int]:

@@ -209,7 +209,7 @@ def test_a_deeper_models_npz_is_refused(tmp_path):
     [
         ({"name": "vit_tinny_patch16_224"}, ValueError, "did you mean 'vit_tiny_patch16_224'"),
         ({"name": "vit_tiny_patch16_224.augreg_in21"}, ValueError, "did you mean '.*augreg_in21k'"),
-        ({"name": "resnet18"}, ValueError, "resnet18 is a ResNet; GIST takes"),
+        ({"name": "resnet18"}, ValueError, "resnet18 can't be taken: .*it is a ResNet"),
         ({"img_size": 100}, ValueError, "not a multiple of .* patch size, 16; take 96"),
         ({"img_size": 0}, ValueError, "take 16"),
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, features
+from torchvision.datasets import ImageFolder
 
 from gist.data import DataError, ImageData, Preloaded, Transformed, load_data, prepare
-from gist.data.folder import read_image
+from gist.data.images import read_image
 from gist.data.mnist import Digits
+from gist.data.walk import find_images
 
 NORMALISATION = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 
@@ -141,6 +146,165 @@ def test_every_fault_is_reported_at_once(root):
     with pytest.raises(DataError) as unchecked:
         load_data(str(root), check=False)
     assert "can't be read" not in str(unchecked.value)
+
+
+def test_links_are_followed_as_torchvision_does(root, tmp_path):
+    more = tmp_path / "elsewhere"
+    picture(more / "deep" / "a.png", seed=1)
+    picture(more / "b.png", seed=2)
+    cat = root / "train" / "cat"
+    (cat / "more").symlink_to(more)
+    (cat / "one.png").symlink_to(more / "b.png")
+    (cat / "other name").symlink_to(more / "deep", target_is_directory=True)
+    data = load_data(str(root))
+    shutil.rmtree(root / "train" / ".cache")  # a class to torchvision, which refuses it as empty
+    (cat / ".hidden.png").unlink()
+    assert len(data.train) == len(ImageFolder(str(root / "train"))) == 8 + 4
+    assert {"deep/a.png", "more/b.png", "cat/one.png", "other name/a.png"} < set(names(data.train))
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    assert load_data(str(linked)).fingerprint == data.fingerprint
+
+
+def test_links_that_lead_upwards_end(root):
+    train = root / "train"
+    (train / "cat" / "self").symlink_to(train / "cat")
+    (train / "cat" / "all").symlink_to(train)
+    (train / "cat" / "higher").symlink_to("/")
+    (train / "guinea pig" / "deep").mkdir()
+    (train / "guinea pig" / "deep" / "up").symlink_to(train / "guinea pig")
+    (train / "guinea pig" / "knot").symlink_to("knot")
+    data = load_data(str(root))
+    assert len(data.train) == 8
+    loops = {"self", "all", "higher", "up", "knot"}
+    assert {path.name for path in data.passed_over} == {"notes.txt", *loops}
+
+
+def test_two_folders_that_link_each_other_are_taken_once_each(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        picture(tmp_path / name / "x.png")
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    found = find_images(tmp_path / "a", below=tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in found.images] == ["a/link/x.png", "a/x.png"]
+    assert [str(p.relative_to(tmp_path)) for p in found.passed_over] == ["a/link/link"]
+
+
+def test_what_a_link_leads_to_must_be_there(root):
+    (root / "train" / "cat" / "gone.png").symlink_to(root / "nowhere.png")
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    for check in (True, False):
+        with pytest.raises(DataError) as error:
+            load_data(str(root), check=check)
+        assert str(error.value).splitlines()[1:] == [
+            f"  {root}/train/cat/gone.png can't be read: it is a link to nothing",
+            f"  {root}/train/cat/pipe.png can't be read: it is no regular file",
+        ]
+
+
+def test_a_folder_that_can_not_be_listed_is_named(root, monkeypatch):
+    closed, scan = root / "train" / "cat" / "closed", os.scandir
+    closed.mkdir()
+
+    def scandir(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("gist.data.walk.os.scandir", scandir)
+    with pytest.raises(DataError, match="closed can't be listed: Permission denied"):
+        load_data(str(root))
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JPE", "jpeg", "webp", "gif", "tga", "mpo", "avif"])
+def test_every_suffix_that_pillow_opens_is_taken(root, suffix):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    kinds = {"webp": "WEBP", "gif": "GIF", "tga": "TGA", "avif": "AVIF"}
+    picture(root / "train" / "cat" / f"x.{suffix}", format=kinds.get(suffix, "JPEG"))
+    data = load_data(str(root))
+    assert f"cat/x.{suffix}" in names(data.train)
+    assert [path.name for path in data.passed_over] == ["notes.txt"]
+
+
+def test_what_is_passed_over_is_listed(root):
+    train = root / "train"
+    for place in (train / "cat" / "deep" / "raw.dng", train / "no suffix", root / "README.md"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("")
+    picture(train / "beside the classes.png")
+    picture(root / "valid" / "cat" / "0.png")
+    (train / "cat" / ".hidden").mkdir()
+    data = load_data(str(root))
+    found = sorted(str(path.relative_to(root)) for path in data.passed_over)
+    assert found == [
+        "train/beside the classes.png", "train/cat/deep/raw.dng", "train/cat/notes.txt", "valid",
+    ]  # fmt: skip
+
+
+def test_names_need_not_be_utf8(root):
+    name = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (root / split / "cat").rename(root / split / name)
+        picture(root / split / name / f"{name}.png")
+    data = load_data(str(root))
+    assert data.classes == (name, "guinea pig")
+    assert f"{name}/{name}.png" in names(data.train)
+    (root / "train" / name / f"{name}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="can't be read: the file is empty"):
+        load_data(str(root))
+    assert load_data(str(root), check=False).fingerprint != data.fingerprint
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """The names of the images that are opened, in this order."""
+    seen: list[str] = []
+    plain = io.open
+
+    def counted(file, *arguments, **options):
+        if str(file).endswith(".png"):
+            seen.append(str(file))
+        return plain(file, *arguments, **options)
+
+    monkeypatch.setattr("io.open", counted)
+    monkeypatch.setattr("builtins.open", counted)
+    return seen
+
+
+def test_a_check_reads_each_file_once_and_no_check_reads_none(root, opened):
+    load_data(str(root), check=False)
+    assert opened == []
+    load_data(str(root))
+    assert sorted(opened) == sorted(str(path) for path in root.glob("*/*/[0-9].png"))
+
+
+def test_without_a_check_each_file_is_read_once_to_be_held(root, opened):
+    data = load_data(str(root), check=False)
+    for split in (data.train, data.val):
+        prepare(split, 8, NORMALISATION)
+    assert sorted(opened) == sorted(str(path) for path in root.glob("*/*/[0-9].png"))
+
+
+def test_the_fingerprint_without_a_check_changes_with_any_file(root):
+    def of():
+        return load_data(str(root), check=False).fingerprint
+
+    first = of()
+    assert first.startswith("unread-")
+    assert of() == first != load_data(str(root)).fingerprint
+    image = root / "train" / "cat" / "3.png"
+    os.utime(image, ns=(0, 0))
+    touched = of()
+    image.rename(image.with_name("4.png"))
+    assert len({first, touched, of()}) == 3
+
+
+def test_an_image_that_turns_out_unreadable_is_named(root):
+    broken = root / "train" / "cat" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:80])
+    data = load_data(str(root), check=False)
+    with pytest.raises(DataError, match=f"^{broken} can't be read: "):
+        prepare(data.train, 8, NORMALISATION)
 
 
 def test_faults_of_structure(root, tmp_path):

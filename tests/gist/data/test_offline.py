@@ -14,7 +14,8 @@ from PIL import Image
 
 from gist import cli
 from gist.data import ImageData, load_data
-from gist.data.offline import SOURCES, on_white
+from gist.data.images import read_image
+from gist.data.offline import SOURCES
 from gist.data.split import distinct, pixel_digest, stratified
 from gist.suites.tasks import OFFLINE
 
@@ -103,8 +104,8 @@ def test_emoji(packages):
     data = load_data("emoji")
     check_splits(data, (9, 800, 200, 1080 - 1000 - 4))
     assert "Component" not in data.classes
-    assert pixel_digest(on_white(images / "e.png")) not in dict(contents(data))
-    assert pixel_digest(on_white(images / "b.png")) in dict(contents(data))
+    assert pixel_digest(read_image(images / "e.png")) not in dict(contents(data))
+    assert pixel_digest(read_image(images / "b.png")) in dict(contents(data))
 
 
 def test_openclipart(packages):
@@ -165,7 +166,9 @@ def test_transparency_shows_white(tmp_path):
     pixels = np.zeros((1, 3, 4), np.uint8)  # black, of which the first is invisible
     pixels[0, 1:, 3] = (255, 51)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    np.testing.assert_array_equal(np.asarray(on_white(tmp_path / "x.png"))[0, :, 0], [255, 0, 204])
+    np.testing.assert_array_equal(
+        np.asarray(read_image(tmp_path / "x.png"))[0, :, 0], [255, 0, 204]
+    )
 
 
 def test_stratified_splits():
