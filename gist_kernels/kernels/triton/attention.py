@@ -1,16 +1,19 @@
 """Multi-head attention of short sequences on GPUs: Triton kernels and their launches.
 
-Up to some 256 keys, a head's keys and values fit into one multiprocessor, and their gradients into
-its registers. So ``backward`` is one launch in which a program does one head of one image: it goes
-through the queries once, and every tensor is read once and written once. Queries, keys and values
-are read, and their gradients written, where they lie, slices of one packed tensor as a rule: there
-is nothing to pack or to permute around the kernels. What that is against PyTorch's attention,
-``python bench/traffic.py`` counts.
+Up to about 256 keys, a head's keys and values fit into one multiprocessor, and their gradients into
+its registers. So ``backward`` is one launch in which each program takes one head of one image. The
+program walks through the queries once; every tensor is read once and written once. The kernels read
+queries, keys and values in place, usually slices of one packed tensor, and write the gradients in
+place too. No copy or permutation surrounds them. ``python bench/traffic.py`` counts the bytes, and
+those of PyTorch's attention.
 
-Longer sequences, and float32, which tensor cores would round, are PyTorch's: see :func:`serves`.
+PyTorch's attention serves longer sequences, and float32, which tensor cores would round: see
+:func:`serves`.
 
-Scores are kept keys by queries: keys are many, as the first dimension of a product on tensor cores
-should be. The other way round, some targets run out of registers.
+Score tiles are keys by queries. The first dimension of a tensor-core matmul should be the larger
+one, and there are more keys. With queries first, some targets run out of registers.
+
+Shapes: B images, Q queries, N keys, H heads, Dh features per head.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def _at(
     tensor, batch, head, batch_step, row_step, row, column,
     ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to some rows of a head. Offsets can pass 2^31."""
+    """Pointers to some rows of a head. Offsets can exceed 2^31."""
     start = tensor + batch * batch_step * ALIGN + head * HEAD_DIM
     return start + row.to(tl.int64)[:, None] * row_step * ALIGN + column[None, :]
 
@@ -57,7 +60,7 @@ def _load(
     tensor, batch, head, batch_step, row_step, row, rows, column,
     ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """0 past the last row and column."""
+    """Load some rows of a head, 0 beyond the last row and column."""
     at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
     return tl.load(at, _inside(row, rows, column, HEAD_DIM), 0.0)
 
@@ -73,7 +76,7 @@ def _store(
 
 @triton.jit
 def _product(a, b):
-    """Of half types, in float32."""
+    """The matmul of fp16 or bf16 tiles, in float32."""
     if _WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -87,7 +90,7 @@ def _forward_kernel(
     ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """``each`` blocks of one head's queries, over all of its keys at once."""
+    """Attention for ``each`` blocks of one head's queries, over all of its keys at once."""
     index = tl.program_id(0).to(tl.int64) // parts
     batch, head = index // heads, index % heads
     column = tl.arange(0, COLUMNS)
@@ -137,7 +140,8 @@ def _backward_kernel(
         p = tl.exp2((scores - total[None, :]) * _LOG2_E)
         of_v += _product(p.to(d_rows.dtype), d_rows)
         d_p = _product(all_v, tl.trans(d_rows))
-        # Where all values are alike it nearly cancels d_p: of the rounded output it would be off.
+        # Where all values are alike, the mean nearly cancels d_p. Computed from the rounded output,
+        # it would be too inexact.
         mean = tl.sum(p * d_p, 0)
         d_scores = (p * (d_p - mean[None, :])).to(q_rows.dtype)
         of_k += _product(d_scores, q_rows)
@@ -157,9 +161,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
 
-    ``q`` is (B, Q, H Dh), ``k`` and ``v`` are (B, N, H Dh), all of one of ``DTYPES``, of any batch
-    and row strides, of sizes that :func:`serves`. Returns ``out`` (B, Q, H Dh), contiguous, and
-    ``lse`` (B, H, Q) in float32.
+    ``q`` is (B, Q, H Dh), ``k`` and ``v`` are (B, N, H Dh), of the same one of ``DTYPES``, with any
+    batch and row strides. :func:`serves` must accept their sizes. Returns ``out`` (B, Q, H Dh),
+    contiguous, and ``lse`` (B, H, Q) in float32.
     """
     batch, queries, width = q.shape
     out = torch.empty((batch, queries, width), dtype=q.dtype, device=q.device)
@@ -191,10 +195,10 @@ def backward(
     d_k: torch.Tensor,
     d_v: torch.Tensor,
 ) -> None:
-    """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
+    """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
-    ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its result.
-    Batch and row strides may be any. The gradients must overlap neither each other nor an input.
+    ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its ``out``. Batch and row
+    strides may be any. The gradients must overlap neither each other nor an input.
     """
     if not lse.numel():
         return
@@ -219,7 +223,7 @@ def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.Attent
 
 
 def _strides(head_dim: int, *tensors: torch.Tensor) -> tuple[int, list[int]]:
-    """Batch and row strides of the tensors in units of ALIGN, and that."""
+    """ALIGN, and the tensors' batch and row strides in units of it."""
     strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
     align = launch.alignment(head_dim, *strides)
     return align, [stride // align for stride in strides]
