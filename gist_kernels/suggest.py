@@ -1,4 +1,4 @@
-"""Error texts for names that are not known."""
+"""Error texts for unknown names."""
 
 from __future__ import annotations
 

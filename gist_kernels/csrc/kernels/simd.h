@@ -165,8 +165,8 @@ GIST_INLINE double sum(typename VectorOf<A, kCount>::type v) {
   }
 }
 
-// The natural logarithm of normal numbers; infinity and NaN are returned as they are. With x = 2^k
-// m and m near 1, log m = 2 artanh((m - 1) / (m + 1)). The error is at most two ulps.
+// The natural logarithm of normal numbers; infinity and NaN are returned as they are. With
+// x = 2^k m and m near 1, log m = 2 artanh((m - 1) / (m + 1)). The error is at most two ulps.
 GIST_INLINE Vec<double> log(Vec<double> x) {
   using Bits = Vec<std::uint64_t>;
   constexpr std::uint64_t root_half = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000;
