@@ -11,8 +11,9 @@ are the same every time. Rank and width select one of two regimes (``heuristics`
   ``tl.dot``. The weights' gradients are then too large for one multiprocessor's registers. A launch
   of their own computes them from the dz of the first launch; its programs divide the features.
 
-Shapes: M rows, D features, R rank. Sizes and strides of rows come in units of ALIGN elements, see
-:func:`gist_kernels.kernels.triton.launch.alignment`.
+Shapes: M rows, D features, R rank, P programs with sums of their own. z, dz, stats and partials are
+float32. Optional tensors are None if absent. The number of features and the row strides come in
+units of ALIGN elements, see :func:`gist_kernels.kernels.triton.launch.alignment`.
 """
 
 from __future__ import annotations
@@ -87,8 +88,11 @@ def _hidden(z, row, k, inside, total, down_bias, scale, RANK: tl.constexpr, KIND
 
 @triton.jit
 def _write_out(
-    out, add, x_tile, update, up_bias, bias, scale, row, stride_add, column, mask, features,
-    feature_units, ADD_X: tl.constexpr, ALIGN: tl.constexpr,
+    out, add,  # (M, D)
+    x_tile, update,  # (ROWS, BLOCK)
+    up_bias, bias,  # (D,)
+    scale, row, stride_add, column, mask, features, feature_units,
+    ADD_X: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Store add + update + scale * bu + bias."""
     within = column < features
@@ -102,9 +106,17 @@ def _write_out(
 
 @triton.jit
 def _write_normed(
-    normed, xhat, norm_weight, norm_bias, row, column, mask, features, feature_units,
+    normed,  # (M, D)
+    xhat,  # (ROWS, BLOCK)
+    norm_weight,  # (D,)
+    norm_bias,  # (D,)
+    row,
+    column,
+    mask,
+    features,
+    feature_units,
     ALIGN: tl.constexpr,
-):  # fmt: skip
+):
     within = column < features
     y = xhat * _vector(norm_weight, column, within, 1.0)
     y += _vector(norm_bias, column, within, 0.0)
@@ -129,7 +141,10 @@ def _write_stats(stats, row, inside, mean, rstd):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    x, add, down, down_bias, up, up_bias, bias, norm_weight, norm_bias, normed, out, z, stats,
+    x, add,  # (M, D); with ADD_X, add is x
+    down, down_bias, up, up_bias,  # (R, D), (R,), (D, R), (D,)
+    bias, norm_weight, norm_bias,  # (D,)
+    normed, out, z, stats,  # written: (M, D), (M, D), (M, R), (M, 2)
     rows, feature_units, stride_x, stride_add, scale, eps, each,
     ADD_X: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     BLOCK: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
@@ -174,7 +189,10 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_chunks_kernel(
-    x, add, down, down_bias, up, up_bias, bias, norm_weight, norm_bias, normed, out, z, stats,
+    x, add,  # (M, D); with ADD_X, add is x
+    down, down_bias, up, up_bias,  # (R, D), (R,), (D, R), (D,)
+    bias, norm_weight, norm_bias,  # (D,)
+    normed, out, z, stats,  # written: (M, D), (M, D), (M, R), (M, 2)
     rows, feature_units, stride_x, stride_add, scale, eps,
     ADD_X: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -253,8 +271,13 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    d_out, d_normed, x, norm_weight, stats, down, up, z, dx,
-    rows, feature_units, stride_x, stride_out, stride_normed, scale, partials, each,
+    d_out, d_normed, x,  # (M, D)
+    norm_weight, stats,  # (D,), (M, 2)
+    down, up, z,  # (R, D), (D, R), (M, R)
+    dx,  # written: (M, D)
+    rows, feature_units, stride_x, stride_out, stride_normed, scale,
+    partials,  # written: (P, _part_size)
+    each,
     PASS: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     BLOCK: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -329,8 +352,12 @@ def _write_part(at, d_down, d_up, d_up_bias, k, column, features, RANK: tl.const
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_chunks_kernel(
-    d_out, d_normed, x, norm_weight, stats, down, up, z, dx,
-    rows, feature_units, stride_x, stride_out, stride_normed, scale, dz,
+    d_out, d_normed, x,  # (M, D)
+    norm_weight, stats,  # (D,), (M, 2)
+    down, up, z,  # (R, D), (D, R), (M, R)
+    dx,  # written: (M, D)
+    rows, feature_units, stride_x, stride_out, stride_normed, scale,
+    dz,  # written: (M, R)
     PASS: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -383,7 +410,10 @@ def _backward_chunks_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _weights_kernel(
-    d_out, x, z, dz, partials, rows, feature_units, stride_x, stride_out, scale, each,
+    d_out, x,  # (M, D)
+    z, dz,  # (M, R)
+    partials,  # written: (P, _part_size)
+    rows, feature_units, stride_x, stride_out, scale, each,
     ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -418,9 +448,18 @@ def _weights_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _sum_kernel(
-    partials, d_down, d_down_bias, d_up, d_up_bias, parts, feature_units,
-    ALIGN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    partials,  # (P, _part_size)
+    d_down,  # written: (R, D)
+    d_down_bias,  # written: (R,)
+    d_up,  # written: (D, R)
+    d_up_bias,  # written: (D,)
+    parts,
+    feature_units,
+    ALIGN: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The weights' gradients from all programs' sums, always added in the same order."""
     features = feature_units * ALIGN
     size = _part_size(features, RANK)

@@ -13,7 +13,8 @@ PyTorch's attention serves longer sequences, and float32, which tensor cores wou
 Score tiles are keys by queries. The first dimension of a tensor-core matmul should be the larger
 one, and there are more keys. With queries first, some targets run out of registers.
 
-Shapes: B images, Q queries, N keys, H heads, Dh features per head.
+Shapes: B images, Q queries, N keys, H heads, Dh features per head. The features of a row are
+contiguous; its batch and row strides come in units of ALIGN elements.
 """
 
 from __future__ import annotations
@@ -39,9 +40,16 @@ _WIDEN = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def _at(
-    tensor, batch, head, batch_step, row_step, row, column,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+    tensor,  # (B, rows, H Dh)
+    batch,
+    head,
+    batch_step,
+    row_step,
+    row,
+    column,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """Pointers to some rows of a head. Offsets can exceed 2^31."""
     start = tensor + batch * batch_step * ALIGN + head * HEAD_DIM
     return start + row.to(tl.int64)[:, None] * row_step * ALIGN + column[None, :]
@@ -57,9 +65,17 @@ def _inside(row, rows, column, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _load(
-    tensor, batch, head, batch_step, row_step, row, rows, column,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+    tensor,  # (B, rows, H Dh)
+    batch,
+    head,
+    batch_step,
+    row_step,
+    row,
+    rows,
+    column,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """Load some rows of a head, 0 beyond the last row and column."""
     at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
     return tl.load(at, _inside(row, rows, column, HEAD_DIM), 0.0)
@@ -67,9 +83,19 @@ def _load(
 
 @triton.jit
 def _store(
-    tensor, value, batch, head, batch_step, row_step, row, rows, column,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+    tensor,  # (B, rows, H Dh)
+    value,  # (len(row), len(column))
+    batch,
+    head,
+    batch_step,
+    row_step,
+    row,
+    rows,
+    column,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Store some rows of a head."""
     at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
     tl.store(at, value.to(tensor.dtype.element_ty), _inside(row, rows, column, HEAD_DIM))
 
@@ -85,11 +111,31 @@ def _product(a, b):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    q, k, v, out, lse, queries, keys, heads, q_batch, q_row, k_batch, k_row, v_batch, v_row,
-    out_batch, out_row, scale, parts, each,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    q,  # (B, Q, H Dh)
+    k,  # (B, N, H Dh)
+    v,  # (B, N, H Dh)
+    out,  # written: (B, Q, H Dh)
+    lse,  # written: (B, H, Q) float32
+    queries,
+    keys,
+    heads,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    v_batch,
+    v_row,
+    out_batch,
+    out_row,
+    scale,
+    parts,
+    each,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
-):  # fmt: skip
+):
     """Attention for ``each`` blocks of one head's queries, over all of its keys at once."""
     index = tl.program_id(0).to(tl.int64) // parts
     batch, head = index // heads, index % heads
@@ -113,12 +159,38 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    d_out, q, k, v, lse, d_q, d_k, d_v, queries, keys, heads,
-    d_out_batch, d_out_row, q_batch, q_row, k_batch, k_row, v_batch, v_row,
-    d_q_batch, d_q_row, d_k_batch, d_k_row, d_v_batch, d_v_row, scale,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    d_out,  # (B, Q, H Dh)
+    q,  # (B, Q, H Dh)
+    k,  # (B, N, H Dh)
+    v,  # (B, N, H Dh)
+    lse,  # (B, H, Q) float32
+    d_q,  # written: (B, Q, H Dh)
+    d_k,  # written: (B, N, H Dh)
+    d_v,  # written: (B, N, H Dh)
+    queries,
+    keys,
+    heads,
+    d_out_batch,
+    d_out_row,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    v_batch,
+    v_row,
+    d_q_batch,
+    d_q_row,
+    d_k_batch,
+    d_k_row,
+    d_v_batch,
+    d_v_row,
+    scale,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
-):  # fmt: skip
+):
     """All gradients of one head."""
     index = tl.program_id(0).to(tl.int64)
     batch, head = index // heads, index % heads
@@ -176,10 +248,11 @@ def forward(
     parts, each = tile.parts(queries, batch * num_heads, launch.multiprocessors(q.device))
     with launch.on(q.device):
         _forward_kernel[(parts * batch * num_heads,)](
-            q, k, v, out, lse, queries, k.shape[1], num_heads, *strides, scale, parts, each,
-            ALIGN=align, HEAD_DIM=width // num_heads,
+            *(q, k, v, out, lse, queries, k.shape[1], num_heads, *strides, scale, parts, each),
+            ALIGN=align,
+            HEAD_DIM=width // num_heads,
             **tile.meta(launch.warp_size(q.device)),
-        )  # fmt: skip
+        )
     return out, lse
 
 
@@ -208,10 +281,12 @@ def backward(
     align, strides = _strides(width // num_heads, d_out, q, k, v, d_q, d_k, d_v)
     with launch.on(q.device):
         _backward_kernel[(batch * num_heads,)](
-            d_out, q, k, v, lse.contiguous(), d_q, d_k, d_v, queries, k.shape[1], num_heads,
-            *strides, scale, ALIGN=align, HEAD_DIM=width // num_heads,
+            *(d_out, q, k, v, lse.contiguous(), d_q, d_k, d_v),
+            *(queries, k.shape[1], num_heads, *strides, scale),
+            ALIGN=align,
+            HEAD_DIM=width // num_heads,
             **tile.meta(launch.warp_size(q.device)),
-        )  # fmt: skip
+        )
 
 
 def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.AttentionTile | None:
