@@ -46,7 +46,8 @@ class BackendInfo(NamedTuple):
 def backends() -> dict[str, BackendInfo]:
     """Every backend, in the order of asking, with its operations, or the reason why it can't run.
 
-    >>> backends()["reference"].available
+    >>> import gist_kernels
+    >>> gist_kernels.backends()["reference"].available
     True
     """
     found = {
