@@ -18,7 +18,7 @@ SCALE = 0.1
 
 
 class Plain(nn.Module):
-    """The bottleneck as modules are usually put together."""
+    """The bottleneck, composed of modules in the usual way."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()

@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gist_kernels as gk
+from bench.machine import linear_of
 from bench.measure import Case, mismatch
-from bench.step import linear_of
 
 # Images, tokens, heads, queries: ViT-S and -B at 224 pixels, a longer sequence, a last block.
 SHAPES = {

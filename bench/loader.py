@@ -1,8 +1,8 @@
-"""Images a second of the loader alone, against a training step on images that are there already.
+"""Images per second of gist's data loader, against a training step on images in memory.
 
-Every call goes through the same number of images: the loaders in the order and the batches of a
-training, the step forward, backward and with its optimiser, on one batch again and again. Data
-loading keeps up where the step takes the longest.
+Every call goes through the same number of images. The loaders take them in the order and the
+batches of a training. The step is forward, backward and optimiser, on one batch again and again.
+Data loading keeps up if the step takes longest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 import gist
 from bench.measure import Call, Case, mismatch
 from gist.data import Transformed, load_folder, prepare
-from gist.training.batches import BatchSampler as Order
+from gist.training.batches import BatchSampler
 
 # Model, side in pixels, batch size, batches a call.
 SIZES = {
@@ -48,7 +48,7 @@ def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Ca
 
 
 def write_images(folder: Path, images: int) -> None:
-    """As many training images, and one more a class, as JPEG files as smooth as photographs."""
+    """Write training images, and one validation image per class: JPEGs as smooth as photographs."""
     random = np.random.default_rng(0)
     for index in range(images + CLASSES):
         split = "train" if index < images else "val"
@@ -66,7 +66,7 @@ def case(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Case:
-    """Of a folder that :func:`write_images` filled with whole batches."""
+    """The case of a folder that :func:`write_images` has filled with whole batches."""
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=CLASSES, img_size=side).to(device, dtype)
     config = resolve_model_data_config(backbone)
@@ -74,7 +74,7 @@ def case(
     files, in_memory = Transformed(images, side, config), prepare(images, side, config)
 
     def loading(data: Dataset, workers: int) -> Call:
-        order = Order(len(images), batch_size, seed=0)
+        order = BatchSampler(len(images), batch_size, seed=0)
         loader = DataLoader(
             data,
             batch_sampler=order,

@@ -1,4 +1,4 @@
-"""The loss, forward and backward, against what else computes it."""
+"""The loss, forward and backward, against its peers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SHAPES = {
 
 
 def released(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """As published with the method: nan where a probability underflows."""
+    """The loss as published with the method: nan where a probability underflows."""
     p, q = F.softmax(cls / 3, dim=1), F.softmax(gist / 3, dim=1)
     kl = F.kl_div(q.log(), p, reduction="batchmean") + F.kl_div(p.log(), q, reduction="batchmean")
     return F.cross_entropy(cls, target) + 0.5 * F.cross_entropy(gist, target) + 0.75 * kl
 
 
 def log_softmax_form(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The same, written as a careful user of PyTorch would."""
+    """The same loss as a careful user of PyTorch would write it."""
     log_p, log_q = F.log_softmax(cls / 3, dim=1), F.log_softmax(gist / 3, dim=1)
     kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     kl = kl + F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
@@ -35,7 +35,7 @@ def log_softmax_form(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor
 
 
 def liger() -> Loss:
-    """Liger-Kernel's operators, composed so that both sides get their gradients."""
+    """Liger-Kernel's operators, composed so that both sides get gradients."""
     from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
 
     cross_entropy = LigerCrossEntropyLoss()
@@ -43,13 +43,13 @@ def liger() -> Loss:
 
     def loss(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         log_p, log_q = F.log_softmax(cls / 3, dim=1), F.log_softmax(gist / 3, dim=1)
-        # Its KL takes the target for a constant: each direction's gradient into that side comes
-        # from PyTorch's operators.
+        # Its KL treats the target as a constant. PyTorch's operators compute each direction's
+        # gradient into that side.
         p, q = log_p.detach(), log_q.detach()
         into_target = (log_p.exp() * (log_p - q)).sum(1).mean()
         into_target = into_target + (log_q.exp() * (log_q - p)).sum(1).mean()
         kl = kl_div(log_q, p) + kl_div(log_p, q) + into_target - into_target.detach()
-        # Its cross-entropy overwrites the logits by their gradient: it gets copies.
+        # Its cross-entropy overwrites the logits with their gradient, so it gets copies.
         ce = cross_entropy(cls.clone(), target) + 0.5 * cross_entropy(gist.clone(), target)
         return ce + 0.75 * kl
 
@@ -57,7 +57,7 @@ def liger() -> Loss:
 
 
 class _Nothing(torch.autograd.Function):
-    """What PyTorch itself costs for a loss in Python: no kernel, gradients that nobody writes."""
+    """PyTorch's own cost of a loss in Python: it runs no kernel and writes no gradient."""
 
     @staticmethod
     def forward(ctx, cls, gist):
@@ -71,7 +71,7 @@ class _Nothing(torch.autograd.Function):
 
 
 def peers(device: torch.device) -> tuple[dict[str, Loss], dict[str, str]]:
-    """What else computes the loss, and what can't take part, with the reason."""
+    """The peers that compute the loss, and those that can't take part, with the reason."""
     found: dict[str, Loss] = {
         "released": released,
         "log-softmax": log_softmax_form,
@@ -131,7 +131,7 @@ def case(
 
 
 def _parity(cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor) -> str | None:
-    """Of all rows, or of the first ones where all in float64 would not fit."""
+    """The error over all rows, or over the first ones if all in float64 would not fit."""
     rows = max(1, min(len(cls), 2**23 // cls.shape[1]))
     inputs = [x[:rows].detach().requires_grad_() for x in (cls, gist)]
     exact = [x[:rows].double().requires_grad_() for x in (cls, gist)]

@@ -1,24 +1,33 @@
-"""The machine a figure depends on: what it is, and what it can do."""
+"""The machine of a measurement: its name and versions, and its measured limits."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 import statistics
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from bench import measure
-from gist.runs.provenance import describe_machine
 from gist_kernels.kernels.cpu.linear import linear
+
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Names and versions, and the revision of the code."""
-    found = describe_machine(str(device)) | {
+    on_gpu = device.type == "cuda"
+    found = {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor_name(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "revision": _revision(),
@@ -31,8 +40,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def limits(device: torch.device) -> dict[str, float]:
-    """What nothing on this machine can exceed, measured: bytes a second that a large copy reads and
-    writes, FLOP a second of a large matrix product, seconds of the smallest operation."""
+    """Measured limits that no call on this machine can exceed.
+
+    These are the bytes per second that a large copy reads and writes, the FLOP per second of a
+    large matmul, and the seconds of the smallest operation.
+    """
     on_gpu = device.type == "cuda"
     source = torch.ones((1 << 30 if on_gpu else 1 << 27) // 4, device=device)
     to = torch.empty_like(source)
@@ -55,6 +67,20 @@ def limits(device: torch.device) -> dict[str, float]:
         f"{str(dtype).removeprefix('torch.')}_flop_per_second": 2 * size**3 / median["product"],
         "smallest_operation_seconds": median["least"],
     }
+
+
+def linear_of(device: torch.device) -> Linear:
+    """The fastest matmul with a frozen weight that this package has on a device."""
+    return linear if device.type == "cpu" else F.linear
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _revision() -> str:

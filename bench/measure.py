@@ -1,4 +1,4 @@
-"""Timing contenders against each other: in turns, in one process, held against a floor."""
+"""Timing of an operation and its peers: in turns, in one process, relative to a floor."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ from gist_kernels.kernels.cpu import memory
 
 Call = Callable[[], object]
 
-# Seconds that one measurement should take at least, so that reading the clock doesn't count.
+# The least seconds of one measurement, so that reading the clock doesn't count.
 _BLOCK = 4e-3
 # More than any GPU's last-level cache.
 _FLUSHED_BYTES = 256 << 20
-# Behind the name of a call that is timed as a CUDA graph.
+# The suffix of the name of a call that is timed as a CUDA graph.
 GRAPH = ", graph"
 
 
 @dataclass
 class Case:
-    """Contenders that compute the same thing at one size."""
+    """Ours and its peers, which compute the same thing at one size."""
 
     sizes: dict[str, int]
-    """By name: the axis of plots."""
+    """The sizes by name; they are the axis of plots."""
     dtype: torch.dtype
     calls: dict[str, Call]
-    """The first one is ours: ratios are to it."""
+    """The calls by name. The first one is ours; ratios are relative to it."""
     parity: Callable[[], str | None]
-    """What is wrong with our results here, None if nothing. Then there is no ratio."""
+    """Returns the error in our results, or None. With an error there are no ratios."""
     floors: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """For a contender, the call that does the least it could do, and how often it would have to:
-    ``{"ours": ("copy", 1.5)}`` is held against 1.5 times the time of the call "copy"."""
+    """For a call, another call that is its floor, and a factor.
+
+    With ``{"ours": ("copy", 1.5)}``, the floor of "ours" is 1.5 times the time of "copy".
+    """
     least_bytes: dict[str, int] = field(default_factory=dict)
-    """Bytes that a contender can't avoid to move, where that is its floor."""
+    """For a call whose floor is memory traffic, the bytes that it must move."""
     varied: str | None = None
-    """Which of the sizes is the one that cases differ in: slopes are fitted along it."""
+    """The size in which cases differ. Slopes are fitted along it."""
     images: int | None = None
-    """How many every call goes through, where images a second are asked for."""
+    """The images per call, to report images per second."""
     graphs: tuple[str, ...] = ()
-    """The calls that are timed as CUDA graphs too, on a GPU."""
+    """The calls that are also timed as CUDA graphs, on a GPU."""
 
 
 def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
-    """A case's figures, as they go into a JSON file.
+    """The figures of a case, as written to a JSON file.
 
-    A contender that fails, for want of memory or of a compiler, is named with its error and takes
-    no part. Where ours fails, that is the case's error.
+    A peer that fails, for lack of memory or of a compiler, is named with its error and takes no
+    part. If ours fails, its error is the case's.
     """
     failure, failed = case.parity(), {}
     ours = next(iter(case.calls))
@@ -94,8 +96,7 @@ def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
 def _table(
     case: Case, times: dict[str, list[float]], failure: str | None, of: str = ""
 ) -> dict[str, Any]:
-    """Each contender's figures; the names in ``times`` are those of the case's calls with ``of``
-    behind them."""
+    """The figures of each call. ``times`` names the case's calls, with the suffix ``of``."""
     ours = next(iter(case.calls)) + of
     results = {}
     for name, seconds in times.items():
@@ -120,12 +121,12 @@ def in_turns(
     seconds: float = 10.0,
     rounds: tuple[int, int] = (5, 300),
 ) -> dict[str, list[float]]:
-    """Seconds a call of each contender takes, once a round: what disturbs one disturbs all.
+    """Seconds per call, once per round for each of ``calls``: a disturbance affects all of them.
 
-    Rounds go on for about ``seconds``, within the limits of ``rounds``. A measurement is the mean
-    of a block of calls of some milliseconds, after some that are not timed: they find memory and
-    caches as the contender before left them. On a GPU the device itself times the block, after a
-    write that leaves nothing of the inputs in its cache.
+    Rounds are repeated for about ``seconds``, within the limits of ``rounds``. A measurement is the
+    mean over a block of calls of some milliseconds. Untimed calls come first, since the previous
+    one of ``calls`` leaves memory and caches in its own state. On a GPU the device itself times the
+    block, after a write that evicts the inputs from its cache.
     """
     measure = _on_device if device.type == "cuda" else _on_host
     repeats = {}
@@ -165,7 +166,7 @@ def _on_device(call: Call, repeats: int) -> float:
 
 
 def graphed(call: Call) -> Call:
-    """The call as a replay of a CUDA graph: what it costs where nothing waits for Python."""
+    """The call as a replay of a CUDA graph: its cost if nothing waits for Python."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -179,10 +180,10 @@ def graphed(call: Call) -> Call:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """What a call takes beyond what was there before; None where the system doesn't tell.
+    """The memory that a call takes beyond what was in use; None if the system doesn't tell.
 
-    On a CPU that is resident memory. What the process had freed and kept for itself is given back
-    first: a call that used it again would seem to take none.
+    On a CPU it is resident memory. Memory that the process has freed but kept is returned to the
+    system first: a call that reused it would seem to take none.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -192,7 +193,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
-        reset.write_text("5")  # the high-water mark of resident memory starts anew
+        reset.write_text("5")  # resets the high-water mark of resident memory
     except OSError:
         return None
 
@@ -209,26 +210,28 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 def _give_back_freed_memory() -> None:
     memory.release()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # GNU C library only
     if trim is not None:
         trim(0)
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
-    """Seconds: the median, and what a fifth of the rounds stayed below and above."""
+    """The median and the 20 % and 80 % quantiles, in seconds."""
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return {"median": statistics.median(times), "q20": fifths[0], "q80": fifths[3]}
 
 
 def ratio(of: list[float], to: list[float]) -> float:
-    """Median of the rounds' ratios."""
+    """The median of the rounds' ratios."""
     return statistics.median(x / y for x, y in zip(of, to, strict=True))
 
 
 def mismatch(named: Mapping[str, tuple[torch.Tensor, ...]], relative: float) -> str | None:
-    """The first of these (ours, exact) that differs by more than ``relative`` times the largest
-    exact number, or than two roundings to our dtype, in words. Of (ours, exact, PyTorch's own in
-    our dtype), ours may also have twice PyTorch's error."""
+    """Describe the first pair (ours, exact) whose error is too large; None if all are fine.
+
+    The error may be ``relative`` times the largest exact number, or two roundings to our dtype if
+    these are more. With a third tensor, PyTorch's own in our dtype, twice PyTorch's error is added.
+    """
     for name, (ours, exact, *theirs) in named.items():
         eps = torch.finfo(ours.dtype).eps
         tolerance = max(relative, 2 * eps) * exact.abs().max().item()

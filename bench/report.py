@@ -1,4 +1,4 @@
-"""What benchmarks found: as a table, as JSON, as plots, and merged into Markdown."""
+"""Results of benchmarks: as a table, as JSON, as plots, and merged into Markdown."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import math
 from pathlib import Path
 from typing import Any, TextIO
-
-from gist.files import write_json
 
 Run = dict[str, Any]
 """{"benchmark", "machine", "limits", "absent": {peer: reason}, "cases": [measure.run(...)]}"""
@@ -45,9 +43,12 @@ def print_case(case: dict[str, Any], to: TextIO | None = None) -> None:
 
 
 def save(run: Run, folder: Path) -> Path:
-    """Complete after every case: an interrupted benchmark leaves what it had."""
+    """Write the cases so far. An interrupted benchmark leaves a complete file."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run['benchmark']}.json"
-    write_json(path, run)
+    unfinished = path.with_name(f".{path.name}.new")
+    unfinished.write_text(json.dumps(run, indent=2) + "\n")
+    unfinished.replace(path)
     return path
 
 

@@ -10,7 +10,8 @@ import gist_kernels as gk
 from bench import loss
 from bench.measure import Call, Case, mismatch
 
-# One size varies, the others stay: on both sides of where a call costs more than the work.
+# One size varies, the others are fixed. The values are on both sides of the point where the work
+# costs more than the call.
 ROWS = tuple(4**k for k in range(7))
 CLASSES = (10, 40, 160, 640, 2560, 10240, 40960, 163840)
 SUBLAYERS = {

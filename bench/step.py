@@ -1,13 +1,13 @@
 """A training step, forward and backward, of a ViT with adapters and a Gist token.
 
-Held against the products and attentions that no exact step can do without, timed alone by the
-fastest library that this package uses; and by the operators that PyTorch itself would use. Half
-types are autocast's, over weights in float32.
+The floor is the matmuls and attentions that every exact step needs. They are timed by themselves,
+once by the fastest library that this package uses and once by PyTorch's own operators. bf16 and
+fp16 mean autocast, over float32 weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 import gist
 import gist_kernels as gk
 from bench.loss import released as released_loss
+from bench.machine import Linear, linear_of
 from bench.measure import Call, Case, mismatch
 
 SIZES = {
@@ -142,18 +143,6 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
         floors={"ours": ("products alone", 1.0), "ours, token alone": ("products alone", 1.0)},
         graphs=("ours", "released"),
     )
-
-
-Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
-def linear_of(device: torch.device) -> Linear:
-    """The fastest product with a frozen weight that this package knows of."""
-    if device.type != "cpu":
-        return F.linear
-    from gist_kernels.kernels.cpu.linear import linear
-
-    return linear
 
 
 def _products(

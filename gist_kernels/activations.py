@@ -1,4 +1,4 @@
-"""The activation functions that adapters and MLPs may have, by name."""
+"""The activation functions of adapters and MLPs, by name."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which backend serves a call: automatic, visible, overridable.
+"""The choice of the backend that serves a call: automatic, visible, overridable.
 
-:data:`BACKENDS` is the only list of them. ``"auto"`` asks them in order of speed and ends at
-``"reference"``, the plain PyTorch operations, which take everything. A backend asked for by name
-either serves the call or raises: it never hands the call on silently.
+:data:`BACKENDS` is the only list of backends. ``"auto"`` asks them in order of speed and ends at
+``"reference"``, the plain PyTorch operations, which take everything. A backend requested by name
+serves the call or raises. It never falls back silently.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ class BackendInfo(NamedTuple):
 
     available: bool
     detail: str
-    """What it runs on here, or why it can't."""
+    """The hardware and software it runs on here, or why it can't run."""
     operations: tuple[str, ...]
     """The operations it serves; another backend serves the rest."""
 
 
 def backends() -> dict[str, BackendInfo]:
-    """Every backend, in the order they are asked, with what it serves here, or why it can't.
+    """Every backend, in the order of asking, with its operations, or the reason why it can't run.
 
-    >>> backends()["reference"].available
+    >>> import gist_kernels
+    >>> gist_kernels.backends()["reference"].available
     True
     """
     found = {
@@ -70,17 +71,17 @@ def _operations(backend: Backend) -> tuple[str, ...]:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every call inside the ``with`` block by one backend, in this thread or task.
 
-    What ``torch.compile`` has traced is traced anew where the choice differs; before PyTorch 2.15,
-    it keeps the backend that it was traced with.
+    Changing the backend re-traces code that ``torch.compile`` has traced. Before PyTorch 2.15, such
+    code keeps the backend of its first trace.
 
     Args:
-        name: a key of :func:`backends`, or ``"auto"``, the default outside any block. It takes
-            precedence over the environment variable ``GIST_KERNELS_BACKEND``, which is read when
-            gist_kernels is imported.
+        name: a key of :func:`backends`, or ``"auto"``, the default outside any block. The name
+            takes precedence over the environment variable ``GIST_KERNELS_BACKEND``, which is read
+            when gist_kernels is imported.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: from the operation called, where the backend can't serve it.
+        RuntimeError: raised by an operation that the backend can't serve.
     """
     token = _override.set(_checked(name, "name"))
     try:
@@ -106,11 +107,13 @@ if torch.__version__ < "2.15":  # there Dynamo can't trace a ContextVar, in 2.15
 
 
 def select(family: str, tensor: torch.Tensor) -> Any:
-    """The kernels of a family, a key of :data:`~gist_kernels.kernels.protocols.OPERATIONS`, for
-    tensors with this one's device and dtype; None where the reference serves them.
+    """The kernels of a family that serve tensors with this tensor's device and dtype.
+
+    ``family`` is a key of :data:`~gist_kernels.kernels.protocols.OPERATIONS`. None stands for the
+    reference.
 
     Raises:
-        RuntimeError: the backend asked for by name can't serve such tensors.
+        RuntimeError: the backend requested by name can't serve such tensors.
     """
     requested = _requested()
     if torch.compiler.is_compiling():  # needs no cache, and the tracer would warn of it

@@ -30,7 +30,7 @@ def floating(name: str, value: torch.Tensor) -> None:
 
 
 def shape(name: str, value: torch.Tensor, expected: Sequence[int | None], meaning: str) -> None:
-    """``expected`` lists the sizes, None standing for any; ``meaning`` says them in words."""
+    """``expected`` lists the sizes, None for any size; ``meaning`` describes them in words."""
     tensor(name, value)
     fits = value.ndim == len(expected) and all(
         size is None or size == given for size, given in zip(expected, value.shape, strict=True)
@@ -50,7 +50,7 @@ def alike(
     *,
     any_float: bool = False,
 ) -> None:
-    """Same device, and same dtype unless ``any_float`` (autocast will convert)."""
+    """The device must be the same; so must the dtype, unless ``any_float`` (autocast converts)."""
     if value.device != other.device:
         raise ValueError(
             f"{name} is on {value.device} and {other_name} on {other.device}; "
@@ -98,7 +98,7 @@ def token_count(name: str, count: int | None, tokens: int) -> None:
 
 
 def class_indices(name: str, value: torch.Tensor, classes: int, ignore_index: int) -> None:
-    """Waits for the device. Floating-point targets are probabilities: nothing to check."""
+    """Wait for the device, and check class indices. Probabilities need no check."""
     if value.is_floating_point():
         return
     outside = (value < 0) | (value >= classes)

@@ -1,4 +1,4 @@
-"""Error texts for names that are not known."""
+"""Error texts for unknown names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from difflib import get_close_matches
 def unknown_name(argument: str, given: str, known: Iterable[str], hint: str = "") -> str:
     """The sentence for a name that is not in ``known``: nearest ones first, all when few.
 
+    >>> from gist_kernels.suggest import unknown_name
     >>> unknown_name("method", "adaptor", ["adapter", "lora"])
     "method: 'adaptor' is not known; did you mean 'adapter'? Known: adapter, lora"
     """

@@ -34,12 +34,12 @@ class AdapterWeights(NamedTuple):
 
 
 class LinearUpdate(NamedTuple):
-    """What is trained beside a frozen linear layer W, b of I features to O::
+    """The trained update of a frozen linear layer W, b from I features to O::
 
         y = scale * (W x) + b + up (down x)
 
-    LoRA (arXiv:2106.09685) is a down and an up that has its factor alpha / rank in it; SSF
-    (arXiv:2210.08823) a scale, whose shift is in the bias.
+    LoRA (arXiv:2106.09685) is ``down`` and ``up``; its factor alpha / rank is part of ``up``. SSF
+    (arXiv:2210.08823) is ``scale``; its shift is part of the bias.
     """
 
     scale: torch.Tensor | None = None
@@ -47,15 +47,17 @@ class LinearUpdate(NamedTuple):
     down: torch.Tensor | None = None
     """(r, I)."""
     up: torch.Tensor | None = None
-    """(O, r), None where down is."""
+    """(O, r), or None if down is None."""
 
 
 class AttentionWeights(NamedTuple):
-    """Multi-head self-attention on D features, H heads of Dh features each. Frozen but for biases
-    and updates."""
+    """Multi-head self-attention on D features, with H heads of Dh features each.
+
+    Only biases and updates are trained.
+    """
 
     qkv_weight: torch.Tensor
-    """(3 H Dh, D): queries', keys' and values' rows one after the other."""
+    """(3 H Dh, D): the rows of the queries, then of the keys, then of the values."""
     qkv_bias: torch.Tensor | None
     """(3 H Dh,)."""
     proj_weight: torch.Tensor
@@ -72,8 +74,10 @@ class AttentionWeights(NamedTuple):
 
 
 class MlpWeights(NamedTuple):
-    """A two-layer perceptron on D features with F hidden ones. Frozen but for biases and
-    updates."""
+    """A two-layer perceptron on D features with F hidden ones.
+
+    Only biases and updates are trained.
+    """
 
     fc1_weight: torch.Tensor
     """(F, D)."""

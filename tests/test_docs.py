@@ -1,7 +1,9 @@
-"""The documentation: every public name is on a page, and the Python in it runs."""
+"""The documentation: it names every public name, and the Python in pages and docstrings runs."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -16,7 +18,20 @@ import gist_kernels
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*$")
+PROMPT = r"^ *>>> "
 SMALL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+# Pages, and files of either package, with examples at a prompt.
+WITH_EXAMPLES = [
+    path
+    for path in (
+        *PAGES.values(),
+        *sorted(ROOT.glob("gist/**/*.py")),
+        *sorted(ROOT.glob("gist_kernels/**/*.py")),
+    )
+    if re.search(PROMPT, path.read_text(), flags=re.MULTILINE)
+]
 
 
 def snippets(path: Path) -> list[str]:
@@ -70,6 +85,28 @@ def test_python_on_the_page_runs(page, monkeypatch, tmp_path):
     names = {"__name__": "__main__", "loader": DataLoader(data, batch_size=2)}
     for code in snippets(PAGES[page]):
         exec(compile(code, str(PAGES[page]), "exec", dont_inherit=True), names)
+
+
+def examples(path: Path) -> list[doctest.DocTest]:
+    """A file's examples at a prompt. A page's are one test; each docstring's run by themselves."""
+    if path.suffix == ".md":
+        text = re.sub(r"^```.*$", "", path.read_text(), flags=re.MULTILINE)
+        return [doctest.DocTestParser().get_doctest(text, {}, path.name, str(path), 0)]
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    found = doctest.DocTestFinder(exclude_empty=True).find(module, globs={})
+    return [test for test in found if test.examples]
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_print_what_the_docstring_says(path, capsys):
+    tests = examples(path)
+    prompts = re.findall(PROMPT, path.read_text(), flags=re.MULTILINE)
+    assert sum(len(test.examples) for test in tests) == len(prompts), "some are in no docstring"
+    runner = doctest.DocTestRunner(verbose=False)
+    with gist_kernels.use_backend("auto"):  # the examples' own, whatever the environment says
+        failures = sum(runner.run(test).failed for test in tests)
+    assert failures == 0, capsys.readouterr().out
 
 
 def test_readme_is_short():

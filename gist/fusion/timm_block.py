@@ -160,10 +160,12 @@ def _weights_refusal(block: Any) -> str | None:
     for weight in block.parameters():
         if type(weight) is not nn.Parameter:
             return f"its weights are {type(weight).__name__}s"
-        if weight.dtype is not like.dtype or weight.device != like.device:
-            return "its weights are of several dtypes or devices"
-    if like.dtype not in _DTYPES:
-        return f"its weights are {like.dtype}"
+        if weight.device != like.device:
+            return "its weights are on several devices"
+        if weight.dtype not in _DTYPES:
+            return f"its weights are {weight.dtype}"
+    if any(weight.dtype is not like.dtype for weight in _frozen(block)):
+        return "its matrices are of several dtypes"
     if block.norm1.eps <= 0 or block.norm2.eps <= 0:
         return "its norm has no positive eps"
     return None

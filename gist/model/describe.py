@@ -21,8 +21,9 @@ def available_methods(backbone: nn.Module) -> dict[str, int]:
     Args:
         backbone: what :func:`gist.wrap` takes, or a :class:`gist.GistModel`.
 
-    >>> gist.available_methods(timm.create_model("vit_base_patch16_224"))["adapter"]
-    82992
+    >>> import gist, timm
+    >>> gist.available_methods(timm.create_model("vit_tiny_patch16_224"))["adapter"]
+    20784
     """
     family = family_of(backbone.backbone if isinstance(backbone, GistModel) else backbone)
     counts = {}
@@ -48,6 +49,8 @@ def explain(model: nn.Module) -> str:
     The answer holds for the state at the call: training or evaluation mode, inside or outside
     autocast.
 
+    >>> import gist, timm
+    >>> model = gist.wrap(timm.create_model("vit_tiny_patch16_224"))
     >>> print(gist.explain(model))
     blocks 0 to 11: fused sublayers, served by 'cpu'
     """

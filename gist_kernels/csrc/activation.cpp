@@ -1,4 +1,4 @@
-// The element-wise activation over a tensor: which kernels, and on how many threads.
+// The element-wise activation over a tensor: choice of kernels, number of threads.
 
 #include "activation.h"
 

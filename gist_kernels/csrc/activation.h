@@ -1,5 +1,5 @@
-// The element-wise activation and its gradient. kernels/activation.cpp is compiled once for each
-// instruction set; activation.cpp chooses among them and shares numbers out to threads.
+// The element-wise activation and its gradient. kernels/activation.cpp is compiled once per
+// instruction set. activation.cpp selects one of the results and divides numbers among threads.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ constexpr Named<Activation> kActivations[] = {
 constexpr Dtype kActivationDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16,
                                        Dtype::float64};
 
-// One forward or backward call on `size` numbers of dtype, all of them contiguous.
+// One forward or backward call on contiguous tensors of `size` numbers of dtype.
 struct ActivationCall {
   std::int64_t size;
   Dtype dtype;

@@ -1,4 +1,4 @@
-// LayerNorm and the adapter over a batch: packing of weights, shares of threads, reductions.
+// LayerNorm and the adapter over a batch: packing of weights, division among threads, reductions.
 
 #include "adapter.h"
 
@@ -15,24 +15,24 @@ using std::int64_t;
 
 constexpr const AdapterKernels *kKernels[] = GIST_TABLE(AdapterKernels, adapter_rows);
 
-// Rows of a part of the backward pass, which has sums of its own: more where those are larger, and
-// no more parts than so many and so many bytes.
+// Rows per part of the backward pass. Each part has sums of its own; larger sums are shared by more
+// rows. The number of parts and their total bytes are bounded.
 constexpr int64_t kRowsPerSum = 64, kRowsPerLargeSum = 128;
 constexpr int64_t kMostSums = 64, kLeastSums = 8, kSumBytes = 16 << 20;
-// From this rank on weights fill a cache of their own, and more rows should meet them there.
+// From this rank on, the weights fill a cache level. More rows then use them while they are there.
 constexpr int64_t kLargeRank = 17, kRowsOfLargeGroup = 16;
 
 AdapterLayout layout_of(const AdapterCall &call) {
   AdapterLayout layout;
   layout.group = call.rank < kLargeRank ? kRowBlock : kRowsOfLargeGroup;
-  // One block more, or rows of 1024 numbers would compete for the same places of a cache.
+  // One block more: rows of 1024 numbers would compete for the same cache sets.
   layout.stride = rounded_up(call.width, kPaddedWidth) + kPaddedWidth;
   layout.ranks = rounded_up(call.rank, kRankBlock);
   return layout;
 }
 
-// Uninitialised memory for a call's numbers, aligned to cache lines: all of it is claimed before
-// threads start, so that a lack of it is an exception in the caller's thread.
+// Uninitialised memory for a call's numbers, aligned to cache lines. It is allocated before threads
+// start, so that the caller's thread gets the exception if memory runs out.
 template <class A>
 class Memory {
  public:
@@ -53,7 +53,7 @@ class Memory {
   A *next_;
 };
 
-// `n` numbers, or as many times `missing` where there are none, and zeros up to `padded`.
+// Copies `n` numbers, or `missing` n times if `from` is null, and pads with zeros up to `padded`.
 template <class A>
 const A *pack_row(const void *from, A missing, int64_t n, int64_t padded, A *to) {
   const A *const numbers = static_cast<const A *>(from);
@@ -107,7 +107,7 @@ int64_t team_for(const AdapterCall &call, int threads) {
   return useful_threads(call.rows * call.width * (1 + call.rank / 4), threads);
 }
 
-// Calls body(part, scratch) for each part, the scratch memory being that of the thread.
+// Calls body(part, scratch) for each part, with the scratch memory of the thread.
 template <class A, class Body>
 void for_each_part(int64_t parts, int64_t team, A *scratch, int64_t size, const Body &body) {
   if (team > parts) team = parts;
@@ -133,7 +133,7 @@ void forward(const AdapterCall &call, int threads) {
   });
 }
 
-// Sums of a part of the rows, in one piece.
+// The sums of one part of the rows, in one piece of memory.
 template <class A>
 struct Sums {
   const AdapterLayout &layout;
@@ -147,7 +147,7 @@ struct Sums {
   }
 };
 
-// Rows of each part: by the shapes alone, so that no sum depends on the number of threads.
+// Rows per part. They depend only on the shapes, so no sum depends on the number of threads.
 int64_t rows_per_sum(const AdapterCall &call, int64_t bytes) {
   const int64_t wanted = call.rank < kLargeRank ? kRowsPerSum : kRowsPerLargeSum;
   int64_t most = kSumBytes / bytes;
@@ -158,7 +158,7 @@ int64_t rows_per_sum(const AdapterCall &call, int64_t bytes) {
   return rounded_up((call.rows + most - 1) / most, kRowBlock);
 }
 
-// to[j * step] = scale * the sum over the parts of from[j], in their order.
+// to[j * step] = scale * the sum of from[j] over the parts, in their order.
 template <class A>
 void add_parts(const A *from, int64_t parts, int64_t size, int64_t n, double scale, void *to,
                int64_t step) {

@@ -1,5 +1,5 @@
-// LayerNorm and the adapter. kernels/adapter.cpp is compiled once for each instruction set;
-// adapter.cpp chooses among them, packs weights, shares rows out to threads and reduces.
+// LayerNorm and the adapter. kernels/adapter.cpp is compiled once per instruction set. adapter.cpp
+// selects one of the results, packs weights, divides rows among threads and reduces.
 #pragma once
 
 #include <cstdint>
@@ -13,21 +13,21 @@ namespace gist {
 constexpr Dtype kAdapterDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16,
                                     Dtype::float64};
 
-// One forward or backward call on (rows, width) tensors. What is absent is null. Strides count
-// elements from row to row; the last dimension is contiguous. What is written is contiguous, and A
-// is float, or double for float64 tensors.
+// One forward or backward call on (rows, width) tensors. Absent tensors are null. Strides count
+// elements from row to row; the last dimension is contiguous. Written tensors are contiguous. A is
+// float, or double for float64 tensors.
 struct AdapterCall {
   std::int64_t rows, width;
   std::int64_t rank;  // 0 without adapter
   Dtype dtype;
   Activation activation;
-  bool has_norm;  // forward: normalise; backward: there is a gradient of the normalised rows
+  bool has_norm;  // forward: normalise; backward: d_normed is given
   double eps, scale;
 
   const void *x, *add, *d_out, *d_normed;  // of dtype
   std::int64_t x_stride, add_stride, d_out_stride, d_normed_stride;
   void *normed, *out, *dx;  // of dtype
-  bool pass_through;        // dx has d_out in it
+  bool pass_through;        // dx includes d_out
 
   void *stats;  // A (rows, 2): mean and 1 / standard deviation
   void *z;      // A (rows, rank)
@@ -37,33 +37,34 @@ struct AdapterCall {
   void *d_down_weight, *d_down_bias, *d_up_weight, *d_up_bias;
 };
 
-// Writes call.normed and call.stats where call.has_norm, and call.out and call.z where there is an
-// adapter.
+// With call.has_norm, writes call.normed and call.stats. With an adapter, writes call.out and
+// call.z.
 void adapter_forward(const AdapterCall &call, int threads);
-// Writes call.dx unless null, and where there is an adapter the gradients of its weights.
+// Writes call.dx unless null and, with an adapter, the gradients of its weights.
 void adapter_backward(const AdapterCall &call, int threads);
 
-// Ranks and rows are computed in blocks; vectors of every instruction set divide this width.
+// Blocks of ranks and of rows. The vectors of every instruction set divide kPaddedWidth.
 constexpr std::int64_t kRankBlock = 4, kRowBlock = 4, kPaddedWidth = 16;
 static constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t to) {
   return (n + to - 1) / to * to;
 }
 
-// Where numbers of type A lie in the arrays that row kernels work on, all of them padded with 0.
+// The layout of the arrays that row kernels work on. They hold numbers of type A, padded with 0.
 struct AdapterLayout {
   std::int64_t group;   // rows that a kernel keeps in cache together
-  std::int64_t stride;  // of rows of `width` numbers
-  std::int64_t ranks;   // rank, in whole blocks
+  std::int64_t stride;  // from one row of `width` numbers to the next
+  std::int64_t ranks;   // rank, rounded up to whole blocks
 };
 
-// Weights: (ranks, stride) down and scale * up^T, rows of the rest, biases of the ranks.
+// down and scale * up^T are (ranks, stride), down_bias is (ranks), the others are (stride).
 struct PackedWeights {
   const void *down, *up, *down_bias;
   const void *constant;  // bias + scale * up_bias
   const void *norm_weight, *norm_bias;
 };
 
-// Sums over a part of the rows: down and up as above (up without scale), d_out and dz.
+// Sums over a part of the rows: d_down and d_up^T without scale, both (ranks, stride), d_out
+// (stride) and dz (ranks).
 struct PartialGradients {
   void *down, *up, *d_out, *dz;
 };
@@ -72,7 +73,7 @@ struct AdapterKernels {
   // Rows [begin, end). `scratch` has scratch_size() numbers.
   void (*forward)(const AdapterCall &, const AdapterLayout &, const PackedWeights &, void *scratch,
                   std::int64_t begin, std::int64_t end);
-  // Adds to `sums`, where there is an adapter.
+  // With an adapter, adds to `sums`.
   void (*backward)(const AdapterCall &, const AdapterLayout &, const PackedWeights &, void *scratch,
                    const PartialGradients &sums, std::int64_t begin, std::int64_t end);
 };

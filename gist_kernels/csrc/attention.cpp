@@ -1,4 +1,4 @@
-// Attention over a batch: which kernels, on how many threads, and the memory they work in.
+// Attention over a batch: choice of kernels, number of threads, scratch memory.
 
 #include "attention.h"
 
@@ -15,7 +15,7 @@ using std::int64_t;
 
 constexpr const AttentionKernels *kKernels[] = GIST_TABLE(AttentionKernels, attention_rows);
 
-// Products of two numbers that a thread must have to be worth waking.
+// Multiplications that make it worth waking a thread.
 constexpr int64_t kProductsPerThread = 256 * 1024;
 constexpr int64_t kLineFloats = 64 / sizeof(float);
 
@@ -27,8 +27,8 @@ void run(const AttentionCall &call, Direction direction, int threads) {
   if (team > tasks) team = tasks;
   if (team < 1) team = 1;
 
-  // Kept from call to call: new pages would cost a good part of the kernels' own time. It is the
-  // caller's thread that allocates, so that it is the caller who learns of a lack of memory.
+  // Kept from call to call: new pages would take a good part of the kernels' own time. The caller's
+  // thread allocates, so that the caller gets the exception if memory runs out.
   thread_local std::vector<float> memory;
   const int64_t size =
       (kernels.scratch(call, direction) + kLineFloats - 1) / kLineFloats * kLineFloats;

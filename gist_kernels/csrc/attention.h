@@ -1,5 +1,5 @@
-// Multi-head attention. kernels/attention.cpp is compiled once for each instruction set;
-// attention.cpp chooses among them and shares images and heads out to threads.
+// Multi-head attention. kernels/attention.cpp is compiled once per instruction set. attention.cpp
+// selects one of the results and divides images and heads among threads.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace gist {
 
-// How queries, keys, values, outputs and their gradients are stored; arithmetic is in float.
+// The dtypes of queries, keys, values, outputs and their gradients; arithmetic is in float.
 constexpr Dtype kAttentionDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
 
 // (batch, rows, heads * head_dim); strides count elements, the last dimension is contiguous.
@@ -33,7 +33,7 @@ enum class Direction : int { forward, backward };
 
 // The kernels of one instruction set: one head of one image at a time.
 struct AttentionKernels {
-  // Floats of scratch memory, on a cache line's boundary, that `run` needs.
+  // The size of the scratch memory of `run`, in floats. It must start on a cache line.
   std::int64_t (*scratch)(const AttentionCall &, Direction);
   void (*run)(const AttentionCall &, Direction, std::int64_t image, std::int64_t head,
               float *scratch);
@@ -43,7 +43,7 @@ extern const AttentionKernels GIST_EVERY_SET(attention_rows);
 
 // Writes call.out and call.lse.
 void attention_forward(const AttentionCall &call, int threads);
-// Writes call.d_q, call.d_k and call.d_v, from what attention_forward left in call.lse.
+// Writes call.d_q, call.d_k and call.d_v. Reads call.lse, which attention_forward has written.
 void attention_backward(const AttentionCall &call, int threads);
 
 }  // namespace gist

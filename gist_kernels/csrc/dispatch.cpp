@@ -1,4 +1,4 @@
-// The instruction sets of this build and processor, and the choice among them.
+// The instruction sets of this build and processor, and the one in use.
 
 #include "dispatch.h"
 
@@ -7,7 +7,7 @@
 namespace gist {
 namespace {
 
-// Numbers of a tensor that a thread must have to be worth waking.
+// Numbers that make it worth waking a thread.
 constexpr std::int64_t kNumbersPerThread = 16 * 1024;
 
 struct InstructionSet {

@@ -1,5 +1,5 @@
-// Which instruction set kernels use here, and how work is shared out to threads. Every family of
-// kernels (loss, adapter, activation, attention) goes through this file alone.
+// The choice of an instruction set, and the division of work among threads. All families of kernels
+// (loss, adapter, activation, attention) use only this file for both.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@
 
 namespace gist {
 
-// A file of kernels is compiled once for each instruction set, with GIST_SET as its name, and
-// defines one table of functions, GIST_IN_SET(loss_rows) say.
+// Each file of kernels is compiled once per instruction set, whose name is then GIST_SET. The file
+// defines one table of functions, for example GIST_IN_SET(loss_rows).
 #define GIST_JOIN_NAMES(name, set) name##_##set
 #define GIST_NAME_OF(name, set) GIST_JOIN_NAMES(name, set)
 #define GIST_IN_SET(name) GIST_NAME_OF(name, GIST_SET)
 
-// The same kernels of every instruction set, widest first: `Type GIST_EVERY_SET(loss_rows)`
-// declares them and GIST_TABLE(Type, loss_rows) is an array of pointers to them.
+// The tables of all instruction sets, widest first: `Type GIST_EVERY_SET(loss_rows)` declares them,
+// and GIST_TABLE(Type, loss_rows) is an array of pointers to them.
 #if defined(GIST_X86_KERNELS)
 #define GIST_EVERY_SET(name) name##_avx512, name##_avx2, name##_portable
 #define GIST_TABLE(Type, name) {&name##_avx512, &name##_avx2, &name##_portable}
@@ -28,22 +28,22 @@ namespace gist {
 #define GIST_TABLE(Type, name) {&name##_portable}
 #endif
 
-// Index of the instruction set in use, into a GIST_TABLE: the widest that this build and this
-// processor have.
+// The index into a GIST_TABLE of the instruction set in use. By default that is the widest one that
+// this build and this processor have.
 int current_set();
-// Its name: "avx512", "avx2" or "portable".
+// The name of the instruction set in use: "avx512", "avx2" or "portable".
 const char *instruction_set();
-// Takes another one. False if there is none of that name here.
+// Selects an instruction set. Returns false if this build or this processor does not have it.
 bool use_instruction_set(const char *name);
-// Names of those that are here, widest first; nullptr past the last.
+// The names of the available instruction sets, widest first; nullptr beyond the last.
 const char *instruction_sets(int index);
 
-// How many of `threads` threads a tensor of so many numbers keeps busy; at least 1.
+// How many of `threads` threads a tensor of this many numbers keeps busy; at least 1.
 std::int64_t useful_threads(std::int64_t numbers, int threads);
-// Numbers of a part that one thread takes at a time: enough for a processor to read far ahead.
+// Numbers in a part that one thread takes at a time: enough for the processor to read far ahead.
 constexpr std::int64_t kNumbersPerPart = 32 * 1024;
 
-// Calls body(part) for 0 <= part < parts on `team` threads, the caller's among them, in any order.
+// Calls body(part) for 0 <= part < parts, in any order, on `team` threads including the caller's.
 template <class Body>
 void parallel_for(std::int64_t parts, std::int64_t team, const Body &body) {
   if (team > parts) team = parts;

@@ -1,4 +1,4 @@
-// Number formats of tensors, and the codes and names that Python knows them by.
+// The dtypes of tensors, with their codes and names in Python.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The loss over a batch: which row kernel, on how many threads, and the reduction.
+// The loss over a batch: choice of the row kernel, number of threads, reduction.
 
 #include "loss.h"
 
@@ -11,10 +11,10 @@ using std::int64_t;
 
 constexpr const RowKernel *kRowKernels[] = GIST_TABLE(RowKernel, loss_rows);
 
-// Logits of one head that a thread must have to be worth waking.
+// Logits of one head that make it worth waking a thread.
 constexpr int64_t kLogitsPerThread = 16 * 1024;
-// Parts a thread's share is cut into, so that a thread that is held up is helped by the others; but
-// no part is less than this many logits, or the row kernels' groups of rows.
+// Each thread's share is cut into parts, so that other threads can take over those of a slow one.
+// A part has at least this many logits, and at least the rows of a row kernel's group.
 constexpr int64_t kPartsPerThread = 8, kLogitsPerPart = 8 * 1024, kRowsPerPart = 8;
 
 void run_rows(const LossCall &call, Pass pass, int threads) {
@@ -26,7 +26,7 @@ void run_rows(const LossCall &call, Pass pass, int threads) {
   const int64_t fair = (call.rows + team * kPartsPerThread - 1) / (team * kPartsPerThread);
   const int64_t least = (kLogitsPerPart + call.classes - 1) / call.classes;
   const int64_t wanted = fair > least ? fair : least;
-  // Whole groups, unless that left threads without work.
+  // Whole groups, unless threads would then be without work.
   const int64_t whole = (wanted + kRowsPerPart - 1) / kRowsPerPart * kRowsPerPart;
   const int64_t size = whole * team <= call.rows ? whole : wanted;
   const int64_t parts = (call.rows + size - 1) / size;
@@ -45,8 +45,8 @@ int64_t count_kept(const LossCall &call) {
   return kept;
 }
 
-// Sums in the order of the rows, whoever computed them; returns the first row whose target is
-// outside the classes, or -1.
+// Sums in the order of the rows, whichever thread computed them. Returns the first row whose target
+// is out of range, or -1.
 template <class A>
 int64_t reduce(const LossCall &call, int64_t kept) {
   const RowStats<A> *stats = static_cast<const RowStats<A> *>(call.stats);
@@ -74,7 +74,7 @@ int64_t reduce(const LossCall &call, int64_t kept) {
   return invalid;
 }
 
-// Gradients larger than this leave the cache before anything reads them.
+// Larger gradients would leave the cache before anything reads them.
 constexpr int64_t kStreamedBytes = 32 << 20;
 
 bool streams(const LossCall &call) {

@@ -1,5 +1,5 @@
-// The loss. kernels/loss.cpp is compiled once for each instruction set; loss.cpp chooses among
-// them, shares rows out to threads and reduces.
+// The loss. kernels/loss.cpp is compiled once per instruction set. loss.cpp selects one of the
+// results, divides rows among threads and reduces.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ constexpr Dtype kLossDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16
 
 constexpr int kCls = 0, kGist = 1, kHeads[] = {kCls, kGist};
 
-// One row's statistics, all that the gradient needs; A is float, or double for float64 logits.
+// The statistics of one row, enough for its gradient. A is float, or double for float64 logits.
 template <class A>
 struct RowStats {
   A max[2];        // of each head's logits
@@ -57,18 +57,18 @@ struct LossCall {
   bool stream;       // write gradients past the cache
 };
 
-// What to do with rows [begin, end): statistics and terms, gradients, or one after the other.
+// The pass over rows [begin, end): statistics and terms, gradients, or both in turn.
 enum class Pass : int { forward, backward, forward_backward };
 using RowKernel = void (*)(const LossCall &, Pass, std::int64_t begin, std::int64_t end);
 
 extern const RowKernel GIST_EVERY_SET(loss_rows);
 
-// Writes statistics, loss and terms. Returns the first row whose class index is outside the
-// classes, where the loss is NaN; or -1.
+// Writes statistics, loss and terms. Returns the first row whose class index is out of range, or
+// -1. The loss of such a row is NaN.
 std::int64_t loss_forward(LossCall call, int threads);
-// The same, and writes the gradients of the loss's sum that call.d_logits asks for.
+// The same. Also writes the gradients of the loss's sum into call.d_logits.
 std::int64_t loss_forward_backward(LossCall call, int threads);
-// Writes the gradients that call.d_logits asks for, from what loss_forward left in call.stats.
+// Writes gradients into call.d_logits. Reads call.stats, which loss_forward has written.
 void loss_backward(LossCall call, int threads);
 
 }  // namespace gist

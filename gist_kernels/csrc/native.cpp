@@ -1,6 +1,6 @@
-// The native module of gist_kernels. It links against neither torch nor Python's numeric packages:
-// tensors arrive as addresses and strides, checked by the Python modules in kernels/cpu, each of
-// which calls the entries of its own family. The address 0 stands for an absent tensor.
+// The native module of gist_kernels. It links against neither torch nor Python's numeric packages.
+// Tensors arrive as addresses and strides; the address 0 is an absent tensor. The Python modules in
+// kernels/cpu check them, and each calls the functions of its own family.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>

@@ -27,8 +27,8 @@ def adapter(
     """Bottleneck adapter ``scale * (act(x Wd^T + bd) Wu^T + bu)``, plus ``residual`` if given.
 
     The formula is that of Houlsby et al., "Parameter-Efficient Transfer Learning for NLP"
-    (arXiv:1902.00751), with the scale of He et al. (arXiv:2110.04366). Differentiable in every
-    tensor argument.
+    (arXiv:1902.00751), with the scale of He et al. (arXiv:2110.04366). It is differentiable in
+    every tensor argument.
 
     Args:
         x: (..., D), floating point.
@@ -64,7 +64,8 @@ def adapter(
     if residual is not None:
         check.shape("residual", residual, tuple(x.shape), "x's shape")
     device_type = x.device.type
-    # Before PyTorch 2.15 Dynamo can't trace the first question, which is for devices without any.
+    # is_autocast_available is for devices without autocast. Dynamo can't trace it before PyTorch
+    # 2.15.
     autocast = (
         torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     ) and torch.is_autocast_enabled(device_type)
@@ -83,7 +84,7 @@ def adapter(
         raise ValueError(unknown_name("activation", activation, ACTIVATIONS))
     kernels = select("adapter", x)
     weights = AdapterWeights(down_weight, down_bias, up_weight, up_bias, scale, activation)
-    # Under autocast the reference's matmuls are in its dtype, which the kernels do not have.
+    # Under autocast the matmuls are in autocast's dtype. The kernels can't do that.
     if (
         kernels is None
         or autocast

@@ -17,13 +17,13 @@ def prefix_attention(
     num_queries: int | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Multi-head self-attention of a packed projection, for the first tokens or all.
+    """Multi-head self-attention over a packed projection, for the first tokens or all.
 
     Args:
-        qkv: (B, N, 3 H Dh): queries', keys' and values' features one after the other, each of
-            them H heads of Dh.
+        qkv: (B, N, 3 H Dh): the features of the queries, then of the keys, then of the values;
+            each is H heads of Dh features.
         num_heads: H.
-        num_queries: number of first tokens whose result is computed. Default: all.
+        num_queries: compute the result for this many first tokens. Default: for all.
         scale: factor on the scores. Default: ``Dh ** -0.5``.
 
     Returns:

@@ -33,8 +33,8 @@ def adapter_attention(
 
         x + drop_path * (layer_scale * attention(norm(x))) + adapter(x)
 
-    as GIST places it (arXiv:2312.07255). Differentiable in x and in the tensors of adapter, norm,
-    biases and updates; matrices and layer scale are frozen.
+    GIST places the adapter so (arXiv:2312.07255). The result is differentiable in x and in the
+    tensors of adapter, norm, biases and updates; matrices and layer scale are frozen.
 
     Args:
         x: (B, N, D), floating point.
@@ -42,11 +42,11 @@ def adapter_attention(
         attention: the attention; matrices and layer scale of x's dtype, biases and updates of any
             floating one.
         adapter: the bottleneck, tensors of any floating dtype, or None.
-        num_queries: compute the result of the first tokens alone, all being keys and values.
-            Default: of all.
+        num_queries: compute the result for this many first tokens only; all tokens are keys and
+            values. Default: for all.
         drop_path: (B, 1, 1) factors on the sublayer's update, as stochastic depth draws them.
-        grad_tokens: ``(start, count)``: the gradient of x is asked for these tokens alone, and
-            is zero at the others. For a first block, before which one token is trained.
+        grad_tokens: ``(start, count)``: compute the gradient of x for these tokens only; it is
+            zero elsewhere. For a first block, in front of which one token is trained.
 
     Returns:
         (B, N, D), or (B, num_queries, D), in x's dtype.
@@ -181,8 +181,8 @@ def _check_weights(
         check.alike(f"{group}.{name}", tensor, "x", x, any_float=not frozen)
         if frozen and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{group}.{name} requires a gradient, and is taken as frozen; pass it detached, "
-                "or compose the sublayer of PyTorch's operators"
+                f"{group}.{name} requires a gradient, but is frozen here; pass it detached, "
+                "or compose the sublayer from PyTorch's operators"
             )
 
 

@@ -1,11 +1,11 @@
-"""What a backend is, and the contract of each family of kernels.
+"""The definition of a backend, and the protocol of each family of kernels.
 
 A backend is one :class:`Backend` value. A family is a module (or any object) that meets its
-protocol here; mypy checks it. Kernels take plain tensors, know nothing of autograd, and write to no
-argument except where a line says so.
+protocol here; mypy checks it. Kernels take plain tensors, know nothing of autograd, and write to an
+argument only where its docstring says so.
 
-B rows of a batch, C classes, D features, R rank, M rows of all sequences, N tokens, Q queries,
-H heads, Dh features of a head.
+Shapes: B rows of a batch, C classes, D features, R rank, M rows of all sequences, N tokens,
+Q queries, H heads, Dh features per head.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LossKernels(Protocol):
 
     @property
     def NAME(self) -> str:  # noqa: N802
-        """The backend's, for the names of registered operators."""
+        """The backend's name, for the names of registered operators."""
 
     def stats_shape(self, rows: int) -> tuple[int, ...]:
         """The shape of the statistics that forward leaves for backward."""
@@ -53,7 +53,7 @@ class LossKernels(Protocol):
         options: LossOptions,
         want_terms: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """``(loss, terms, stats)``: terms (4,) or (4, B), stats what ``backward`` needs."""
+        """``(loss, terms, stats)``: terms are (4,) or (4, B); ``backward`` needs stats."""
 
     def backward(
         self,
@@ -66,7 +66,7 @@ class LossKernels(Protocol):
         need_cls: bool,
         need_gist: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Both gradients, in the logits' dtype; None for a side that needs none."""
+        """The gradients of both sides, in the logits' dtype; None for a side that needs none."""
 
     def forward_backward(
         self,
@@ -79,7 +79,7 @@ class LossKernels(Protocol):
 
 
 class AdapterKernels(Protocol):
-    """LayerNorm and the bottleneck adapter, which read the same rows."""
+    """LayerNorm and the bottleneck adapter; both read the same rows."""
 
     def forward(
         self,
@@ -128,8 +128,10 @@ class ActivationKernels(Protocol):
 
 
 class AttentionKernels(Protocol):
-    """Multi-head attention of (B, Q, H Dh) queries over (B, N, H Dh) keys and values, of any batch
-    and row strides."""
+    """Multi-head attention of (B, Q, H Dh) queries over (B, N, H Dh) keys and values.
+
+    Batch and row strides may be any.
+    """
 
     def serves(self, q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
         """Whether the kernels take such tensors; PyTorch's attention serves the rest."""
@@ -152,7 +154,7 @@ class AttentionKernels(Protocol):
         d_k: torch.Tensor,
         d_v: torch.Tensor,
     ) -> None:
-        """Writes the gradients of ``q``, ``k`` and ``v`` into the last three."""
+        """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``."""
 
 
 class LinearKernels(Protocol):
@@ -168,7 +170,7 @@ class LinearKernels(Protocol):
 
 
 class SublayerKernels(NamedTuple):
-    """What a transformer block's sublayers are made of."""
+    """The kernels of a transformer block's sublayers."""
 
     adapter: AdapterKernels
     activation: ActivationKernels
@@ -187,27 +189,27 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend: its name, what it takes, and its kernels, a family each."""
+    """One backend: its name, the tensors it takes, and its kernels, by family."""
 
     name: str
     unavailable: str | None = None
-    """Why it can't run on this machine; None where it can."""
+    """The reason why it can't run on this machine; None if it can."""
     device_types: tuple[str, ...] = ()
-    """Devices it takes, as in ``tensor.device.type``."""
+    """Devices it takes, as values of ``tensor.device.type``."""
     dtypes: tuple[torch.dtype, ...] = ()
     detail: str = ""
-    """What it runs on here."""
+    """The hardware and software it runs on here."""
     loss: LossKernels | None = None
     adapter: AdapterKernels | None = None
     attention: AttentionKernels | None = None
     sublayers: SublayerKernels | None = None
 
     def kernels(self, family: str) -> Any:
-        """Its kernels of a family, a key of :data:`OPERATIONS`, or None where it has none."""
+        """Its kernels of a family, a key of :data:`OPERATIONS`; None if it has none."""
         return getattr(self, family)
 
     def refusal(self, family: str, device_type: str, dtype: torch.dtype) -> str | None:
-        """Why this backend can't serve such a call, or None when it can."""
+        """The reason why this backend can't serve such a call; None if it can."""
         if self.unavailable is not None:
             return self.unavailable
         if self.kernels(family) is None:

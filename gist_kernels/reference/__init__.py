@@ -1,6 +1,7 @@
-"""Plain PyTorch forms of every operation: readable, differentiable by autograd, the tests' oracle.
+"""Every operation in plain PyTorch: readable, differentiable by autograd, the tests' oracle.
 
-They take validated arguments: the public functions in ``gist_kernels.functional`` check first.
+The functions take checked arguments; the public functions in ``gist_kernels.functional`` check
+them.
 """
 
 from gist_kernels.reference.adapter import adapter

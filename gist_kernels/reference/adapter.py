@@ -21,6 +21,6 @@ def adapter(
 ) -> torch.Tensor:
     """``residual + scale * (act(x Wd^T + bd) Wu^T + bu)``, see :func:`gist_kernels.adapter`."""
     hidden = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
-    # Under autocast the linears return a half type; the result keeps x's, as a residual needs.
+    # Under autocast the linears return fp16 or bf16. The result keeps x's dtype, for the residual.
     update = scale * F.linear(hidden, up_weight, up_bias).to(x.dtype)
     return update if residual is None else residual + update

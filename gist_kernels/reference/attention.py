@@ -13,7 +13,7 @@ from gist_kernels.tracing import needs_dispatcher, transformed, under_transform
 def prefix_attention(
     qkv: torch.Tensor, num_heads: int, num_queries: int | None, scale: float | None
 ) -> torch.Tensor:
-    """Attention of a packed (B, N, 3 H Dh), see :func:`gist_kernels.prefix_attention`."""
+    """Attention over a packed (B, N, 3 H Dh), see :func:`gist_kernels.prefix_attention`."""
     q, k, v = qkv.chunk(3, dim=-1)
     return attention(q[:, :num_queries], k, v, num_heads, scale)
 
@@ -21,7 +21,7 @@ def prefix_attention(
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float | None
 ) -> torch.Tensor:
-    """(B, Q, H Dh): attention of (B, Q, H Dh) queries over (B, N, H Dh) keys and values."""
+    """Attention (B, Q, H Dh) of (B, Q, H Dh) queries over (B, N, H Dh) keys and values."""
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))
     if needs_dispatcher(q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -1,8 +1,8 @@
 """Reference of the loss family, built on log-softmax and differentiated by autograd.
 
-Two conventions make it finite where the textbook form is not: a term with probability 0 is 0
-whatever its logarithm (0 * -inf = 0), and an ignored row's logits are never looked at, so that
-neither they nor a NaN in them reach the gradients.
+Two conventions make it finite where the textbook form is not. A term with probability 0 is 0,
+whatever its logarithm (0 * -inf = 0). The logits of an ignored row are never read, so neither they
+nor a NaN in them reach the gradients.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def linear(
 def _projections(
     normed: torch.Tensor, weights: AttentionWeights, num_queries: int | None
 ) -> tuple[torch.Tensor, ...]:
-    """Queries of the first tokens, keys and values of all."""
+    """Queries for the first tokens, keys and values for all."""
     qkv = weights.qkv_weight, weights.qkv_bias, weights.qkv_update
     if num_queries is None:
         return linear(normed, *qkv).chunk(3, dim=-1)
@@ -96,7 +96,7 @@ def _projections(
 def some_rows(
     weight: torch.Tensor, bias: torch.Tensor | None, update: LinearUpdate | None, rows: slice
 ) -> tuple[torch.Tensor, torch.Tensor | None, LinearUpdate | None]:
-    """Some of a layer's outputs."""
+    """The part of a layer that computes some of its outputs."""
     if update is not None:
         scale, down, up = update
         update = LinearUpdate(
@@ -112,7 +112,7 @@ def _join(
     adapter: AdapterWeights | None,
     drop_path: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Residual, sublayer and adapter. Drop-path drops the sublayer, never the adapter."""
+    """Residual plus sublayer plus adapter. Drop-path drops the sublayer, never the adapter."""
     for factor in (layer_scale, drop_path):
         out = out if factor is None else out * factor
     out = x + out

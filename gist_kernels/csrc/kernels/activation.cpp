@@ -1,5 +1,5 @@
-// The element-wise activation and its gradient. Compiled once for each instruction set;
-// CMakeLists.txt names the result by GIST_IN_SET(activation_rows).
+// The element-wise activation and its gradient. CMakeLists.txt compiles this file once per
+// instruction set, which defines GIST_IN_SET(activation_rows).
 
 #include "activation.h"
 

@@ -1,11 +1,11 @@
 // Activations and their derivatives on vectors. Internal linkage: see simd.h.
 //
-// GELU (exact and by tanh) and SiLU are x g(x), with a gate g that rises from 0 to 1 and for which
+// GELU (exact and by tanh) and SiLU are x g(x). The gate g rises from 0 to 1, and
 // g(-x) = 1 - g(x). With the gate's tail q(z) = g(-z) for z = |x|, and its slope p(z) = -q'(z),
 //
 //   act(x) = max(x, 0) - z q        act'(x) = 1 - (q - z p) for x > 0, q - z p for x <= 0
 //
-// which keeps all digits of a small q, where 1 - g would lose them.
+// This keeps all digits of a small q, which 1 - g would lose.
 #pragma once
 
 #include "activation.h"
@@ -21,9 +21,9 @@ GIST_INLINE Vec<A> absolute(Vec<A> x) {
   return bit_cast<Vec<A>>(bit_cast<Vec<Bits>>(x) & (~Bits(0) >> 1));
 }
 
-// Q(z) exp(z^2 / 2) with Q the upper tail of the normal distribution, for z >= 0: Mills' ratio over
-// sqrt(2 pi), in powers of t = 1 / (1 + 0.24 z), highest first, without the power 0. Minimax,
-// relative error 3.1e-9 up to z = 14, from where on the exponential is 0.
+// Q(z) exp(z^2 / 2) for z >= 0, where Q is the upper tail of the normal distribution. This is
+// Mills' ratio over sqrt(2 pi), in powers of t = 1 / (1 + 0.24 z), highest first, without the power
+// 0. Minimax; the relative error is 3.1e-9 up to z = 14, where the exponential becomes 0.
 constexpr float kMillsSlope = 0.24f;
 constexpr float kMills[] = {2.54732627694733700e-2f, -1.24334093824804990e-1f,
                             2.04722521782147930e-1f, -1.43191567953362180e-1f,
@@ -34,7 +34,7 @@ constexpr float kMills[] = {2.54732627694733700e-2f, -1.24334093824804990e-1f,
 template <Activation kActivation, class A>
 class ActivationOf {
  public:
-  // Of several vectors at once, as Exp does. `to` may be x itself.
+  // Takes several vectors at once, as Exp does. `to` may be x itself.
   template <int kCount>
   GIST_INLINE void value(const Vec<A> (&x)[kCount], Vec<A> (&to)[kCount]) const {
     Vec<A> derivative[kCount];
@@ -61,7 +61,7 @@ class ActivationOf {
       Vec<A> z[kCount], q[kCount], p[kCount];
       for (int i = 0; i < kCount; ++i) {
         z[i] = absolute<A>(x[i]);
-        // Beyond this q and p are 0, also by the numbers; infinity would be infinity times 0.
+        // Beyond this, q and p are computed as 0 anyway; infinity times 0 would be NaN.
         z[i] = z[i] > 1024 ? broadcast(A(1024)) : z[i];
       }
       tail(z, q, p);
@@ -74,7 +74,7 @@ class ActivationOf {
   }
 
  private:
-  // exp_(x) is exp(x) for a logistic gate, and exp(x / 2) for the normal distribution's.
+  // exp_(x) is exp(x) for a logistic gate, and exp(x / 2) for the normal one.
   Exp<A> exp_{kActivation == Activation::gelu ? 0.5 : 1.0};
 
   template <int kCount>
@@ -122,7 +122,7 @@ class ActivationOf {
   }
 };
 
-// Calls body with the ActivationOf<..., A> that `activation` names.
+// Calls body with the ActivationOf<..., A> of `activation`.
 template <class A, class Body>
 GIST_INLINE void with_activation(Activation activation, Body body) {
   switch (activation) {

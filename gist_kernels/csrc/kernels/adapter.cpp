@@ -1,10 +1,10 @@
-// LayerNorm and adapter, a group of rows at a time. Compiled once for each instruction set;
-// CMakeLists.txt names the result by GIST_IN_SET(adapter_rows).
+// LayerNorm and adapter, a group of rows at a time. CMakeLists.txt compiles this file once per
+// instruction set, which defines GIST_IN_SET(adapter_rows).
 //
-// A group's rows are widened into scratch memory that stays in cache, padded with zeros, so that
-// all but the stores to tensors works on whole vectors. The products with weights are done by two
-// kernels, tile by tile in registers: inner products of rows (`project`) and sums of multiples of
-// rows (`add_multiples`).
+// A group's rows are widened into scratch memory that stays in cache. They are padded with zeros,
+// so that everything except stores to tensors works on whole vectors. Two kernels do the matmuls
+// with weights, tile by tile in registers: inner products of rows (`project`) and sums of multiples
+// of rows (`add_multiples`).
 
 #include "adapter.h"
 
@@ -16,7 +16,7 @@ namespace {
 
 using std::int64_t;
 
-// What the registers hold of a product: rows or ranks, and vectors of the width.
+// A matmul's tile in registers: rows or ranks, and vectors of the width.
 constexpr int kRows = kVectorBytes == 64 ? 4 : 2, kRanks = 4;
 constexpr int kColumns = kVectorBytes == 64 ? 4 : 2;
 static_assert(kRowBlock % kRows == 0 && kRankBlock == kRanks, "blocks of the layout");
@@ -31,7 +31,7 @@ GIST_INLINE void put(A *to, Vec<A> v) {
   store(to, Whole{}, v);
 }
 
-// At the end of a row of n numbers, those that are left.
+// One vector to or from a row of n numbers; at the row's end, its last lanes only.
 template <class S>
 GIST_INLINE void put_in_row(S *row, int64_t j, int64_t n, Vec<Arithmetic<S>> v) {
   constexpr int lanes = kLanes<Arithmetic<S>>;
@@ -47,7 +47,7 @@ GIST_INLINE Vec<Arithmetic<S>> take_from_row(const S *row, int64_t j, int64_t n)
                         : load(row + j, Part{int(n - j)}, Arithmetic<S>(0));
 }
 
-// The sum of each of `kCount` vectors. Their lanes are first folded to 16 bytes.
+// The sums of `kCount` vectors. Each is first folded to 16 bytes.
 template <class A, int kLanesLeft = kLanes<A>>
 GIST_INLINE typename VectorOf<A, 16 / int(sizeof(A))>::type folded(
     typename VectorOf<A, kLanesLeft>::type v) {
@@ -76,7 +76,7 @@ GIST_INLINE void sums_of(const Vec<A> (&v)[kCount], A *to) {
   }
 }
 
-// to[i][k] = row i of x times row k of w, plus bias[k], for whole blocks of rows and ranks.
+// to[i][k] = x[i] . w[k] + bias[k], for whole blocks of rows and ranks.
 template <class A>
 void project(const A *x, const A *w, const A *bias, int64_t rows, int64_t n,
              const AdapterLayout &layout, A *to) {
@@ -117,7 +117,8 @@ GIST_INLINE void add_multiples(Vec<A> (&c)[kRows][kWide], const A *factors, int6
   }
 }
 
-// Calls body(j, wide) for tiles of `wide` vectors, kColumns and at the end 1, that cover n numbers.
+// Calls body(j, wide) for tiles of `wide` vectors that cover n numbers; wide is kColumns, or 1 at
+// the end.
 template <class A, class Body>
 GIST_INLINE void for_each_tile(int64_t n, Body body) {
   constexpr int64_t step = kColumns * kLanes<A>;
@@ -126,7 +127,7 @@ GIST_INLINE void for_each_tile(int64_t n, Body body) {
   for (; j < n; j += kLanes<A>) body(j, std::integral_constant<int, 1>());
 }
 
-// sums[k] += sum over the rows of factors[row][k] * from[row], for whole blocks of ranks.
+// sums[k] += the sum of factors[row][k] * from[row] over the rows, for whole blocks of ranks.
 template <class A>
 void add_outer_products(const A *factors, const A *from, int64_t rows, int64_t n,
                         const AdapterLayout &layout, A *sums) {
@@ -143,14 +144,14 @@ void add_outer_products(const A *factors, const A *from, int64_t rows, int64_t n
     });
 }
 
-// A group's rows [first, last) of those before `end`.
+// The rows [first, last) of a group; a later group follows unless last is `end`.
 struct Group {
   int64_t first, last, end;
 
   int64_t count() const { return last - first; }
 };
 
-// Rows of a tensor.
+// The rows of a tensor.
 template <class S>
 struct Rows {
   const S *tensor;
@@ -159,13 +160,13 @@ struct Rows {
   Rows(const void *from, int64_t row_stride)
       : tensor(static_cast<const S *>(from)), stride(row_stride) {}
 
-  // A block of rows is always whole: past the end it is the last one again, whose results nobody
-  // stores or adds.
+  // Blocks of rows are always whole. Beyond the end they repeat the last row, whose results are
+  // then neither stored nor added.
   const S *up_to(int64_t row, int64_t end) const {
     return tensor + (row < end ? row : end - 1) * stride;
   }
-  // The same row of the next group. It is fetched while this one keeps the arithmetic busy: to a
-  // processor, rows that are read in bursts are no stream to read ahead in.
+  // The same row of the next group. It is prefetched while this group keeps the arithmetic busy:
+  // rows are read in bursts, which the processor does not recognise as a stream.
   const S *ahead(int64_t row, const Group &group) const {
     return up_to(row + group.last - group.first, group.end);
   }
@@ -189,7 +190,7 @@ void widen_rows(Rows<S> from, const Group &group, int64_t n, int64_t stride, A *
   }
 }
 
-// Where a group's numbers are: all of the layout's strides.
+// A group's arrays in scratch memory, with the layout's strides.
 template <class A>
 struct Scratch {
   A *x, *d_out, *g, *z, *h, *dz;
@@ -209,7 +210,7 @@ GIST_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 GIST_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 // Mean and 1 / standard deviation of kRows rows of n numbers, padded with zeros. The variance is
-// taken about the mean; what the mean was off by shows in the same pass, and is corrected for.
+// computed about the mean. The same pass finds the mean's rounding error and corrects for it.
 template <class A>
 GIST_INLINE void row_stats(const A *x, int64_t n, int64_t stride, double eps, A (&mean)[kRows],
                            A (&rstd)[kRows]) {
@@ -242,7 +243,7 @@ GIST_INLINE void row_stats(const A *x, int64_t n, int64_t stride, double eps, A 
     const A variance = square[r] / A(n) - off[r] * off[r];
     mean[r] = first[r] + off[r];
     rstd[r] = 1 / square_root((variance < 0 ? 0 : variance) + A(eps));
-    // Where the squares overflow the row is NaN, as its true value can't be had; 0 would hide it.
+    // Where the squares overflow, the row is NaN: its value is unknown, and 0 would hide that.
     rstd[r] += square[r] - square[r];
   }
 }
@@ -326,8 +327,8 @@ void forward(const AdapterCall &call, const AdapterLayout &layout, const PackedW
   }
 }
 
-// LayerNorm's part of dx is rstd (g - mean g - xhat mean (g xhat)), with xhat = (x - mean) rstd and
-// g = d_normed * weight.
+// LayerNorm's share of dx is rstd (g - mean g - xhat mean (g xhat)), with xhat = (x - mean) rstd
+// and g = d_normed * weight.
 template <class A>
 struct NormGradient {
   A mean, rstd, mean_g, mean_g_xhat;
@@ -338,7 +339,7 @@ struct NormGradient {
   }
 };
 
-// Of kRows rows from `first` on; writes g, too.
+// The norm gradients of kRows rows, starting at `first`. Also writes g.
 template <class S, class A = Arithmetic<S>>
 GIST_INLINE void norm_gradients(const A *weight, const A *stats, Rows<S> d_normed, int64_t first,
                                 const Group &group, int64_t n, int64_t stride, const A *x, A *g,
@@ -370,7 +371,7 @@ GIST_INLINE void norm_gradients(const A *weight, const A *stats, Rows<S> d_norme
   }
 }
 
-// sums += the rows' sum.
+// sums += the sum of the rows.
 template <class A>
 void add_rows(const A *from, int64_t rows, int64_t n, int64_t stride, A *sums) {
   for (int64_t j = 0; j < n; j += kLanes<A>) {
@@ -380,7 +381,7 @@ void add_rows(const A *from, int64_t rows, int64_t n, int64_t stride, A *sums) {
   }
 }
 
-// From d_out in `scratch`: act(z), the gradient of z, and the sums of all weights' gradients.
+// Computes act(z), dz and the sums of all weights' gradients from d_out in `scratch`.
 template <class A>
 void adapter_gradients(const AdapterCall &call, const AdapterLayout &layout,
                        const PackedWeights &packed, const Scratch<A> &scratch,

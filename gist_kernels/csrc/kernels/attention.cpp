@@ -1,18 +1,18 @@
-// Attention of one head of one image. Compiled once for each instruction set; CMakeLists.txt names
-// the result by GIST_IN_SET(attention_rows). All but that name has internal linkage (see simd.h).
+// Attention of one head of one image. CMakeLists.txt compiles this file once per instruction set,
+// which defines GIST_IN_SET(attention_rows). Everything else has internal linkage (see simd.h).
 //
 // With S = Q K^T, P = softmax(scale S), and dO the gradient of O = P V,
 //
 //   dV = P^T dO      dP = dO V^T      dS = P (dP - delta)      delta = sum P dP, row by row
 //   dQ = scale dS K                   dK = scale dS^T Q
 //
-// The head's rows are first copied out of the packed tensors into scratch memory, as floats and
-// with whole vectors to a row; keys, and in backward values, are transposed too. Each of the
-// products is then one and the same kernel, of numbers of a left matrix, in any order, with vectors
-// of rows of a right one. Queries are taken a block at a time, so that their scores stay in the
-// second-level cache. The sums of exponentials are taken anew in backward: a log-sum-exp is rounded
-// by as much as the scores are large, and probabilities from it alone would not sum to 1. Where
-// values are alike, delta nearly cancels dP: as sum dO O, with O rounded, it would be off by more.
+// The head's rows are first copied out of the packed tensors into scratch memory, as floats, each
+// row in whole vectors. Keys, and in backward values, are transposed too. One kernel then does
+// every matmul. It multiplies numbers of a left matrix, read in either order, by vectors of rows of
+// a right matrix. Queries are taken a block at a time, so that their scores stay in the L2 cache.
+// Backward recomputes the sums of exponentials. A log-sum-exp has a rounding error in proportion to
+// the scores, and probabilities computed only from it would not sum to 1. Where values are alike,
+// delta nearly cancels dP. Computed as sum dO O, with a rounded O, delta would be too inexact.
 
 #include "attention.h"
 
@@ -29,7 +29,7 @@ using std::int64_t;
 constexpr int64_t kWide = kLanes<float>;
 constexpr int64_t kLine = 64 / sizeof(float);
 
-// A tile of a product stays in registers: its sums, one row of the right matrix, one number.
+// A matmul's tile stays in registers: its sums, one row of the right matrix, one number.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 6, kTileVectors = 4;
 #elif defined(__AVX2__)
@@ -37,30 +37,30 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 #else
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
-// Rows of the right matrix that tiles take at once, so that they stay in the first-level cache.
+// Rows of the right matrix that tiles take at once, so that they stay in the L1 cache.
 constexpr int64_t kDepth = 128;
-// Fewer for scores, whose sums may be large where they differ by little: a shorter chain of
+// Fewer for scores: these may be large and differ by little, so they need a shorter chain of
 // roundings. Heads of up to 64 columns are taken at once.
 constexpr int64_t kScoreDepth = 64;
-// Scores of a block of queries: 128 KiB, and as much for their gradients.
+// Scores in a block of queries: 128 KiB, and as much again for their gradients.
 constexpr int64_t kBlockScores = 32 * 1024;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Floats from one row of n to the next in scratch memory. Where a tile takes only a part of a row,
-// an odd number of cache lines keeps those parts from falling on the same places in the cache.
+// The stride of rows of n floats in scratch memory. If a tile takes only a part of each row, an odd
+// number of cache lines keeps these parts from competing for the same cache sets.
 int64_t padded(int64_t n) {
   const int64_t lines = (n + kLine - 1) / kLine;
   return kLine * (n > kTileVectors * kWide ? lines | 1 : lines);
 }
 
-// The left matrix of a product: element (i, k) is data[i * row + k * step].
+// The left matrix of a matmul: element (i, k) is data[i * row + k * step].
 struct Left {
   const float *data;
   int64_t row, step;
 };
 
-// Right matrices and results: whole vectors to a row.
+// A right matrix or a result: each row has whole vectors.
 struct Matrix {
   float *data;
   int64_t row;
@@ -110,7 +110,7 @@ template <int... kIndex>
 constexpr std::array<Tile, sizeof...(kIndex)> all_tiles(std::integer_sequence<int, kIndex...>) {
   return {&tile<kIndex / kTileVectors + 1, kIndex % kTileVectors + 1>...};
 }
-// By rows less 1, then vectors less 1.
+// Indexed by rows - 1, then by vectors - 1.
 constexpr auto kTiles = all_tiles(std::make_integer_sequence<int, kTileRows * kTileVectors>());
 
 // c = a b, or c += a b, for `rows` rows of a and c and `columns` of b and c.
@@ -122,7 +122,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left a, Matrix b, Mat
     const int64_t some = depth - k < at_once ? depth - k : at_once;
     int64_t column = 0;
     for (int64_t group = 0; group < groups; ++group) {
-      // As even as can be: a tile of one vector has too few sums to keep the processor busy.
+      // Widths are as even as possible: a tile of one vector has too few sums to keep the processor
+      // busy.
       const int64_t width = vectors / groups + (group < vectors % groups);
       for (int64_t i = 0; i < rows; i += kTileRows) {
         const int64_t height = rows - i < kTileRows ? rows - i : kTileRows;
@@ -135,10 +136,11 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left a, Matrix b, Mat
   }
 }
 
-// How far ahead rows of a tensor are fetched: they lie too far apart for the processor to foresee.
+// How many rows ahead a tensor is prefetched: its rows are too far apart for the processor's own
+// prefetching.
 constexpr int64_t kAhead = 24;
 
-// Some of a tensor's rows, of one head.
+// Some rows of a tensor, one head's columns.
 template <class S>
 class Rows {
  public:
@@ -154,7 +156,7 @@ class Rows {
   int64_t stride_, count_;
 };
 
-// Rows of a tensor to scratch memory; numbers beyond the row's end, up to a whole vector, are 0.
+// Copies rows of a tensor to scratch memory, each padded with 0 up to a whole vector.
 template <class S>
 void pack(Rows<S> from, int64_t columns, Matrix to) {
   for (int64_t i = 0; i < from.count(); ++i)
@@ -176,7 +178,7 @@ void transpose(Matrix from, int64_t rows, int64_t columns, Matrix to) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   for (int64_t j = 0; j < columns; j += 4) {
     for (int64_t i = 0; i < rows; i += kWide) {
-      // Four rows to each quarter of a vector, whose four by four are then turned.
+      // Each quarter of a vector holds four numbers of a row; these 4 x 4 blocks are transposed.
       Floats r[4];
       for (int k = 0; k < 4; ++k) {
         const float *const at = from.at(i + k) + j;
@@ -215,7 +217,7 @@ void transpose(Matrix from, int64_t rows, int64_t columns, Matrix to) {
 #endif
 }
 
-// Largest of scale * s.
+// The largest scale * s.
 float row_max(const float *s, int64_t n, float scale) {
   Floats top = broadcast(scale * s[0]);
   for_each_vector<float>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
@@ -225,8 +227,8 @@ float row_max(const float *s, int64_t n, float scale) {
   return largest<float>(top);
 }
 
-// s becomes exp(scale s - shift), of which it returns the sum. A large scale s is never rounded:
-// it meets its shift in one operation.
+// Replaces s by exp(scale s - shift) and returns the sum. A large scale s is never rounded: one
+// fused operation subtracts the shift.
 double exponentials(float *s, int64_t n, float scale, float shift, const Exp<float> &exp) {
   constexpr int abreast = kVectorBytes == 64 ? 4 : 2;
   Floats total[abreast] = {};
@@ -255,7 +257,7 @@ double exponentials(float *s, int64_t n, float scale, float shift, const Exp<flo
   return sum<float>(total[0]);
 }
 
-// p, not yet normalised, becomes P of its row; d_p becomes dS.
+// Replaces p, not yet normalised, by P of its row, and d_p by dS.
 void score_gradients(float *p, int64_t n, float inverse, float *d_p) {
   Floats products = {};
   for_each_vector<float>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
@@ -269,7 +271,7 @@ void score_gradients(float *p, int64_t n, float inverse, float *d_p) {
   }
 }
 
-// Where everything lies in scratch memory.
+// The layout of scratch memory.
 class Scratch {
  public:
   Scratch(const AttentionCall &call, Direction direction, float *memory) : memory_(memory) {
@@ -368,31 +370,31 @@ class Head {
   }
   float *lse() const { return call_.lse + (image_ * call_.heads + head_) * call_.queries; }
 
-  // Body(first, count) for each block of queries.
+  // Calls body(first, count) for each block of queries.
   template <class Body>
   void for_each_block(Body body) const {
     for (int64_t first = 0; first < call_.queries; first += at_.block)
       body(first, first + at_.block < call_.queries ? at_.block : call_.queries - first);
   }
 
-  // Keys or values, as they are and transposed. What lies beyond them, up to a whole vector, goes
-  // into columns of products that nothing reads.
+  // Copies keys or values, plain and transposed. The padding beyond them, up to a whole vector,
+  // ends in columns of matmuls that nothing reads.
   void pack_transposed(const AttentionTensor &tensor, Matrix to, Matrix to_t) const {
     pack(rows(tensor, 0, call_.keys), call_.head_dim, to);
     transpose(to, round_up(call_.keys, kWide), call_.head_dim, to_t);
   }
 
-  // A block's queries, and their scores before scaling.
+  // Packs a block's queries and computes their scores, before scaling.
   void scores(int64_t first, int64_t count) const {
     pack(rows(call_.q, first, count), call_.head_dim, at_.queries);
     product(count, call_.keys, call_.head_dim, by_rows(at_.queries), at_.keys_t, at_.p, false,
             kScoreDepth);
   }
 
-  // A block's scores become P, not yet normalised.
+  // Replaces a block's scores by P, not yet normalised.
   void softmax(int64_t first, int64_t count) const {
     const float scale = float(call_.scale);
-    // As many rows as one vector has logarithms.
+    // As many rows as a vector of doubles has lanes, for one call of log().
     constexpr int64_t group = kLanes<double>;
     for (int64_t i = 0; i < count; i += group) {
       const int64_t end = i + group < count ? i + group : count;

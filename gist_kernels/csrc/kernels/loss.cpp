@@ -1,8 +1,8 @@
-// The loss, row by row. Compiled once for each instruction set; CMakeLists.txt names the result by
-// GIST_IN_SET(loss_rows). All but that name has internal linkage (see simd.h).
+// The loss, row by row. CMakeLists.txt compiles this file once per instruction set, which defines
+// GIST_IN_SET(loss_rows). Everything else has internal linkage (see simd.h).
 //
-// With x = logits - max(logits) of either head, p and q the softmaxes of x / T, c the logarithm of
-// the ratio of their sums and d = (x_cls - x_gist) / T - c = log p - log q,
+// Let x = logits - max(logits) for each head, p and q the softmaxes of x / T, c the logarithm of
+// the ratio of their sums, and d = (x_cls - x_gist) / T - c = log p - log q. Then
 //
 //   KL(p || q) = sum p d        KL(q || p) = -sum q d        CE = sum y (log sum e^x - x)
 //   dL/d cls  = v (softmax(cls)  - y) + 1/T [ a p ( d - KL(p || q)) + b (p - q) ]
@@ -22,9 +22,9 @@ namespace {
 
 using std::int64_t;
 
-// A run of logits summed at the precision of float, and small enough for the first-level cache.
+// Logits summed in float: a block fits into the L1 cache, and its sums are those of its runs.
 constexpr int64_t kBlock = 64 * kLanes<float>, kRun = 8 * kLanes<float>;
-// Rows up to this size are fetched a row ahead: both heads' two rows stay in a second-level cache.
+// Rows up to this size are prefetched a row ahead: two rows of both heads fit into an L2 cache.
 constexpr int64_t kFetchedBytes = 128 << 10;
 constexpr double kInfinity = __builtin_inf();
 
@@ -55,7 +55,7 @@ struct Exponentials {
   }
 };
 
-// Both heads' logits in one row, or in a run of it.
+// The logits of both heads in one row, or in a run of it.
 template <class S>
 struct Pair {
   const S *cls, *gist;
@@ -80,8 +80,8 @@ GIST_INLINE void for_each_run(int64_t n, Body body) {
     body(begin, n - begin < length ? n - begin : length);
 }
 
-// Each head's largest logit, and x_cls - x_gist where it is: sums of such differences are centred
-// there, so that a class with nearly all the probability leaves no large numbers to cancel.
+// The largest logit of each head, and x_cls - x_gist at that class. Sums of such differences are
+// centred there. A class with nearly all the probability then leaves no large numbers to cancel.
 template <class A>
 struct Peaks {
   A max[2];
@@ -118,14 +118,14 @@ struct Sums {
   double plain[2] = {};       // sum of exp(x)
 };
 
-// `next` is the row to come: it is fetched while this one keeps the arithmetic busy.
+// `next` is the following row. It is prefetched while `row` keeps the arithmetic busy.
 template <class S, int kPower, class A = Arithmetic<S>>
 Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
               Exponentials<A, kPower> exponentials) {
   Sums sums;
   for_each_run<kBlock>(n, [&](int64_t begin, int64_t count) {
     Vec<A> tempered[2] = {}, difference[2] = {}, plain[2] = {};
-    // Short sums are added to longer ones, so that fewer small numbers meet a large one.
+    // Short sums are added to longer ones, so that fewer small numbers are added to a large one.
     for_each_run<kRun>(count, [&](int64_t run, int64_t run_count) {
       const Pair<S> logits = row.at(begin + run), ahead = next.at(begin + run);
       Vec<A> run_tempered[2] = {}, run_difference[2] = {}, run_plain[2] = {};
@@ -139,7 +139,7 @@ Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
           for (int s : kHeads) {
             const Vec<A> centred = x[i + kCls] - x[i + kGist] - peaks.difference[s];
             run_tempered[s] += e[i + s];
-            // 0 * inf is 0: what has no probability adds nothing.
+            // 0 * inf is 0 here: a class without probability adds nothing.
             run_difference[s] =
                 fma(e[i + s], e[i + s] != 0 ? centred : Vec<A>{}, run_difference[s]);
           }
@@ -164,9 +164,9 @@ Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
   return sums;
 }
 
-// Both KL terms where they are small and sum p d would be a difference of nearly equal numbers:
+// Both KL terms if they are small. sum p d would be a difference of nearly equal numbers;
 //   KL(p || q) = sum p (e^-d - 1 + d)      KL(q || p) = sum q (e^d - 1 - d)
-// have no negative summand. Both factors come from the even and the odd part of one series.
+// have no negative summand. Both factors are computed from the even and the odd part of one series.
 template <class S, class A = Arithmetic<S>>
 void refine_kl(Pair<S> logits, int64_t n, double temperature, A log_ratio, RowStats<A> &stats) {
   constexpr int terms = sizeof(A) == 4 ? 5 : 9;
@@ -205,7 +205,7 @@ void refine_kl(Pair<S> logits, int64_t n, double temperature, A log_ratio, RowSt
   stats.terms[3] = A(kl_qp);
 }
 
-// A row's target y. Class indices are y = 1 at `index`; probabilities are read block by block.
+// The target y of a row. With a class index, y = 1 at `index`; probabilities are read in blocks.
 struct RowTarget {
   enum State { kept, ignored, invalid } state = kept;
   int64_t index = -1;
@@ -227,7 +227,7 @@ RowTarget row_target(const LossCall &call, int64_t row) {
   return target;
 }
 
-// The type of `from[begin]` and the n - 1 numbers after it becomes A, in `buffer` if need be.
+// Converts `from[begin]` and the following n - 1 numbers to A, in `buffer` if necessary.
 template <class S, class A>
 const A *as_arithmetic(const void *from, int64_t begin, int64_t n, A *buffer) {
   const S *values = static_cast<const S *>(from) + begin;
@@ -306,12 +306,12 @@ TargetSums target_sums(const LossCall &call, const RowTarget &target, Pair<S> x,
   return sums;
 }
 
-// Rows whose statistics are computed side by side, each in a lane of its own: what they have in
-// common is instructions, not a number.
+// Rows whose statistics are computed together, each in a lane of its own. They share instructions,
+// but no number.
 constexpr int kGroup = kLanes<double>;
 using Lanes = Vec<double>;
 
-// What passes over the rows of a group leave to be turned into statistics.
+// The sums over each row of a group, from which its statistics are computed.
 template <class A>
 struct GroupSums {
   using Numbers = double[2][kGroup];
@@ -332,10 +332,10 @@ struct GroupSums {
   }
 };
 
-// Below this a KL is computed anew, for relative precision; above it the first value has that.
+// A KL below this is recomputed, for relative precision. The first value of a larger one has it.
 constexpr double kSmallKl = 1.0 / 64;
 
-// Statistics of a group, row by row; `small_kl` and `log_ratio` are for those to be refined.
+// The statistics of a group, row by row. `small_kl` marks the rows to refine, by `log_ratio`.
 template <class A>
 struct GroupStats {
   RowStats<A> row[kGroup];
@@ -345,7 +345,7 @@ struct GroupStats {
   GroupStats(const LossCall &call, const GroupSums<A> &sums) {
     const Lanes inverse[2] = {1 / load(sums.tempered[kCls], Whole{}),
                               1 / load(sums.tempered[kGist], Whole{})};
-    // Divided, so that equal heads give exactly 0.
+    // The logarithm of a quotient, so that equal heads give exactly 0.
     const Lanes ratio =
         log(load(sums.tempered[kCls], Whole{}) / load(sums.tempered[kGist], Whole{}));
     const double inverse_temperature = 1 / call.temperature;
@@ -395,8 +395,7 @@ RowStats<A> uniform_stats(A value) {
   return stats;
 }
 
-// The gradient of one head s, in terms of p and q, D = x_cls - x_gist, and the numerator of the
-// head's softmax at T = 1, is
+// The gradient of one head s, with D = x_cls - x_gist, is
 //   p_s (slope (D - mean) + rest) + cross (p - q) + plain exp(x_s) - uniform - target y
 template <class A>
 struct Gradient {
@@ -405,7 +404,7 @@ struct Gradient {
   A plain[2] = {}, uniform[2] = {}, target[2] = {};
   bool has_kl;
 
-  // Coefficients stay 0 where their weight is: what they multiply may be infinite.
+  // Coefficients of weight 0 stay 0: their factors may be infinite.
   Gradient(const LossCall &call, const RowStats<A> &stats, double upstream)
       : has_kl(call.weights[2] != 0 || call.weights[3] != 0) {
     for (int s : kHeads) {
@@ -430,7 +429,7 @@ struct Gradient {
   }
 };
 
-// `y` are probabilities, or null, and then `index` is the target's place in this run, if it is.
+// `y` holds probabilities. If it is null, `index` is the target's place in this run, or outside it.
 template <bool kPastCache, class S, int kPower, class A = Arithmetic<S>>
 void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponentials, Gradient<A> k,
                     const A *y, int64_t index, S *to_cls, S *to_gist) {
@@ -466,8 +465,8 @@ void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponenti
   });
 }
 
-// How many of n numbers come before the first cache line to be written past the cache: all of them
-// where the two gradients' lines begin at different numbers.
+// How many of n numbers come before the first cache line to be written around the cache: all n if
+// the cache lines of the two gradients begin at different numbers.
 template <class S>
 int64_t before_lines(const S *cls, const S *gist, int64_t n) {
   constexpr std::uintptr_t line = 64;
@@ -512,7 +511,7 @@ Pair<S> row_of(const LossCall &call, int64_t row) {
           static_cast<const S *>(call.logits[kGist]) + row * call.logit_stride[kGist]};
 }
 
-// Statistics and terms of rows [begin, end), no more than a group.
+// Statistics and terms of rows [begin, end), at most a group.
 template <class S, int kPower, class A = Arithmetic<S>>
 void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_ahead,
                    const Exponentials<A, kPower> &exponentials) {
@@ -569,7 +568,7 @@ void backward_row(const LossCall &call, int64_t row, const Exponentials<A, kPowe
   }
 }
 
-// Groups whose rows stay in a second-level cache, between one pass over them and the next.
+// The size up to which a group's rows stay in an L2 cache from one pass over them to the next.
 constexpr int64_t kGroupBytes = 128 << 10;
 
 template <class S, int kPower>

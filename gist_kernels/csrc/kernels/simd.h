@@ -1,9 +1,9 @@
-// Vectors of float or double at the width of the translation unit that includes this, with the few
-// operations the kernels need. GCC's vector extensions (Clang has them too) give arithmetic,
-// comparison and conversion; intrinsics appear only where they save instructions.
+// Vectors of float or double, as wide as the translation unit's instruction set has them, with the
+// few operations the kernels need. GCC's vector extensions (Clang has them too) provide arithmetic,
+// comparison and conversion. Intrinsics appear only where they save instructions.
 //
-// Everything in here has internal linkage. Each instruction set compiles this file anew, and of
-// equal inline functions the linker would keep one, for every processor.
+// Everything in here has internal linkage. This file is compiled once per instruction set. Of equal
+// inline functions the linker would keep one, perhaps one that this processor can't run.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ GIST_INLINE Vec<A> broadcast(A x) {
   return x - Vec<A>{};
 }
 
-// What float and double have of their own.
+// Properties of float and double.
 template <class A>
 struct Float;
 
@@ -61,7 +61,7 @@ struct Float<float> {
   static constexpr float exp2[] = {1.5353362068858489e-4f, 1.3398874393981390e-3f,
                                    9.6184373569574206e-3f, 5.5503324711908572e-2f,
                                    2.4022647913636853e-1f, 6.9314720285503165e-1f};
-  // The same for |r| <= 1/32, relative error 1.6e-9, with a table of 2^(k/16).
+  // The same for |r| <= 1/32, for use with a table of 2^(k/16); relative error 1.6e-9.
   static constexpr float short_exp2[] = {5.5502136455739043e-2f, 2.4023428801567776e-1f,
                                          6.9314718266667654e-1f};
 };
@@ -79,7 +79,7 @@ struct Float<double> {
       2.4022650695910131260e-1,  6.9314718055994532581e-1};
 };
 
-// a * b + c, rounded once where the processor can.
+// a * b + c, rounded once if the processor can.
 GIST_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -99,13 +99,13 @@ GIST_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// x * y - n where that is small: exact but for one rounding, with or without a fused operation.
+// x * y - n for a small result: exact but for one rounding, with or without a fused multiply-add.
 template <class A>
 GIST_INLINE Vec<A> product_minus(Vec<A> x, A y, Vec<A> n) {
 #if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
   return fma(x, broadcast(y), -n);
 #else
-  // Products of halves of the digits are exact.
+  // Each factor is split into two halves of its digits, whose products are exact.
   using Bits = typename Float<A>::Bits;
   constexpr Bits upper = ~Bits(0) << ((Float<A>::mantissa + 2) / 2);
   const A y_high = bit_cast<A>(bit_cast<Bits>(y) & upper);
@@ -127,7 +127,7 @@ GIST_INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return _mm256_max_ps(x,
 GIST_INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return _mm_max_ps(x, y); }
 #endif
 
-// 0, 1, 2, ...
+// The vector 0, 1, 2, ...
 template <class A>
 GIST_INLINE Vec<A> lane_numbers() {
   Vec<A> v;
@@ -165,15 +165,15 @@ GIST_INLINE double sum(typename VectorOf<A, kCount>::type v) {
   }
 }
 
-// The natural logarithm of normal numbers; infinity and NaN stay what they are. With x = 2^k m and
-// m near 1, log m = 2 artanh((m - 1) / (m + 1)). Good to two units in the last place.
+// The natural logarithm of normal numbers; infinity and NaN are returned as they are. With
+// x = 2^k m and m near 1, log m = 2 artanh((m - 1) / (m + 1)). The error is at most two ulps.
 GIST_INLINE Vec<double> log(Vec<double> x) {
   using Bits = Vec<std::uint64_t>;
   constexpr std::uint64_t root_half = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000;
   constexpr double ln2_high = 0x1.62e42fefa0000p-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   const Bits biased = (bit_cast<Bits>(x) - root_half + one) >> 52;
   const Vec<double> m = bit_cast<Vec<double>>(bit_cast<Bits>(x) - (biased << 52) + one);
-  // Integers below 2^52, as the last bits of 2^52.
+  // Converts integers below 2^52, placed in the last bits of 2^52.
   const Vec<double> k = bit_cast<Vec<double>>(biased | 0x4330000000000000) - (0x1p52 + 1023);
   const Vec<double> ratio = (m - 1) / (m + 1), square = ratio * ratio;
   Vec<double> series = broadcast(1.0 / 21);
@@ -183,8 +183,8 @@ GIST_INLINE Vec<double> log(Vec<double> x) {
   return x - x == 0 ? result : x;
 }
 
-// x -> exp(scale * x) for x <= 0. The factor log2(e) * scale is kept in two parts, so that with a
-// fused multiply-add the result is good to about one unit in the last place for every scale and x.
+// x -> exp(scale * x) for x <= 0. The factor log2(e) * scale is stored in two parts. With a fused
+// multiply-add the error is then about one ulp for every scale and x.
 template <class A>
 class Exp {
  public:
@@ -196,13 +196,13 @@ class Exp {
     least_ = A((2 - Float<A>::bias) / factor);
   }
 
-  // Of several vectors at once, step by step: their chains of operations then run side by side.
+  // Takes several vectors at once, step by step, so that their chains of operations overlap.
   template <int kCount>
   GIST_INLINE void operator()(const Vec<A> (&x)[kCount], Vec<A> (&e)[kCount]) const {
     using F = Float<A>;
     using Bits = Vec<typename F::Bits>;
     Vec<A> clamped[kCount], shifted[kCount], r[kCount];
-    // Clamped so that -inf meets no arithmetic; max() hands a NaN on.
+    // Clamped so that no arithmetic sees -inf; max() passes a NaN on.
     for (int i = 0; i < kCount; ++i) clamped[i] = max(broadcast(least_), x[i]);
 #if defined(__AVX512F__)
     if constexpr (sizeof(A) == 4) {
@@ -210,7 +210,7 @@ class Exp {
       return;
     }
 #endif
-    // Adding the magic number rounds to an integer and leaves it in the lowest bits.
+    // Adding the magic number rounds to an integer, which then is in the lowest bits.
     for (int i = 0; i < kCount; ++i)
       shifted[i] = fma(clamped[i], broadcast(high_), broadcast(F::round_magic));
     for (int i = 0; i < kCount; ++i)
@@ -229,7 +229,7 @@ class Exp {
 
  private:
 #if defined(__AVX512F__)
-  // 2^t = 2^n 2^(k/16) 2^r: a table in one register leaves r a shorter polynomial.
+  // 2^t = 2^n 2^(k/16) 2^r. With a table of 2^(k/16) in one register, 2^r is a shorter polynomial.
   template <int kCount>
   GIST_INLINE void by_table(const Vec<A> (&x)[kCount], const Vec<A> (&clamped)[kCount],
                             Vec<A> (&e)[kCount]) const {

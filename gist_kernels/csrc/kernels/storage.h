@@ -1,4 +1,4 @@
-// Numbers as they lie in memory, and their way into vectors and back. Internal linkage: see simd.h.
+// Loads and stores between memory, in any dtype, and vectors. Internal linkage: see simd.h.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-// The type that arithmetic on a storage type is done in.
+// The type of arithmetic on a storage type.
 template <class S>
 struct ArithmeticType {
   using type = float;
@@ -45,14 +45,14 @@ GIST_INLINE Floats widen(Float16, Halves halves) {
 #else
   const Words bits = __builtin_convertvector(halves, Words);
   const Words magnitude = (bits & 0x7fff) << 13;
-  // The multiplication moves the exponent's bias from 15 to 127, for denormals too.
+  // The multiplication changes the exponent's bias from 15 to 127, for denormals too.
   const Words finite = bit_cast<Words>(bit_cast<Floats>(magnitude) * 0x1p112f);
   const Words special = magnitude | 0x7f800000;
   return bit_cast<Floats>((magnitude < 0x0f800000 ? finite : special) | (bits & 0x8000) << 16);
 #endif
 }
 
-// Narrowing rounds to nearest, ties to even, and keeps NaN a NaN.
+// Narrowing rounds to nearest, ties to even. A NaN stays a NaN.
 GIST_INLINE Halves narrow(BFloat16, Floats floats) {
   const Words bits = bit_cast<Words>(floats);
   const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -77,7 +77,7 @@ GIST_INLINE Halves narrow(Float16, Floats floats) {
 #endif
 }
 
-// How much of a vector lies in memory: all its lanes, or the first few, at the end of a row.
+// The lanes of a vector that lie in memory: all, or at the end of a row the first few.
 struct Whole {};
 struct Part {
   int lanes;  // at least one
@@ -109,7 +109,7 @@ GIST_INLINE void store(S *to, Whole, Vec<Arithmetic<S>> v) {
   }
 }
 
-// Past the cache, to memory that starts a vector of its own: between cache lines, never across.
+// Stores around the cache. `to` must be aligned to the vector, so that no store crosses a line.
 template <class S>
 GIST_INLINE void store_past_cache(S *to, Vec<Arithmetic<S>> v) {
   if constexpr (sizeof(S) == 2) {
@@ -171,7 +171,7 @@ GIST_INLINE void store(S *to, Part part, Vec<Arithmetic<S>> v) {
 #endif
 }
 
-// Calls body(j, lanes) for each vector of a run of n numbers, `lanes` being Whole or Part.
+// Calls body(j, lanes) for each vector of a run of n numbers; `lanes` is Whole or Part.
 template <class A, class Body>
 GIST_INLINE void for_each_vector(std::int64_t n, Body body) {
   std::int64_t j = 0;
@@ -179,11 +179,11 @@ GIST_INLINE void for_each_vector(std::int64_t n, Body body) {
   if (j < n) body(j, Part{int(n - j)});
 }
 
-// As many vectors of each head as the registers hold while exponentials of all are computed: what
-// a processor looks ahead is too little to overlap such chains by itself.
+// Vectors per head whose exponentials are computed together; the registers hold no more. The
+// processor does not look far enough ahead to overlap such chains by itself.
 constexpr int kAbreast = kVectorBytes == 64 ? 2 : 1;
 
-// Calls body(j, lanes, count) for each `count` vectors: kAbreast, at the end of the run 1.
+// Calls body(j, lanes, count) for every `count` vectors; count is kAbreast, or 1 at the run's end.
 template <class A, class Body>
 GIST_INLINE void for_each_vectors(std::int64_t n, Body body) {
   constexpr std::int64_t step = kAbreast * kLanes<A>;

@@ -52,7 +52,7 @@ void activate(Activation activation, double u, double &value, double &slope) {
   slope = far ? gate : gate + u * steepness;
   if (std::isnan(u)) value = slope = NAN;
   if (linear) slope = 1;
-  if (activation == Activation::relu && std::isnan(u)) slope = 1;  // neither side; PyTorch's is 1
+  if (activation == Activation::relu && std::isnan(u)) slope = 1;  // PyTorch's
 }
 
 using Doubles = std::vector<double>;
@@ -69,7 +69,7 @@ void run(const Case &c, int threads) {
   const Dtype wide = accumulated(c.dtype);
   const double scale = 0.7, eps = 1e-6;
   Normal normal(m * 31 + n * 7 + r);
-  // The last row ends where the memory does; what is between rows is NaN.
+  // The last row ends where the memory does; the padding between rows is NaN.
   const auto rows = [&](bool present) {
     Buffer buffer(c.dtype, !present || m == 0 ? 0 : (m - 1) * stride + n);
     for (int64_t i = 0; present && i < m; ++i)
@@ -161,7 +161,7 @@ void run(const Case &c, int threads) {
   const Doubles g_out = reads_d_out ? rows_of(d_out, m, n, stride) : zeros(m * n);
   Doubles normed, stats, out, zs, dx = zeros(m * n), d_down = zeros(r * n), d_down_bias = zeros(r),
                                   d_up = zeros(n * r), d_up_bias = zeros(n);
-  double largest_g = 0, largest_dz = 0;  // of numbers whose sums may cancel
+  double largest_g = 0, largest_dz = 0;  // their sums may cancel
   for (int64_t i = 0; i < m; ++i) {
     const double *const xs = of_x.data() + i * n, *const gs = g_out.data() + i * n;
     double *const to = dx.data() + i * n;
@@ -228,7 +228,7 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
   Normal normal(size);
   Buffer u = normal.filled(dtype, size, 3), d = normal.filled(dtype, size), value(dtype, size),
          slope(dtype, size);
-  // Past every range in which something is computed, and what is no number.
+  // Values beyond every range of the formulas, infinities and NaN.
   const double edges[] = {0,    -0.0, 1e-30, -1e-30, 14.5,     -14.5,     200,
                           -200, 3e4,  -3e4,  6e4,    INFINITY, -INFINITY, NAN};
   for (int64_t i = 3; i < size; i += 5) u.set(i, edges[std::size_t(i) % std::size(edges)]);
@@ -251,7 +251,7 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
   activation_backward(call, threads);
   const std::string name = "dtype " + std::to_string(int(dtype)) + ", activation " +
                            std::to_string(int(activation)) + " of " + std::to_string(size) + ": ";
-  // Each by itself: a number of 3e4 among them measures no other.
+  // Each by itself, so that the 3e4 among them does not widen the tolerance of the others.
   Buffer &gradient = in_place ? d : slope;
   for (int64_t i = 0; i < size; ++i) {
     const double by = tolerance(dtype);
@@ -268,7 +268,7 @@ int main() {
   return on_every_instruction_set([] {
     int count = 0;
     for (Dtype dtype : kFormats) {
-      // Widths and ranks around every number of lanes and block; groups are of 4 or 16 rows.
+      // Widths and ranks around every number of lanes and every block; groups have 4 or 16 rows.
       for (int64_t width : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 197})
         for (int64_t rank : {0, 1, 3, 4, 5, 8, 17, 33})
           for (int64_t rows : {1, 3, 4, 5, 17}) {
@@ -279,7 +279,7 @@ int main() {
           }
       for (int64_t rank : {0, 5})
         run({dtype, 0, 9, rank, Activation::gelu, true, true, Add::x, true, true, 0}, 2);
-      // Several parts of the rows, and teams of several threads.
+      // Several parts of rows, and several threads.
       run({dtype, 301, 197, 5, Activation::gelu, true, true, Add::x, true, true, 1}, 4);
       run({dtype, 261, 133, 34, Activation::silu, true, false, Add::other, false, true, 0}, 3);
       run({dtype, 530, 99, 0, Activation::gelu, true, true, Add::nothing, false, true, 2}, 3);

@@ -13,7 +13,7 @@ struct Case {
   Dtype dtype;
   int64_t batch, heads, queries, keys, head_dim;
   double scale;
-  bool packed;  // q, k and v are slices of one tensor; else each is dense
+  bool packed;  // q, k and v are slices of one tensor; otherwise each is dense
 
   std::string name() const {
     return "dtype " + std::to_string(int(dtype)) + ", " + std::to_string(batch) + " x " +
@@ -22,7 +22,7 @@ struct Case {
   }
 };
 
-// (batch, rows, width) numbers somewhere in a buffer.
+// A (batch, rows, width) tensor within a buffer.
 struct Slice {
   Buffer *buffer;
   int64_t offset, batch_stride, row_stride, rows, width;
@@ -161,7 +161,7 @@ void run(const Case &c, int threads) {
         }
       }
   const auto check = [&](const Slice &slice, const Doubles &exact, const char *what) {
-    // Nearly all of a gradient may cancel.
+    // Nearly all of a gradient may cancel out.
     const double least = what[0] == 'd' ? 1 : 0;
     compare(*slice.buffer, exact, least, c.name() + what,
             [&](int64_t i) { return slice.place(i); });
@@ -190,7 +190,7 @@ int main() {
                  odd ? 1 / std::sqrt(double(head_dim)) : -0.3, odd},
                 1);
           }
-      // Heads as wide as they may be, products of several depths, several blocks of queries.
+      // The widest heads, matmuls of several depths, several blocks of queries.
       run({dtype, 1, 1, 9, 140, 256, 0.06, true}, 1);
       run({dtype, 1, 2, 75, 1001, 20, 0.2, true}, 1);
       run({dtype, 0, 2, 3, 4, 5, 1, false}, 2);

@@ -1,6 +1,6 @@
-// What the kernels' own tests share: memory of exactly the right size, numbers in every format, and
+// Shared by the kernels' own tests: memory of exactly the right size, numbers in every dtype, and
 // the comparison with plain loops in double. These tests are for sanitizers, which see only code
-// built with them (CMakeLists.txt says how); Python's tests say more of values.
+// built with them (CMakeLists.txt says how). The Python tests check values more thoroughly.
 #pragma once
 
 #include <sys/mman.h>
@@ -27,9 +27,9 @@ namespace gist::test {
 
 using std::int64_t;
 
-// `size` numbers, not written yet: all of them NaN. The memory ends where a page begins that nobody
-// may touch, for AddressSanitizer does not see the masked accesses of AVX-512; what lies before it
-// is for AddressSanitizer to guard.
+// `size` numbers, all NaN: not written yet. The memory ends at an inaccessible page, since
+// AddressSanitizer does not see the masked accesses of AVX-512. AddressSanitizer guards the memory
+// in front.
 class Buffer {
  public:
   Buffer() = default;
@@ -87,7 +87,7 @@ class Buffer {
     return double(take<float>(wide));
   }
 
-  // Rounded to what the format has.
+  // The number, rounded to the dtype.
   void set(int64_t index, double value) {
     unsigned char *const at = place(index);
     const float single = float(value);
@@ -146,7 +146,7 @@ class Buffer {
 
 inline void *address(const Buffer &buffer) { return buffer.size() == 0 ? nullptr : buffer.data(); }
 
-// What arithmetic on numbers of a format is done in.
+// The type of arithmetic on numbers of a dtype.
 inline Dtype accumulated(Dtype dtype) {
   return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
 }
@@ -169,8 +169,8 @@ class Normal {
 
 inline const Dtype kFormats[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16, Dtype::float64};
 
-// How far a number of a format may be from a sum of some hundred terms, of which the largest in its
-// tensor is 1: rounded once, at the end, to a format of 16 bits.
+// The tolerance of a sum of some hundred terms, relative to the largest number of its tensor. A
+// 16-bit dtype is rounded to once, at the end.
 inline double tolerance(Dtype dtype) {
   switch (dtype) {
     case Dtype::float64: return 1e-12;
@@ -197,8 +197,8 @@ inline void expect(double value, double exact, double allowed, const std::string
   fail(what + numbers);
 }
 
-// Each of a tensor's numbers, found at place(i); errors are measured by the largest of them, or by
-// `least` where rounding has more to say. What was compared is erased.
+// Compares each number of a tensor, number i at place(i). Errors are relative to the largest
+// number, or to `least` if that is larger. Numbers that were compared are erased.
 template <class Place>
 void compare(Buffer &found, const std::vector<double> &exact, double least, const std::string &what,
              Place place) {
@@ -216,12 +216,12 @@ inline void compare(Buffer &found, const std::vector<double> &exact, const std::
                     double least = 0) {
   compare(found, exact, least, what, [](int64_t i) { return i; });
 }
-// Of a tensor that was compared: nothing else was written.
+// Checks that nothing else was written to a tensor that was compared.
 inline void expect_blank(const Buffer &found, const std::string &what) {
   if (!found.is_blank()) fail(what + " was written outside of its rows");
 }
 
-// Runs body() on every instruction set of this processor; returns main()'s status.
+// Runs body() with every instruction set of this processor. Returns main()'s status.
 template <class Body>
 int on_every_instruction_set(Body body) {
   for (const char *name : {"avx512", "avx2", "portable"})

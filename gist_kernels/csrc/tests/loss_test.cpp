@@ -36,7 +36,7 @@ std::vector<double> log_softmax(const std::vector<double> &x, double temperature
 void run(const Case &c, int threads) {
   Normal normal(c.rows * 31 + c.classes);
   const int64_t stride = c.classes + c.padding, n = c.rows;
-  // The last row ends where the memory does; what is between rows is NaN.
+  // The last row ends where the memory does; the padding between rows is NaN.
   const int64_t length = n == 0 ? 0 : (n - 1) * stride + c.classes;
   const Dtype accumulate = accumulated(c.dtype);
   Buffer logits[2], gradients[2], again[2];
@@ -123,7 +123,7 @@ void run(const Case &c, int threads) {
   }
   if (c.reduction == Reduction::sum) near(loss[0], total, relative, "sum");
   if (c.reduction == Reduction::mean && kept > 0) near(loss[0], total / kept, relative, "mean");
-  // Softmaxes and targets of equal mass: a row's gradient sums to 0.
+  // Softmax and target have equal mass, so a row's gradient sums to 0.
   for (int s : kHeads) {
     if (!(s == kCls ? c.d_cls : c.d_gist)) continue;
     if (!(gradients[s] == again[s])) fail(c.name() + "the two gradients differ");
@@ -155,7 +155,7 @@ int main() {
       run({Dtype::float32, Dtype::int64, 0, 9, 0, 3, 0, reduction, true, true, false}, 2);
       run({Dtype::float32, Dtype::int64, 67, 1500, 1, 3, 0, reduction, true, true, false}, 4);
     }
-    // Large enough to be written past the cache, rows ending anywhere in a cache line.
+    // Large enough to be written around the cache; rows end anywhere in a cache line.
     run({Dtype::float32, Dtype::int64, 66, 65537, 0, 3, 0, Reduction::mean, true, true, false}, 3);
   });
 }

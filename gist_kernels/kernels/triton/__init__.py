@@ -1,7 +1,7 @@
 """The Triton backend, for tensors on CUDA and ROCm devices.
 
-With the environment variable ``TRITON_INTERPRET=1``, set before Triton is imported, the kernels
-run in Triton's interpreter instead, on CPU tensors: slow, but no device is needed to test them.
+If the environment variable ``TRITON_INTERPRET=1`` is set before Triton is imported, the kernels run
+in Triton's interpreter instead, on CPU tensors. That is slow, but tests then need no device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gist_kernels.kernels.triton.launch import (
 
 if unavailable() is not None:
     BACKEND = Backend("triton", unavailable=unavailable())
-else:  # Triton is imported only where it can run
+else:  # import Triton only where it can run
     from gist_kernels.kernels.triton import activation, adapter, attention, linear, loss
 
     BACKEND = Backend(

@@ -1,7 +1,7 @@
-"""The activation functions on GPUs: as Triton device functions, and element by element.
+"""The activation functions on GPUs: Triton device functions, and element-wise kernels.
 
-Arithmetic is in float32. Both forms of GELU and SiLU are z times a distribution function F, and
-their derivatives F + z F'.
+Arithmetic is in float32. Both forms of GELU, and SiLU, are z F(z) with a distribution function F.
+Their derivative is F + z F'.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def activate(z, KIND: tl.constexpr):
     if KIND == "identity":
         y = z
     elif KIND == "relu":
-        # Not a maximum, which would drop a nan.
+        # A maximum would drop a nan.
         y = tl.where(z < 0, 0.0, z)
     else:
         y = z * _distribution(z, KIND)
@@ -30,7 +30,7 @@ def activate(z, KIND: tl.constexpr):
 
 @triton.jit
 def slope(z, KIND: tl.constexpr):
-    """Its derivative; that of relu at 0 is 0."""
+    """The derivative of :func:`activate`; that of relu at 0 is 0."""
     if KIND == "identity":
         y = tl.full(z.shape, 1.0, tl.float32)
     elif KIND == "relu":
@@ -43,7 +43,7 @@ def slope(z, KIND: tl.constexpr):
         rate = tl.full(z.shape, 1.0, tl.float32)
         if KIND == "gelu_tanh":
             rate = 1.5957691216057308 + 0.21406444881780076 * z * z
-        # Far out F' is 0, where z and the rate may be infinite.
+        # Far out, F' is 0 and z or the rate may be infinite.
         y = F + tl.where(tl.abs(z) > 128, 0.0, z * rate * (F * (1 - F)))
     return y
 
@@ -92,9 +92,9 @@ def forward(u: torch.Tensor, activation: str) -> torch.Tensor:
 def backward(
     d_a: torch.Tensor, u: torch.Tensor, activation: str, *, into_d_a: bool = False
 ) -> torch.Tensor:
-    """The gradient of ``u``, contiguous, of its shape and dtype, from that of :func:`forward`.
+    """The gradient of ``u``, contiguous, in ``u``'s shape and dtype, from the gradient ``d_a``.
 
-    ``into_d_a`` writes it over ``d_a``, which must then be contiguous and of ``u``'s dtype.
+    With ``into_d_a``, the result overwrites ``d_a``, which must be contiguous and in ``u``'s dtype.
     """
     if into_d_a and not (d_a.is_contiguous() and d_a.dtype == u.dtype):
         raise ValueError("into_d_a needs a contiguous d_a of u's dtype")
@@ -111,6 +111,7 @@ def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], kind: str) -> None:
         tile = heuristics.ELEMENTWISE
         with launch.on(device):
             kernel[(tile.programs(1, size),)](
-                *tensors, size // align, kind, align, tile.block,
-                num_warps=tile.threads // launch.warp_size(device), enable_fp_fusion=True,
-            )  # fmt: skip
+                *(*tensors, size // align, kind, align, tile.block),
+                num_warps=tile.threads // launch.warp_size(device),
+                enable_fp_fusion=True,
+            )

@@ -1,17 +1,19 @@
 """The parallel adapter, LayerNorm and residual of a sublayer on GPUs: Triton kernels, launches.
 
-``forward`` is one launch: a program reads some rows of x and writes what LayerNorm and the adapter
-make of them. ``backward`` walks through the rows in programs that each keep their own sums for the
-gradients of the weights; a second launch adds these up in a fixed order, so that the same bits come
-out every time. Two regimes, by rank and width alone (``heuristics``):
+``forward`` is one launch: a program reads some rows of x and writes the outputs of LayerNorm and
+the adapter for them. In ``backward`` every program walks through some rows and keeps its own sums
+for the gradients of the weights. A second launch adds up these sums in a fixed order, so the bits
+are the same every time. Rank and width select one of two regimes (``heuristics``):
 
-- small ranks: a row stays in registers between its sums and what is computed from them. The rank is
-  far below what tensor cores take, and products are summed across the row like its mean;
-- others: a row is taken in chunks of features, again from a cache where it is needed again, and the
-  products are ``tl.dot``. Weight gradients of such ranks fill no multiprocessor's registers: they
-  take a launch of their own, from the dz that the first has left, which programs share by features.
+- small ranks: a row stays in registers between its sums and the results computed from them. The
+  rank is far below a tensor core's tile, so matmuls are sums across the row, like its mean;
+- larger ranks: a row is read in chunks of features, a second time from the cache, and matmuls are
+  ``tl.dot``. The weights' gradients are then too large for one multiprocessor's registers. A launch
+  of their own computes them from the dz of the first launch; its programs divide the features.
 
-Sizes come in units of ALIGN elements, see :func:`gist_kernels.kernels.triton.launch.alignment`.
+Shapes: M rows, D features, R rank, P programs with sums of their own. z, dz, stats and partials are
+float32. Optional tensors are None if absent. The number of features and the row strides come in
+units of ALIGN elements, see :func:`gist_kernels.kernels.triton.launch.alignment`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _SIZES = (
 
 @triton.jit
 def _tile(pointer, row, stride, column, mask, ALIGN: tl.constexpr):
-    """A tile of rows in float32, 0 where masked. Offsets can pass 2^31."""
+    """A tile of rows in float32, 0 where masked. Offsets can exceed 2^31."""
     at = pointer + row.to(tl.int64)[:, None] * stride * ALIGN + column[None, :]
     return tl.load(at, mask, 0.0).to(tl.float32)
 
@@ -54,14 +56,14 @@ def _down(weight, k, column, features, RANK: tl.constexpr):
 
 @triton.jit
 def _up(weight, k, column, features, RANK: tl.constexpr):
-    """A tile of Wu^T, ranks by features: in memory it is features by ranks."""
+    """A tile of Wu^T, ranks by features. Wu is (D, R) in memory."""
     mask = (k < RANK)[:, None] & (column < features)[None, :]
     return tl.load(weight + column[None, :] * RANK + k[:, None], mask, 0.0).to(tl.float32)
 
 
 @triton.jit
 def _vector(pointer, index, mask, otherwise):
-    """A weight or bias in float32, or what stands for an absent one."""
+    """A weight or bias in float32; ``otherwise`` for an absent one."""
     value = otherwise
     if pointer is not None:
         value = tl.load(pointer + index, mask, 0.0).to(tl.float32)
@@ -70,14 +72,14 @@ def _vector(pointer, index, mask, otherwise):
 
 @triton.jit
 def _ranks(row, k, inside, RANK: tl.constexpr):
-    """Offsets and mask of some rows' z or dz, which are contiguous."""
+    """Offsets and mask of some rows of z or dz, which are contiguous."""
     at = row.to(tl.int64)[:, None] * RANK + k[None, :]
     return at, inside[:, None] & (k < RANK)[None, :]
 
 
 @triton.jit
 def _hidden(z, row, k, inside, total, down_bias, scale, RANK: tl.constexpr, KIND: tl.constexpr):
-    """scale * act(z) for z = total + bd, which is kept for the backward pass."""
+    """scale * act(z) for z = total + bd; stores z for the backward pass."""
     total += _vector(down_bias, k, k < RANK, 0.0)
     at, mask = _ranks(row, k, inside, RANK)
     tl.store(z + at, total, mask)
@@ -86,10 +88,13 @@ def _hidden(z, row, k, inside, total, down_bias, scale, RANK: tl.constexpr, KIND
 
 @triton.jit
 def _write_out(
-    out, add, x_tile, update, up_bias, bias, scale, row, stride_add, column, mask, features,
-    feature_units, ADD_X: tl.constexpr, ALIGN: tl.constexpr,
+    out, add,  # (M, D)
+    x_tile, update,  # (ROWS, BLOCK)
+    up_bias, bias,  # (D,)
+    scale, row, stride_add, column, mask, features, feature_units,
+    ADD_X: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """add + update + scale * bu + bias."""
+    """Store add + update + scale * bu + bias."""
     within = column < features
     update += scale * _vector(up_bias, column, within, 0.0) + _vector(bias, column, within, 0.0)
     if ADD_X:
@@ -101,9 +106,17 @@ def _write_out(
 
 @triton.jit
 def _write_normed(
-    normed, xhat, norm_weight, norm_bias, row, column, mask, features, feature_units,
+    normed,  # (M, D)
+    xhat,  # (ROWS, BLOCK)
+    norm_weight,  # (D,)
+    norm_bias,  # (D,)
+    row,
+    column,
+    mask,
+    features,
+    feature_units,
     ALIGN: tl.constexpr,
-):  # fmt: skip
+):
     within = column < features
     y = xhat * _vector(norm_weight, column, within, 1.0)
     y += _vector(norm_bias, column, within, 0.0)
@@ -114,7 +127,7 @@ def _write_normed(
 def _inverse_deviation(squares, features, eps):
     """1 / sqrt(variance + eps), correctly rounded; the variance is squares / features.
 
-    NaN where the squares overflow: 0 would pass for a row of zeros.
+    NaN where the squares overflow; 0 would make the row look like one of zeros.
     """
     return tl.div_rn(1.0, tl.sqrt_rn(squares / features + eps)) + (squares - squares)
 
@@ -128,12 +141,15 @@ def _write_stats(stats, row, inside, mean, rstd):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    x, add, down, down_bias, up, up_bias, bias, norm_weight, norm_bias, normed, out, z, stats,
+    x, add,  # (M, D); with ADD_X, add is x
+    down, down_bias, up, up_bias,  # (R, D), (R,), (D, R), (D,)
+    bias, norm_weight, norm_bias,  # (D,)
+    normed, out, z, stats,  # written: (M, D), (M, D), (M, R), (M, 2)
     rows, feature_units, stride_x, stride_add, scale, eps, each,
     ADD_X: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     BLOCK: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """So many rows, one by one: the weights stay in registers, the next rows are on their way."""
+    """``each`` rows, one by one. The weights stay in registers; the next rows are prefetched."""
     features = feature_units * ALIGN
     column = tl.arange(0, BLOCK)
     mask = column < features
@@ -173,12 +189,15 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_chunks_kernel(
-    x, add, down, down_bias, up, up_bias, bias, norm_weight, norm_bias, normed, out, z, stats,
+    x, add,  # (M, D); with ADD_X, add is x
+    down, down_bias, up, up_bias,  # (R, D), (R,), (D, R), (D,)
+    bias, norm_weight, norm_bias,  # (D,)
+    normed, out, z, stats,  # written: (M, D), (M, D), (M, R), (M, 2)
     rows, feature_units, stride_x, stride_add, scale, eps,
     ADD_X: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows taken in chunks: first their sums, then, chunk by chunk, the outputs."""
+    """The same for rows read in chunks: first their sums, then the outputs, chunk by chunk."""
     features = feature_units * ALIGN
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, RANKS)
@@ -194,7 +213,7 @@ def _forward_chunks_kernel(
             wd = _down(down, k, column, features, RANK)
             total = tl.dot(x_tile, tl.trans(wd), total, input_precision=PRECISION)
         if normed is not None:
-            # The chunk's mean and squares about it, merged with those of the chunks before.
+            # The chunk's mean and squares about it, merged with those of the previous chunks.
             count = tl.minimum(features - start, BLOCK)
             chunk_mean = tl.sum(x_tile, 1) / count
             centred = tl.where(mask, x_tile - chunk_mean[:, None], 0.0)
@@ -228,7 +247,7 @@ def _forward_chunks_kernel(
 
 @triton.jit
 def _normalised(x_tile, stats, row, inside, mask):
-    """xhat and 1 / std of some rows, from what the forward pass has kept."""
+    """xhat and 1 / std of some rows, from the forward pass's statistics."""
     at = stats + 2 * row.to(tl.int64)
     mean = tl.load(at, inside, 0.0)
     rstd = tl.load(at + 1, inside, 0.0)
@@ -240,7 +259,8 @@ def _dz(total, z, row, k, inside, scale, RANK: tl.constexpr, KIND: tl.constexpr)
     """dz and scale * act(z), given total = d_out Wu."""
     at, mask = _ranks(row, k, inside, RANK)
     value = tl.load(z + at, mask, 0.0)
-    # Past the last rank total is 0, but not act(0)'s slope; past the last row both are 0.
+    # Beyond the last rank, total is 0, but the slope of act(0) is not. Beyond the last row, both
+    # are 0.
     return scale * total * slope(value, KIND), scale * activate(value, KIND)
 
 
@@ -251,12 +271,17 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    d_out, d_normed, x, norm_weight, stats, down, up, z, dx,
-    rows, feature_units, stride_x, stride_out, stride_normed, scale, partials, each,
+    d_out, d_normed, x,  # (M, D)
+    norm_weight, stats,  # (D,), (M, 2)
+    down, up, z,  # (R, D), (D, R), (M, R)
+    dx,  # written: (M, D)
+    rows, feature_units, stride_x, stride_out, stride_normed, scale,
+    partials,  # written: (P, _part_size)
+    each,
     PASS: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     BLOCK: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx of so many rows, one by one, and their share of the gradients of the weights."""
+    """dx of ``each`` rows, one by one, and their share of the weights' gradients."""
     features = feature_units * ALIGN
     column = tl.arange(0, BLOCK)
     mask = column < features
@@ -310,13 +335,13 @@ def _backward_kernel(
 
 @triton.jit
 def _part_size(features, RANK: tl.constexpr):
-    """A program's sums: d_down_weight, d_up_weight^T, d_up_bias and d_down_bias, one by one."""
+    """The size of a program's sums: d_down_weight, d_up_weight^T, d_up_bias, d_down_bias."""
     return (2 * RANK + 1) * features + RANK
 
 
 @triton.jit
 def _write_part(at, d_down, d_up, d_up_bias, k, column, features, RANK: tl.constexpr):
-    """All but d_down_bias, of some features."""
+    """Store the sums of some features: all but d_down_bias, which is per rank."""
     within = column < features
     mask = (k < RANK)[:, None] & within[None, :]
     offset = k[:, None] * features + column[None, :]
@@ -327,12 +352,16 @@ def _write_part(at, d_down, d_up, d_up_bias, k, column, features, RANK: tl.const
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_chunks_kernel(
-    d_out, d_normed, x, norm_weight, stats, down, up, z, dx,
-    rows, feature_units, stride_x, stride_out, stride_normed, scale, dz,
+    d_out, d_normed, x,  # (M, D)
+    norm_weight, stats,  # (D,), (M, 2)
+    down, up, z,  # (R, D), (D, R), (M, R)
+    dx,  # written: (M, D)
+    rows, feature_units, stride_x, stride_out, stride_normed, scale,
+    dz,  # written: (M, R)
     PASS: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dz and dx of rows taken in chunks: first their sums, then, chunk by chunk, dx."""
+    """dz and dx of rows read in chunks: first their sums, then dx, chunk by chunk."""
     features = feature_units * ALIGN
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, RANKS)
@@ -381,11 +410,14 @@ def _backward_chunks_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _weights_kernel(
-    d_out, x, z, dz, partials, rows, feature_units, stride_x, stride_out, scale, each,
+    d_out, x,  # (M, D)
+    z, dz,  # (M, R)
+    partials,  # written: (P, _part_size)
+    rows, feature_units, stride_x, stride_out, scale, each,
     ALIGN: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some features' gradients of the weights, summed over so many tiles of rows."""
+    """The weights' gradients for some features, summed over ``each`` tiles of rows."""
     features = feature_units * ALIGN
     part = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -409,17 +441,26 @@ def _weights_kernel(
         d_up_bias += scale * tl.sum(d_out_tile, 0)
     at = partials + part.to(tl.int64) * _part_size(features, RANK)
     _write_part(at, d_down, d_up, d_up_bias, k, column, features, RANK)
-    # The same for all features: the first program's alone passes.
+    # It is the same for all features: only the first program stores it.
     mask = tl.program_id(0) * RANKS + k < RANK
     tl.store(at + (2 * RANK + 1) * features + k, d_down_bias, mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _sum_kernel(
-    partials, d_down, d_down_bias, d_up, d_up_bias, parts, feature_units,
-    ALIGN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradients from all programs' sums, always in the same order."""
+    partials,  # (P, _part_size)
+    d_down,  # written: (R, D)
+    d_down_bias,  # written: (R,)
+    d_up,  # written: (D, R)
+    d_up_bias,  # written: (D,)
+    parts,
+    feature_units,
+    ALIGN: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The weights' gradients from all programs' sums, always added in the same order."""
     features = feature_units * ALIGN
     size = _part_size(features, RANK)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -456,10 +497,10 @@ def forward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """``(normed, out, z, stats)``, in one launch.
 
-    ``normed`` (M, D) is LayerNorm(x), with ``stats`` (M, 2) float32, each row's mean and 1 / std;
-    ``out`` (M, D) is ``add + scale * (act(z) Wu^T + bu) + bias``, with ``z = x Wd^T + bd`` (M, r)
-    float32. What has no norm, or no adapter, is None. Without ``add`` its place is taken by 0;
-    it may be ``x`` itself, which is then read once.
+    ``normed`` (M, D) is LayerNorm(x). ``stats`` (M, 2) float32 is the mean and 1 / std of each row.
+    ``out`` (M, D) is ``add + scale * (act(z) Wu^T + bu) + bias``, with ``z = x Wd^T + bd`` (M, R)
+    float32. Without ``norm``, normed and stats are None; without ``adapter``, out and z are. If
+    ``add`` is None, nothing is added. If ``add`` is ``x`` itself, x is read once.
     """
     rows, features = x.shape
     normed = out = z = stats = None
@@ -517,9 +558,9 @@ def backward(
     """``(dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias)`` from the gradients of ``out``
     and ``normed``, either of which may be None.
 
-    ``dx`` (M, D) includes ``d_out`` itself if ``pass_through``, for an ``out`` to which ``x`` was
-    added. It is None unless needed; so are the weights' gradients without an adapter, or without
-    ``d_out``, and those of absent biases. They have their weights' dtypes.
+    With ``pass_through``, ``dx`` (M, D) includes ``d_out`` itself: ``x`` was added to ``out``.
+    ``dx`` is None unless needed. The weights' gradients are None without an adapter or without
+    ``d_out``, and those of absent biases are None. Each has its weight's dtype.
     """
     rows, features = x.shape
     dx = torch.empty((rows, features), dtype=x.dtype, device=x.device) if need_dx else None
@@ -569,7 +610,7 @@ def _backward(
     device = x.device
     x = _by_row(x)
     d_out, d_normed = (None if d is None else _by_row(d) for d in (d_out, d_normed))
-    z, stats = _dense(z), _dense(stats)  # of some rows alone, they may have gaps
+    z, stats = _dense(z), _dense(stats)  # those of a part of the tokens may have gaps
     strides = tuple(0 if t is None else t.stride(0) for t in (x, d_out, d_normed))
     align = launch.alignment(features, *strides, most=4)
     units = features // align
@@ -608,13 +649,13 @@ def _backward(
 
 
 def _partials(parts: int, features: int, rank: int, device: torch.device) -> torch.Tensor:
-    """Room for the programs' sums, see :func:`_part_size`."""
+    """Memory for the programs' sums, see :func:`_part_size`."""
     size = (2 * rank + 1) * features + rank if rank else 0
     return torch.empty((parts, size), dtype=torch.float32, device=device)
 
 
 def _parameters(adapter: AdapterWeights | None) -> tuple[Any, ...]:
-    """Weights as the kernels take them, scale and activation."""
+    """The weights, dense, the scale and the activation."""
     if adapter is None:
         return None, None, None, None, 1.0, "identity"
     return *(_dense(weight) for weight in adapter[:4]), adapter.scale, adapter.activation
@@ -625,15 +666,16 @@ def _dense(weight: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _by_row(x: torch.Tensor) -> torch.Tensor:
-    """As it is where a row's features are neighbours."""
+    """``x`` with contiguous features; ``x`` itself if they are."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _meta(tile: heuristics.AdapterTile, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Launch arguments of a kernel that computes.
+    """Launch arguments of a kernel with matmuls.
 
-    Tensor cores take float32 rounded to 10 bits of mantissa (TF32), which a half type's own
-    rounding covers, or as a sum of two such numbers, nearly exact. AMD's take float32 itself.
+    Tensor cores round float32 to 10 bits of mantissa (TF32), no more than fp16 and bf16 inputs are
+    rounded already. float32 inputs are split into two such numbers each, which is nearly exact.
+    AMD's matrix cores take float32 itself.
     """
     meta = tile.meta(launch.warp_size(device))
     if tile.chunked:

@@ -1,16 +1,20 @@
 """Multi-head attention of short sequences on GPUs: Triton kernels and their launches.
 
-Up to some 256 keys, a head's keys and values fit into one multiprocessor, and their gradients into
-its registers. So ``backward`` is one launch in which a program does one head of one image: it goes
-through the queries once, and every tensor is read once and written once. Queries, keys and values
-are read, and their gradients written, where they lie, slices of one packed tensor as a rule: there
-is nothing to pack or to permute around the kernels. What that is against PyTorch's attention,
-``python bench/traffic.py`` counts.
+Up to about 256 keys, a head's keys and values fit into one multiprocessor, and their gradients into
+its registers. So ``backward`` is one launch in which each program takes one head of one image. The
+program walks through the queries once; every tensor is read once and written once. The kernels read
+queries, keys and values in place, usually slices of one packed tensor, and write the gradients in
+place too. No copy or permutation surrounds them. ``python bench/traffic.py`` counts the bytes, and
+those of PyTorch's attention.
 
-Longer sequences, and float32, which tensor cores would round, are PyTorch's: see :func:`serves`.
+PyTorch's attention serves longer sequences, and float32, which tensor cores would round: see
+:func:`serves`.
 
-Scores are kept keys by queries: keys are many, as the first dimension of a product on tensor cores
-should be. The other way round, some targets run out of registers.
+Score tiles are keys by queries. The first dimension of a tensor-core matmul should be the larger
+one, and there are more keys. With queries first, some targets run out of registers.
+
+Shapes: B images, Q queries, N keys, H heads, Dh features per head. The features of a row are
+contiguous; its batch and row strides come in units of ALIGN elements.
 """
 
 from __future__ import annotations
@@ -36,10 +40,17 @@ _WIDEN = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def _at(
-    tensor, batch, head, batch_step, row_step, row, column,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Pointers to some rows of a head. Offsets can pass 2^31."""
+    tensor,  # (B, rows, H Dh)
+    batch,
+    head,
+    batch_step,
+    row_step,
+    row,
+    column,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Pointers to some rows of a head. Offsets can exceed 2^31."""
     start = tensor + batch * batch_step * ALIGN + head * HEAD_DIM
     return start + row.to(tl.int64)[:, None] * row_step * ALIGN + column[None, :]
 
@@ -54,26 +65,44 @@ def _inside(row, rows, column, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _load(
-    tensor, batch, head, batch_step, row_step, row, rows, column,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """0 past the last row and column."""
+    tensor,  # (B, rows, H Dh)
+    batch,
+    head,
+    batch_step,
+    row_step,
+    row,
+    rows,
+    column,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Load some rows of a head, 0 beyond the last row and column."""
     at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
     return tl.load(at, _inside(row, rows, column, HEAD_DIM), 0.0)
 
 
 @triton.jit
 def _store(
-    tensor, value, batch, head, batch_step, row_step, row, rows, column,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+    tensor,  # (B, rows, H Dh)
+    value,  # (len(row), len(column))
+    batch,
+    head,
+    batch_step,
+    row_step,
+    row,
+    rows,
+    column,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Store some rows of a head."""
     at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
     tl.store(at, value.to(tensor.dtype.element_ty), _inside(row, rows, column, HEAD_DIM))
 
 
 @triton.jit
 def _product(a, b):
-    """Of half types, in float32."""
+    """The matmul of fp16 or bf16 tiles, in float32."""
     if _WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -82,12 +111,32 @@ def _product(a, b):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    q, k, v, out, lse, queries, keys, heads, q_batch, q_row, k_batch, k_row, v_batch, v_row,
-    out_batch, out_row, scale, parts, each,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    q,  # (B, Q, H Dh)
+    k,  # (B, N, H Dh)
+    v,  # (B, N, H Dh)
+    out,  # written: (B, Q, H Dh)
+    lse,  # written: (B, H, Q) float32
+    queries,
+    keys,
+    heads,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    v_batch,
+    v_row,
+    out_batch,
+    out_row,
+    scale,
+    parts,
+    each,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
-):  # fmt: skip
-    """``each`` blocks of one head's queries, over all of its keys at once."""
+):
+    """Attention for ``each`` blocks of one head's queries, over all of its keys at once."""
     index = tl.program_id(0).to(tl.int64) // parts
     batch, head = index // heads, index % heads
     column = tl.arange(0, COLUMNS)
@@ -110,12 +159,38 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    d_out, q, k, v, lse, d_q, d_k, d_v, queries, keys, heads,
-    d_out_batch, d_out_row, q_batch, q_row, k_batch, k_row, v_batch, v_row,
-    d_q_batch, d_q_row, d_k_batch, d_k_row, d_v_batch, d_v_row, scale,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    d_out,  # (B, Q, H Dh)
+    q,  # (B, Q, H Dh)
+    k,  # (B, N, H Dh)
+    v,  # (B, N, H Dh)
+    lse,  # (B, H, Q) float32
+    d_q,  # written: (B, Q, H Dh)
+    d_k,  # written: (B, N, H Dh)
+    d_v,  # written: (B, N, H Dh)
+    queries,
+    keys,
+    heads,
+    d_out_batch,
+    d_out_row,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    v_batch,
+    v_row,
+    d_q_batch,
+    d_q_row,
+    d_k_batch,
+    d_k_row,
+    d_v_batch,
+    d_v_row,
+    scale,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
-):  # fmt: skip
+):
     """All gradients of one head."""
     index = tl.program_id(0).to(tl.int64)
     batch, head = index // heads, index % heads
@@ -137,7 +212,8 @@ def _backward_kernel(
         p = tl.exp2((scores - total[None, :]) * _LOG2_E)
         of_v += _product(p.to(d_rows.dtype), d_rows)
         d_p = _product(all_v, tl.trans(d_rows))
-        # Where all values are alike it nearly cancels d_p: of the rounded output it would be off.
+        # Where all values are alike, the mean nearly cancels d_p. Computed from the rounded output,
+        # it would be too inexact.
         mean = tl.sum(p * d_p, 0)
         d_scores = (p * (d_p - mean[None, :])).to(q_rows.dtype)
         of_k += _product(d_scores, q_rows)
@@ -157,9 +233,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
 
-    ``q`` is (B, Q, H Dh), ``k`` and ``v`` are (B, N, H Dh), all of one of ``DTYPES``, of any batch
-    and row strides, of sizes that :func:`serves`. Returns ``out`` (B, Q, H Dh), contiguous, and
-    ``lse`` (B, H, Q) in float32.
+    ``q`` is (B, Q, H Dh), ``k`` and ``v`` are (B, N, H Dh), of the same one of ``DTYPES``, with any
+    batch and row strides. :func:`serves` must accept their sizes. Returns ``out`` (B, Q, H Dh),
+    contiguous, and ``lse`` (B, H, Q) in float32.
     """
     batch, queries, width = q.shape
     out = torch.empty((batch, queries, width), dtype=q.dtype, device=q.device)
@@ -172,10 +248,11 @@ def forward(
     parts, each = tile.parts(queries, batch * num_heads, launch.multiprocessors(q.device))
     with launch.on(q.device):
         _forward_kernel[(parts * batch * num_heads,)](
-            q, k, v, out, lse, queries, k.shape[1], num_heads, *strides, scale, parts, each,
-            ALIGN=align, HEAD_DIM=width // num_heads,
+            *(q, k, v, out, lse, queries, k.shape[1], num_heads, *strides, scale, parts, each),
+            ALIGN=align,
+            HEAD_DIM=width // num_heads,
             **tile.meta(launch.warp_size(q.device)),
-        )  # fmt: skip
+        )
     return out, lse
 
 
@@ -191,10 +268,10 @@ def backward(
     d_k: torch.Tensor,
     d_v: torch.Tensor,
 ) -> None:
-    """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
+    """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
-    ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its result.
-    Batch and row strides may be any. The gradients must overlap neither each other nor an input.
+    ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its ``out``. Batch and row
+    strides may be any. The gradients must overlap neither each other nor an input.
     """
     if not lse.numel():
         return
@@ -204,10 +281,12 @@ def backward(
     align, strides = _strides(width // num_heads, d_out, q, k, v, d_q, d_k, d_v)
     with launch.on(q.device):
         _backward_kernel[(batch * num_heads,)](
-            d_out, q, k, v, lse.contiguous(), d_q, d_k, d_v, queries, k.shape[1], num_heads,
-            *strides, scale, ALIGN=align, HEAD_DIM=width // num_heads,
+            *(d_out, q, k, v, lse.contiguous(), d_q, d_k, d_v),
+            *(queries, k.shape[1], num_heads, *strides, scale),
+            ALIGN=align,
+            HEAD_DIM=width // num_heads,
             **tile.meta(launch.warp_size(q.device)),
-        )  # fmt: skip
+        )
 
 
 def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.AttentionTile | None:
@@ -219,7 +298,7 @@ def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.Attent
 
 
 def _strides(head_dim: int, *tensors: torch.Tensor) -> tuple[int, list[int]]:
-    """Batch and row strides of the tensors in units of ALIGN, and that."""
+    """ALIGN, and the tensors' batch and row strides in units of it."""
     strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
     align = launch.alignment(head_dim, *strides)
     return align, [stride // align for stride in strides]

@@ -1,7 +1,7 @@
-"""Launch shapes of the Triton kernels, in one place; nothing is tuned at run time.
+"""Launch shapes of the Triton kernels. Nothing is tuned at run time.
 
-None of them depends on the number of rows: how a row is cut up decides the last bits of its sums,
-and those must not change with the batch around it.
+No shape depends on the number of rows. The way a row is cut decides the last bits of its sums, and
+these must not change with the batch around the row.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Elements, of either logit tensor, in a tile of several rows.
+# Elements of each logit tensor in a tile of several rows.
 _SHORT = 512
-# The longest row that one program takes whole, and that it can also keep for the gradients: at
-# twice that, one program fills a multiprocessor's registers, and nothing overlaps its loads.
+# The longest row that one program takes whole, and the longest that it can also keep for the
+# gradients. At twice that, one program fills a multiprocessor's registers, and nothing overlaps its
+# loads.
 _LONGEST = 8192
 _LONGEST_KEPT = 4096
-# Above, its chunks in the forward and the backward pass: short enough for several programs on a
-# multiprocessor, whose loads and arithmetic then overlap, long enough that what is kept of a chunk
-# is below 1 % of the traffic.
+# The chunks of longer rows in the forward and the backward pass. They are short enough for several
+# programs per multiprocessor, so that loads and arithmetic overlap. They are long enough that the
+# statistics of the chunks are below 1 % of the traffic.
 _FORWARD_CHUNK = 4096
 _BACKWARD_CHUNK = 2048
 
-# Rows whose targets each program counts for itself; above, one program counts for all.
+# Up to this many rows, each program counts the targets itself; above, one program counts for all.
 COUNT_INLINE = 256
 
 
 class Tile(NamedTuple):
-    """What one program works on: a block of classes, or of chunks, of some rows."""
+    """The work of one program: a block of classes, or of chunks, of some rows."""
 
     rows: int
     block: int
@@ -42,7 +43,7 @@ class Tile(NamedTuple):
         return -(-rows // self.rows) * self.chunks(classes)
 
     def meta(self, warp_size: int) -> dict[str, Any]:
-        """Launch arguments. Warps differ in size, 32 lanes or 64 (AMD CDNA); threads do not."""
+        """Launch arguments. A warp has 32 lanes, or 64 (AMD CDNA); a tile has a fixed number."""
         meta = {
             "ROWS": self.rows,
             "BLOCK": self.block,
@@ -50,58 +51,59 @@ class Tile(NamedTuple):
             "enable_fp_fusion": True,
         }
         if self.rows > 1 and torch.version.hip is None:
-            # Left to itself, ptxas may spill here for an occupancy that so little work can't use.
+            # By default ptxas may spill here, for an occupancy that so little work can't use.
             meta["maxnreg"] = 128
         return meta
 
 
 @lru_cache(maxsize=1024)
 def forward(classes: int) -> Tile:
-    """Statistics."""
+    """The tile of the statistics."""
     return _tile(classes if classes <= _LONGEST else _FORWARD_CHUNK, 16)
 
 
 @lru_cache(maxsize=1024)
 def backward(classes: int) -> Tile:
-    """Gradients from given statistics: element-wise."""
+    """The tile of the gradients from given statistics, which are element-wise."""
     return _tile(min(classes, _BACKWARD_CHUNK), 8)
 
 
 @lru_cache(maxsize=1024)
 def kept(classes: int) -> Tile | None:
-    """Statistics and gradients of rows held in registers in between; None where they can't be."""
+    """The tile of statistics and gradients in one kernel; None if a row doesn't fit registers."""
     return _tile(classes, 8) if classes <= _LONGEST_KEPT else None
 
 
 @lru_cache(maxsize=1024)
 def combine(chunks: int) -> Tile:
-    """Rows' statistics from their chunks'."""
+    """The tile of the kernel that merges the chunks' statistics."""
     block = _power_of_2(chunks)
     return Tile(max(1, 256 // block), block, threads=128)
 
 
 ELEMENTWISE = Tile(1, 1024, threads=128)
-"""Of activations."""
+"""The tile of activations."""
 
-# The greatest rank of which products are summed in registers, padded to a power of 2; how many
-# numbers of either weight a thread then holds there; and the most threads for which a
-# multiprocessor has that many registers, for the sums of that size in the backward pass too.
+# The greatest rank, padded to a power of 2, whose matmuls are summed in registers.
 _SMALL_RANK = 8
+# Numbers of each weight that a thread then holds in registers.
 _WEIGHTS_HELD = 32
+# The most threads for which a multiprocessor has that many registers, and as many for the backward
+# pass's sums.
 _MOST_THREADS = 256
 
 
 class AdapterTile(NamedTuple):
-    """What one program of the adapter works on at a time."""
+    """The tile that one program of the adapter works on at a time."""
 
     rows: int
     block: int
-    """Features: all of them, unless ``chunked``."""
+    """Features: all, unless ``chunked``."""
     ranks: int
     threads: int
     stages: int
     share: float
-    """Programs for each multiprocessor, where a program goes through many tiles."""
+    """Programs per multiprocessor, if a program takes many tiles."""
     chunked: bool = False
 
     def programs(self, rows: int) -> int:
@@ -111,9 +113,9 @@ class AdapterTile(NamedTuple):
         return -(-features // self.block)
 
     def parts(self, rows: int, multiprocessors: int) -> tuple[int, int]:
-        """How many programs share all tiles, and how many tiles each of them takes.
+        """The number of programs, and the number of tiles each takes.
 
-        They depend on the shapes and the device's size alone: the same sums every time.
+        They depend only on the shapes and the device's size: the same sums every time.
         """
         tiles = self.programs(rows)
         each = -(-tiles // max(1, int(self.share * multiprocessors)))
@@ -124,7 +126,7 @@ class AdapterTile(NamedTuple):
         return shape | {
             "BLOCK": self.block,
             "RANKS": self.ranks,
-            # AMD's compiler spills a scalar register for rows shared among fewer than four.
+            # With fewer than four warps per row, AMD's compiler spills a scalar register.
             "num_warps": max(4 if warp_size == 64 else 1, self.threads // warp_size),
             "num_stages": self.stages,
             "enable_fp_fusion": True,
@@ -133,48 +135,50 @@ class AdapterTile(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def adapter_forward(features: int, rank: int) -> AdapterTile:
-    """LayerNorm and adapter; rank 0 is no adapter."""
+    """The tile of LayerNorm and adapter; rank 0 means no adapter."""
     return _row(features, rank, 384)
 
 
 @lru_cache(maxsize=1024)
 def adapter_backward(features: int, rank: int) -> AdapterTile:
-    """dx, and with few ranks the weights' gradients."""
+    """The tile of dx and, for small ranks, of the weights' gradients."""
     return _row(features, rank, 256)
 
 
 def _row(features: int, rank: int, resident: int) -> AdapterTile:
-    """One row at a time. As many programs as a multiprocessor can hold take turns there: a program
-    waits for the sums of its row, and each leaves sums of its own to add up in the end."""
+    """One row at a time, on as many programs as a multiprocessor can hold.
+
+    They take turns, since a program waits for the sums of its row. More programs than that would
+    only leave more partial sums to add up.
+    """
     block, ranks = max(16, _power_of_2(features)), _power_of_2(max(1, rank))
     threads = max(32, block * max(ranks, 2) // _WEIGHTS_HELD)
     if ranks > _SMALL_RANK or block > _LONGEST or threads > _MOST_THREADS:
         return _chunked(rank)
-    # Enough rows on their way to keep the memory busy.
+    # Enough rows in flight to keep the memory busy.
     stages = 4 if block <= 1024 else 3 if block <= 2048 else 2
     return AdapterTile(1, block, ranks, threads, stages, max(1, resident // threads))
 
 
 @lru_cache(maxsize=1024)
 def adapter_weights(features: int, rank: int) -> AdapterTile:
-    """The weights' gradients of many ranks."""
+    """The tile of the weights' gradients for large ranks."""
     tile = _chunked(rank)
     return tile._replace(share=2 / tile.chunks(features))
 
 
 def _chunked(rank: int) -> AdapterTile:
-    """What no target needs more registers for than there are, as bench/binaries.py checks."""
+    """A tile that spills registers on no target, as bench/binaries.py checks."""
     ranks = max(16, _power_of_2(rank))
     return AdapterTile(32 if ranks <= 64 else 16, 32, ranks, 256, 2, 1, chunked=True)
 
 
 ADAPTER_SUMS = Tile(32, 64, threads=128)
-"""Of programs, and weights."""
+"""The tile of the launch that adds up partial sums: programs by weights."""
 
 
 class AttentionTile(NamedTuple):
-    """What one program of the attention works on: all keys of a head, and a block of queries at a
-    time."""
+    """The work of one attention program: all keys of a head, and a block of queries at a time."""
 
     columns: int
     keys: int
@@ -182,8 +186,10 @@ class AttentionTile(NamedTuple):
     threads: int
 
     def parts(self, queries: int, heads: int, multiprocessors: int) -> tuple[int, int]:
-        """How many programs share a head's blocks of queries in the forward pass, and how many
-        blocks each takes. Each reads all keys, so there are no more than to be busy with."""
+        """The number of forward programs per head, and the blocks of queries each takes.
+
+        Each program reads all keys. So there are only as many as keep the multiprocessors busy.
+        """
         blocks = -(-queries // self.queries)
         each = min(blocks, max(1, blocks * heads // (2 * multiprocessors)))
         return -(-blocks // each), each
@@ -198,18 +204,18 @@ class AttentionTile(NamedTuple):
             "enable_fp_fusion": True,
         }
         if torch.version.hip is None:
-            meta["maxnreg"] = 255  # all there are; ptxas may spill for an occupancy instead
+            meta["maxnreg"] = 255  # all there are; by default ptxas may spill for occupancy
         return meta
 
 
-# How many numbers of keys and of values a program can keep at hand, and their gradients in
-# registers: with tensor cores that read shared memory, and with those that need registers for it.
+# Numbers of the keys, and as many of the values, that a program can hold, with their gradients in
+# registers. True: tensor cores read operands from shared memory. False: they need registers for it.
 _KEYS_HELD = {True: 16_384, False: 8192}
 
 
 @lru_cache(maxsize=1024)
 def attention(keys: int, head_dim: int, *, reads_shared: bool) -> AttentionTile | None:
-    """None where a head's keys are too many for one program."""
+    """The tile of attention; None if a head has too many keys for one program."""
     columns, rows = max(16, _power_of_2(head_dim)), max(16, _power_of_2(keys))
     if rows * columns > _KEYS_HELD[reads_shared] or rows > 256:
         return None

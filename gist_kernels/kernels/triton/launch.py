@@ -1,4 +1,4 @@
-"""Whether and where Triton kernels run, and what every launch needs to know of the device."""
+"""Whether and where Triton kernels run, and the device properties that launches need."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda",)
-"""As in ``tensor.device.type``; PyTorch calls ROCm devices "cuda" too."""
+"""Values of ``tensor.device.type``; PyTorch calls ROCm devices "cuda" too."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Arithmetic is in float32, which would be a loss for float64."""
+"""Arithmetic is in float32, so float64 is not among them."""
 
 
 def unavailable() -> str | None:
@@ -29,7 +29,7 @@ def unavailable() -> str | None:
 
 
 def detail() -> str:
-    """What the kernels run on here."""
+    """Triton's version, and the device or interpreter that runs the kernels here."""
     if INTERPRETED:
         where = "its interpreter, on CPU tensors (TRITON_INTERPRET=1)"
     elif torch.version.hip is not None:
@@ -44,8 +44,8 @@ def detail() -> str:
 def alignment(*sizes: int, most: int = 16) -> int:
     """The greatest power of two, up to ``most``, that divides every size.
 
-    Kernels take sizes in units of it. They know it when compiled, and hence which accesses they can
-    vectorise, without a binary for every size.
+    Kernels take sizes in units of it. It is a compile-time constant, so the compiler knows which
+    accesses it can vectorise, without a binary for every size.
     """
     common = most
     for size in sizes:
@@ -54,7 +54,7 @@ def alignment(*sizes: int, most: int = 16) -> int:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """A context in which ``device`` is current: Triton launches on the current device."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -67,7 +67,10 @@ def warp_size(device: torch.device) -> int:
 
 @lru_cache
 def tensor_cores_read_shared_memory(device: torch.device) -> bool:
-    """As NVIDIA's do since Hopper. AMD's do not, but have registers enough."""
+    """Whether tensor cores read operands from shared memory, as NVIDIA's do since Hopper.
+
+    True for AMD too: its matrix cores do not, but it has registers enough.
+    """
     if device.type == "cpu" or torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(device) >= (9, 0)
@@ -75,7 +78,7 @@ def tensor_cores_read_shared_memory(device: torch.device) -> bool:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many there are; in the interpreter, as many as a large GPU has."""
+    """The number of multiprocessors; in the interpreter, that of a large GPU."""
     if device.type == "cpu":
         return 128
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x weight^T + bias`` of (..., I) rows, with a weight of (O, I)."""
+    """``x weight^T + bias``, for x (..., I) and a weight (O, I)."""
     return F.linear(x, weight, bias)
 
 
 def add_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``out + x weight^T`` of (M, I) rows onto (M, O) ones, which are overwritten."""
+    """``out + x weight^T``, for x (M, I). Overwrites ``out`` (M, O)."""
     return out.addmm_(x, weight.t())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import backends
 import pytest
 import torch
 from sublayer_cases import (
@@ -18,7 +19,6 @@ from sublayer_cases import (
 from torch.profiler import ProfilerActivity, profile
 
 import gist_kernels as gk
-from gist_kernels.kernels.triton import DEVICE_TYPES
 
 KINDS = {
     "biases and norm": {},
@@ -182,10 +182,10 @@ def test_layers_without_biases(name, kind):
     compare(name, kind, {}, torch.float64, biases=False)
 
 
-@pytest.mark.triton
+@pytest.mark.parametrize("backend", backends.besides_the_default("sublayers"))
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_triton_value_and_every_gradient(name, options):
-    how = {"backend": "triton", "device": DEVICE_TYPES[0], "draws": 3}
+def test_value_and_every_gradient_by_name(name, options, backend):
+    how = {"backend": backend, "device": backends.device_of(backend), "draws": 3}
     compare(name, "scale and low rank", options, torch.float32, **how)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import backends
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -15,10 +16,9 @@ from gist_kernels.kernels.triton import INTERPRETED
 SETTINGS = ([3.0, 1.0, 0.5, 0.75, 0.75, 0.1], -100)
 
 
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.fixture(autouse=True, params=backends.serving("loss"))
 def served_by(request):
-    device = "cuda" if request.param == "triton" and not INTERPRETED else "cpu"
-    with gk.use_backend(request.param), torch.device(device):
+    with gk.use_backend(request.param), torch.device(backends.device_of(request.param)):
         yield request.param
 
 

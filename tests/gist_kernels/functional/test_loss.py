@@ -14,30 +14,8 @@ from hypothesis import strategies as st
 
 import gist_kernels as gk
 from gist_kernels.functional import loss as loss_module
-from gist_kernels.kernels.triton import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("served_by")
-
-
-@pytest.fixture(
-    params=[
-        "reference",
-        "cpu",
-        pytest.param(
-            "triton",
-            marks=[
-                pytest.mark.triton,
-                # On a device, the Triton kernels' own test asks the same.
-                pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"),
-            ],
-        ),
-    ]
-)
-def served_by(request):
-    if request.param == "triton" and request.node.get_closest_marker("float64"):
-        pytest.skip("the Triton kernels take no float64")
-    with gk.use_backend(request.param):
-        yield request.param
 
 
 CLASSES = (1, 2, 5, 10, 45, 100, 397, 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import backends
 import oracles
 import pytest
 import torch
@@ -19,7 +20,6 @@ from sublayer_cases import (
 )
 
 import gist_kernels as gk
-from gist_kernels.kernels.triton import DEVICE_TYPES
 
 
 def differentiated(function, x, adapter, upstream, **options):
@@ -110,21 +110,19 @@ def test_value_and_every_gradient(name, options, layer_scale, with_adapter, dtyp
     compare(name, dtype, options, draws=draws, layer_scale=layer_scale, with_adapter=with_adapter)
 
 
-@pytest.mark.triton
+@pytest.mark.parametrize("backend", backends.besides_the_default("sublayers"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_adapter", [True, False])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_triton_value_and_every_gradient(name, options, with_adapter, dtype):
-    device = DEVICE_TYPES[0]
-    compare(name, dtype, options, backend="triton", with_adapter=with_adapter, device=device)
+def test_value_and_every_gradient_by_name(name, options, with_adapter, dtype, backend):
+    device = backends.device_of(backend)
+    compare(name, dtype, options, backend=backend, with_adapter=with_adapter, device=device)
 
 
-@pytest.mark.parametrize(
-    "backend", ["auto", "reference", pytest.param("triton", marks=pytest.mark.triton)]
-)
+@pytest.mark.parametrize("backend", backends.serving("sublayers", reference=True))
 @pytest.mark.parametrize(("name", "options"), [*CASES[:2], ("mlp", {})])
 def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend):
-    device = DEVICE_TYPES[0] if backend == "triton" else "cpu"
+    device = backends.device_of(backend)
     x, norm, attention, mlp, adapter = arguments(torch.bfloat16, device=device)
     weights = attention if name == "attention" else mlp
     function = gk.adapter_attention if name == "attention" else gk.adapter_mlp
