@@ -47,7 +47,7 @@ def create_backbone(
         RuntimeError: the hub can't be reached or has no weights for it.
         ImportError: transformers is missing for "hf:FOLDER".
     """
-    skeleton(name, num_classes=num_classes, img_size=img_size)
+    skeleton(name, num_classes=num_classes, img_size=img_size, drop_path_rate=drop_path_rate)
     if pretrained and weights is not None:
         raise ValueError("pretrained and weights both say where the weights are; give one")
     file = None if weights is None else find_weights(name, weights)
@@ -64,7 +64,9 @@ def create_backbone(
     return backbone
 
 
-def skeleton(name: str, *, num_classes: int, img_size: int | None = None) -> nn.Module:
+def skeleton(
+    name: str, *, num_classes: int, img_size: int | None = None, drop_path_rate: float = 0.0
+) -> nn.Module:
     """The model's structure on the meta device, at once and without weights.
 
     Raises:
@@ -77,7 +79,9 @@ def skeleton(name: str, *, num_classes: int, img_size: int | None = None) -> nn.
         if name.startswith(hf_folder.PREFIX):
             folder = _folder(name)
             _check_size(name, img_size, hf_folder.patch_size(folder))
-            return hf_folder.create(folder, num_classes=num_classes, img_size=img_size)
+            return hf_folder.create(
+                folder, num_classes=num_classes, img_size=img_size, drop_path_rate=drop_path_rate
+            )
         _check_name(name)
         model: Any = timm.create_model(name, num_classes=num_classes)
         try:

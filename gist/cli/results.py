@@ -158,4 +158,4 @@ def show(results: dict[str, Any], directory: Path, title: str) -> None:
     for name, result in results.items():
         if result["reused"]:
             console.print(f"{name}: finished earlier, --fresh trains it again", style="dim")
-    console.print(f"Results, weights and curves: {directory}", highlight=False)
+    console.print(f"Results, weights and curves: {directory}", highlight=False, soft_wrap=True)

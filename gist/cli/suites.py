@@ -139,7 +139,8 @@ def _run(arguments: argparse.Namespace) -> None:
         },
     )  # fmt: skip
     tasks = suite.choose(arguments.tasks)
-    for config in plan.runs(tasks[0], 0)[:1]:
+    # Only the drop path differs between tasks in what the model is.
+    for config in {run.drop_path: run for task in tasks for run in plan.runs(task, 0)}.values():
         check_model(config)
     load: Callable[[Task], Stages]
     if suite is VTAB_1K:
@@ -174,7 +175,7 @@ def _run(arguments: argparse.Namespace) -> None:
         listener=RunProgress,
         on_record=show,
     )
-    console.print(f"Results: {out}. Next: gist vtab report {out}", highlight=False)
+    console.print(f"Results: {out}. Next: gist vtab report {out}", highlight=False, soft_wrap=True)
 
 
 def _load_named(task: Task) -> Stages:

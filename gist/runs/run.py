@@ -72,7 +72,7 @@ class RunConfig:
 
 
 def check_model(config: RunConfig) -> None:
-    """Check model, image size, method and the weights' path, before images are read.
+    """Check model, image size, method, drop path and the weights' path, before images are read.
 
     Nothing is fetched, and no parameter is allocated.
 
@@ -84,7 +84,13 @@ def check_model(config: RunConfig) -> None:
         find_weights(config.model, str(config.weights))
     with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns
-        wrap(skeleton(config.model, num_classes=2, img_size=config.img_size), config.gist)
+        backbone = skeleton(
+            config.model,
+            num_classes=2,
+            img_size=config.img_size,
+            drop_path_rate=config.drop_path,
+        )
+        wrap(backbone, config.gist)
 
 
 class Listener:

@@ -89,6 +89,16 @@ def test_weights_that_lack_a_part_are_refused(tmp_path):
         create_backbone(f"hf:{tmp_path}", num_classes=3, weights=str(tmp_path / "w.pth"))
 
 
+def test_half_a_classifier_is_not_loaded(tmp_path):
+    source = saved(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["classifier.bias"]
+    torch.save(state, tmp_path / "w.pth")
+    model = create_backbone(f"hf:{tmp_path}", num_classes=3, weights=str(tmp_path / "w.pth"))
+    assert equal(model, source, without="classifier")
+    assert not torch.equal(model.classifier.weight, source.classifier.weight)
+
+
 def test_stochastic_depth_goes_where_there_is_one(tmp_path):
     saved(tmp_path / "dino", "Dinov2")
     model = create_backbone(f"hf:{tmp_path / 'dino'}", num_classes=2, drop_path_rate=0.2)

@@ -123,3 +123,11 @@ def test_a_model_is_refused_before_images_are_read(
         method = [] if "--method" in options else ["--method", "lora"]
         assert cli.main(["vtab", "run", str(tmp_path), "--device", "cpu", *method, *options]) == 2
     assert message in said(capsys)
+
+
+def test_a_suite_needs_every_tasks_drop_path(saved_vit, tmp_path, capsys):
+    run = ["vtab", "run", str(tmp_path), "--model", f"hf:{saved_vit}", "--pretrained"]
+    assert cli.main([*run, "--device", "cpu"]) == 2
+    assert "has no stochastic depth; drop_path must be 0" in said(capsys)
+    assert cli.main([*run, "--drop-path", "0", "--tasks", "cifar", "--device", "cpu"]) == 2
+    assert "cifar: no such folder" in said(capsys)

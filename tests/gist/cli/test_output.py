@@ -16,7 +16,7 @@ from PIL import Image
 from gist import cli
 
 NAME = os.fsdecode(b"caf\xe9")  # not UTF-8
-TRICKY = "b[red]:cat: $x$"  # markup and emoji to rich, a formula to matplotlib
+TRICKY = "b[red]:cat: $x_{$"  # markup and emoji to rich, a formula to matplotlib
 TRAIN = ["--model", "test_vit", "--random-weights", "--img-size", "32", "--device", "cpu",
          "--epochs", "1", "--method", "none"]  # fmt: skip
 
