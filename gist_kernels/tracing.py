@@ -43,3 +43,10 @@ def transformed(gradient: torch.Tensor | None) -> bool:
         torch._C._functorch.is_functorch_wrapped_tensor(gradient)
         or forward_ad.unpack_dual(gradient).tangent is not None
     )
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; some, such as "meta", have none."""
+    # Before PyTorch 2.15 Dynamo can't trace the first question.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)

@@ -15,7 +15,7 @@ from gist.fusion.patch_embedding import embed_patches
 from gist.methods.base import AttachedMethod, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of
-from gist_kernels.tracing import under_transform
+from gist_kernels.tracing import autocast_enabled, under_transform
 
 _FORWARDS = {
     name: getattr(VisionTransformer, name)
@@ -112,8 +112,7 @@ def features(
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         x = model.patch_drop(model._pos_embed(embed_patches(model.patch_embed, images)))
         x = model.norm_pre(x)
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocast_enabled(x.device.type):
         x = x.to(next(model.parameters()).dtype)  # where no float32 position has been added
     # Of the first block's input, only the Gist token then needs a gradient.
     grad_tokens = None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gist.methods.hooks import FreeHook
+from gist_kernels.tracing import autocast_enabled
 
 _LAYERS = (F.linear, F.conv2d, F.layer_norm, F.rms_norm)
 
@@ -54,7 +55,7 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
 def _in_own_dtype(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Pre-hook: a float32 head's input from a half backbone. Autocast converts by itself."""
     weight, (x, *others) = getattr(head, "weight", None), args
-    if not isinstance(weight, torch.Tensor) or torch.is_autocast_enabled(x.device.type):
+    if not isinstance(weight, torch.Tensor) or autocast_enabled(x.device.type):
         return args
     return x.to(weight.dtype), *others
 

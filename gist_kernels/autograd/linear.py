@@ -13,13 +13,14 @@ import torch
 
 from gist_kernels.autograd.tensors import column_sums
 from gist_kernels.kernels.protocols import LinearKernels
+from gist_kernels.tracing import autocast_enabled
 from gist_kernels.weights import LinearUpdate
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of a sublayer's matmuls: x's, or autocast's."""
     device = x.device.type
-    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype is torch.float64 or not autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
 

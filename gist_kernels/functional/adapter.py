@@ -9,7 +9,7 @@ from gist_kernels.activations import ACTIVATIONS, Activation
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import select
 from gist_kernels.suggest import unknown_name
-from gist_kernels.tracing import needs_dispatcher
+from gist_kernels.tracing import autocast_enabled, needs_dispatcher
 from gist_kernels.weights import AdapterWeights
 
 
@@ -63,12 +63,7 @@ def adapter(
         check.shape("up_bias", up_bias, (width,), "(D,)")
     if residual is not None:
         check.shape("residual", residual, tuple(x.shape), "x's shape")
-    device_type = x.device.type
-    # is_autocast_available is for devices without autocast. Dynamo can't trace it before PyTorch
-    # 2.15.
-    autocast = (
-        torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    ) and torch.is_autocast_enabled(device_type)
+    autocast = autocast_enabled(x.device.type)
     named = {
         "down_weight": down_weight,
         "down_bias": down_bias,

@@ -142,6 +142,7 @@ def flattened() -> None:
     Holder.__name__ = "FullyShardedDataParallel"
     with pytest.raises(ValueError, match="shard it by torch.distributed.fsdp.fully_shard instead"):
         gist.save(Holder(), os.devnull)
+    dist.barrier()  # no process may leave before the other has joined
     dist.destroy_process_group()
 
 
