@@ -7,7 +7,7 @@ them, with the adapter beside each. A block with anything else in it runs by its
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +38,22 @@ _FORWARDS = {
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class Plan(NamedTuple):
-    """What the fused sublayers of one block take from all methods together."""
+class Weights(NamedTuple):
+    """What the fused sublayers of one block take."""
 
-    attention: gk.AdapterWeights | None
-    mlp: gk.AdapterWeights | None
-    updates: Mapping[str, LayerUpdate]
+    norm1: gk.NormWeights
+    attention: gk.AttentionWeights
+    attention_adapter: gk.AdapterWeights | None
+    norm2: gk.NormWeights
+    mlp: gk.MlpWeights
+    mlp_adapter: gk.AdapterWeights | None
+
+
+class Plan(NamedTuple):
+    """How a block runs as fused sublayers."""
+
+    weights: Callable[[], Weights]
+    """Gives the weights of a call: methods may compute some from their parameters."""
 
 
 def plan(
@@ -61,6 +71,25 @@ def plan(
     reason = _block_refusal(block, hook_owners)
     if reason is not None:
         return Refusal(reason)
+    parts = _joined(methods, index)
+    if isinstance(parts, Refusal):
+        return parts
+    if not _fits(parts, block.attn.qkv.weight):
+        return Refusal("its method's parameters are not plain tensors beside its weights")
+    if all(type(tensor) is nn.Parameter for tensor in _tensors(parts)) and not parts.updates:
+        weights = _weights(block, parts)
+        return Plan(lambda: weights)
+
+    def computed() -> Weights:
+        parts = _joined(methods, index)
+        assert not isinstance(parts, Refusal)
+        return _weights(block, parts)
+
+    return Plan(computed)
+
+
+def _joined(methods: Sequence[AttachedMethod], index: int) -> FusedParts | Refusal:
+    """All methods' parts in a block."""
     attention: gk.AdapterWeights | None = None
     mlp: gk.AdapterWeights | None = None
     updates: dict[str, LayerUpdate] = {}
@@ -68,15 +97,41 @@ def plan(
         parts = method.fused(index)
         if isinstance(parts, Refusal):
             return parts
-        if not _fits(parts, block.attn.qkv.weight):
-            return Refusal("its method's parameters are not plain tensors beside its weights")
         if (attention and parts.attention) or (mlp and parts.mlp):
             return Refusal("it has two adapters beside one sublayer")
         if updates.keys() & parts.updates.keys():
             return Refusal("two methods change one of its layers")
         attention, mlp = attention or parts.attention, mlp or parts.mlp
         updates |= parts.updates
-    return Plan(attention, mlp, updates)
+    return FusedParts(attention, mlp, updates)
+
+
+def _weights(block: Any, parts: FusedParts) -> Weights:
+    attn, mlp, updates = block.attn, block.mlp, parts.updates
+    dtype = attn.qkv.weight.dtype
+    qkv, qkv_update = _linear(attn.qkv, updates.get("qkv"))
+    proj, proj_update = _linear(attn.proj, updates.get("proj"))
+    fc1, fc1_update = _linear(mlp.fc1, updates.get("fc1"))
+    fc2, fc2_update = _linear(mlp.fc2, updates.get("fc2"))
+    activation = _activation(mlp.act)
+    assert activation is not None
+    return Weights(
+        _norm(block.norm1, updates.get("norm1"), dtype),
+        gk.AttentionWeights(
+            *qkv,
+            *proj,
+            attn.num_heads,
+            # timm's own call of PyTorch's attention leaves it the default.
+            None if attn.fused_attn else attn.scale,
+            _layer_scale(block.ls1),
+            qkv_update,
+            proj_update,
+        ),
+        parts.attention,
+        _norm(block.norm2, updates.get("norm2"), dtype),
+        gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), fc1_update, fc2_update),
+        parts.mlp,
+    )
 
 
 def run(
@@ -94,36 +149,21 @@ def run(
         num_queries: compute only the first tokens of the output; None for all.
         grad_tokens: compute x's gradient only for these tokens: start and count.
     """
-    attn, mlp, updates = block.attn, block.mlp, plan.updates
-    qkv, qkv_update = _linear(attn.qkv, updates.get("qkv"))
-    proj, proj_update = _linear(attn.proj, updates.get("proj"))
+    weights = plan.weights()
     x = gk.adapter_attention(
         x,
-        _norm(block.norm1, updates.get("norm1"), x.dtype),
-        gk.AttentionWeights(
-            *qkv,
-            *proj,
-            attn.num_heads,
-            # timm's own call of PyTorch's attention leaves it the default.
-            None if attn.fused_attn else attn.scale,
-            _layer_scale(block.ls1),
-            qkv_update,
-            proj_update,
-        ),
-        plan.attention,
+        weights.norm1,
+        weights.attention,
+        weights.attention_adapter,
         num_queries=num_queries,
         drop_path=_drop_path(block.drop_path1, x),
         grad_tokens=grad_tokens,
     )
-    activation = _activation(mlp.act)
-    assert activation is not None
-    fc1, fc1_update = _linear(mlp.fc1, updates.get("fc1"))
-    fc2, fc2_update = _linear(mlp.fc2, updates.get("fc2"))
     return gk.adapter_mlp(
         x,
-        _norm(block.norm2, updates.get("norm2"), x.dtype),
-        gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), fc1_update, fc2_update),
-        plan.mlp,
+        weights.norm2,
+        weights.mlp,
+        weights.mlp_adapter,
         drop_path=_drop_path(block.drop_path2, x),
     )
 
@@ -171,11 +211,14 @@ def _weights_refusal(block: Any) -> str | None:
     return None
 
 
-def _fits(parts: FusedParts, like: torch.Tensor) -> bool:
-    """Whether a method's tensors are plain ones on a block's device."""
+def _tensors(parts: FusedParts) -> list[torch.Tensor]:
     groups = (parts.attention or (), parts.mlp or (), *parts.updates.values())
-    tensors = [t for group in groups for t in group if isinstance(t, torch.Tensor)]
-    return all(is_plain(t) and t.device == like.device for t in tensors)
+    return [value for group in groups for value in group if isinstance(value, torch.Tensor)]
+
+
+def _fits(parts: FusedParts, like: torch.Tensor) -> bool:
+    """Whether the methods' tensors are plain ones on a block's device."""
+    return all(is_plain(t) and t.device == like.device for t in _tensors(parts))
 
 
 def _frozen(block: Any) -> Iterator[torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -72,41 +72,62 @@ def _outside_blocks(model: Any) -> Iterator[nn.Module]:
             yield from child.modules()
 
 
-def plans(
-    model: Any, methods: Sequence[AttachedMethod], hook_owners: Collection[int]
-) -> list[timm_block.Plan | Refusal]:
-    """How each block of a backbone without :func:`refusal` runs, as things stand at the call."""
-    return [
-        timm_block.plan(block, index, methods, hook_owners)
-        for index, block in enumerate(model.blocks)
-    ]
+class ModelPlan(NamedTuple):
+    """How a backbone runs."""
+
+    refusal: Refusal | None
+    """Why it runs by its own call as a whole; the other fields are then empty."""
+    blocks: Sequence[timm_block.Plan | Refusal] = ()
+    """How each block runs."""
+    embedding: Sequence[nn.Parameter] = ()
+    """The parameters before the first block."""
+
+
+def plan(model: Any, methods: Sequence[AttachedMethod], hook_owners: Collection[int]) -> ModelPlan:
+    """How a backbone runs, as things stand at the call.
+
+    Args:
+        model: the backbone.
+        methods, hook_owners: as :func:`gist.fusion.timm_block.plan` takes them.
+    """
+    whole = refusal(model, hook_owners)
+    if whole is not None:
+        return ModelPlan(whole)
+    return ModelPlan(
+        None,
+        [
+            timm_block.plan(block, index, methods, hook_owners)
+            for index, block in enumerate(model.blocks)
+        ],
+        [p for name, p in model.named_parameters() if not name.startswith(_LATER)],
+    )
 
 
 def features(
     model: Any,
+    plan: ModelPlan,
     images: torch.Tensor,
     methods: Sequence[AttachedMethod],
     token: InsertedTokens | None,
-    hook_owners: Collection[int],
     num_read: int | None,
 ) -> torch.Tensor:
-    """The tokens after the final norm, of a backbone without :func:`refusal`.
+    """The tokens after the final norm.
 
     Args:
         model: the timm VisionTransformer.
+        plan: what :func:`plan` gave for it, without a refusal of the whole.
         images: (B, 3, H, W).
-        methods, hook_owners: as :func:`gist.fusion.timm_block.plan` takes them.
+        methods: the modules attached to the backbone.
         token: the Gist token, or None.
         num_read: only the first tokens are read, so that the last block computes no others; None
             for all.
 
     Gradients that lead only to frozen patch embeddings are not computed.
     """
-    embedding = (p for name, p in model.named_parameters() if not name.startswith(_LATER))
     frozen = not (
         images.requires_grad
         or under_transform()  # whose tangents no flag tells of
-        or any(p.requires_grad for p in embedding)
+        or any(p.requires_grad for p in plan.embedding)
         or any(method.reaches_embedding for method in methods)
     )
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -122,15 +143,15 @@ def features(
 
     def run(index: int, x: torch.Tensor) -> torch.Tensor:
         block = model.blocks[index]
-        plan = timm_block.plan(block, index, methods, hook_owners)
-        if isinstance(plan, Refusal):
+        how = plan.blocks[index]
+        if isinstance(how, Refusal):
             return block(x)
         if index == 0 and token is not None:
             x = token(x)
         for method in methods:
             x = method.before_block(index, x)
         x = timm_block.run(
-            block, plan, x,
+            block, how, x,
             num_queries=num_read if index == last else None,
             grad_tokens=grad_tokens if index == 0 else None,
         )  # fmt: skip

@@ -8,7 +8,6 @@ from torch import nn
 
 import gist_kernels
 from gist.backbones.families import family_of
-from gist.fusion import timm_vit
 from gist.methods import METHODS
 from gist.methods.base import Refusal
 from gist.model.containers import gist_model_of
@@ -56,7 +55,8 @@ def explain(model: nn.Module) -> str:
     """
     outer, model = model, gist_model_of(model)
     backbone = model.family.model
-    whole = timm_vit.refusal(backbone, model.hook_owners)
+    plan = model.plan()
+    whole = plan.refusal
     if any(part is model and "_orig_mod" in name for name, part in outer.named_modules()):
         whole = Refusal("it is traced by torch.compile or torch.export")
     if whole is not None:
@@ -65,11 +65,10 @@ def explain(model: nn.Module) -> str:
     like = next(backbone.parameters())
     serving = gist_kernels.backend.serving("sublayers", like.device.type, like.dtype)
     lines: list[tuple[int, int, str]] = []
-    plans = timm_vit.plans(backbone, model.attached_methods, model.hook_owners)
-    for index, plan in enumerate(plans):
+    for index, block in enumerate(plan.blocks):
         how = f"fused sublayers, served by {serving!r}"
-        if isinstance(plan, Refusal):
-            how = f"the block's own forward, for {plan.reason}"
+        if isinstance(block, Refusal):
+            how = f"the block's own forward, for {block.reason}"
         if lines and lines[-1][2] == how:
             lines[-1] = (lines[-1][0], index, how)
         else:

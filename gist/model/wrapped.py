@@ -15,6 +15,7 @@ import gist_kernels
 from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
 from gist.fusion import timm_vit
+from gist.fusion.snapshot import Snapshot
 from gist.methods import AttachedMethod, hooks
 from gist.methods.hooks import FreeHook
 from gist.model.attach import Before, attach_methods
@@ -119,14 +120,15 @@ class GistModel(TimmInterface):
         if getattr(self, "_is_replica", False):
             with hooks.replica_owners(list(self.modules())):
                 return self._by_backbone(images)
-        if timm_vit.refusal(family.model, self.hook_owners) is not None:
+        plan = self.plan()
+        if plan.refusal is not None:
             with self._at_use(images):
                 return self._by_backbone(images)
         num_read = None
         if family.reads_only_prefix:
             num_read = 1 if self.token is None else 1 + self.token.count
         with self._at_use(images):
-            return self.forward_head(self._features(images, num_read))
+            return self.forward_head(self._features(plan, images, num_read))
 
     def _by_backbone(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
         """Run the backbone as its library does, by its call: the class token's logits are its."""
@@ -152,7 +154,7 @@ class GistModel(TimmInterface):
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
         with self._at_use(images):
-            return self._features(images, None)
+            return self._features(self.plan(), images, None)
 
     def _at_use(self, x: torch.Tensor) -> AbstractContextManager[Any]:
         """Where a method trains parameters of a half backbone in float32, convert them at use."""
@@ -165,18 +167,31 @@ class GistModel(TimmInterface):
             return InputDtype()
         return nullcontext()
 
-    def _features(self, images: torch.Tensor, num_read: int | None) -> torch.Tensor:
+    def _features(
+        self, plan: timm_vit.ModelPlan, images: torch.Tensor, num_read: int | None
+    ) -> torch.Tensor:
         """The first ``num_read`` tokens after the final norm; None for all."""
-        if timm_vit.refusal(self.family.model, self.hook_owners) is not None:
+        if plan.refusal is not None:
             return self.family.features(images)
         return timm_vit.features(
-            self.family.model,
-            images,
-            self.attached_methods,
-            self.token,
-            self.hook_owners,
-            num_read,
+            self.family.model, plan, images, self.attached_methods, self.token, num_read
         )
+
+    def plan(self) -> timm_vit.ModelPlan:
+        """How the backbone runs in the model's present state, see :func:`gist.explain`."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return timm_vit.plan(self.family.model, self.attached_methods, self.hook_owners)
+        cached = self.__dict__.get("_plan")
+        if cached is None or not cached[0].holds():
+            parts = (self.backbone, self.method, self.token)
+            snapshot = Snapshot(part for part in parts if part is not None)
+            plan = timm_vit.plan(self.family.model, self.attached_methods, self.hook_owners)
+            cached = self.__dict__["_plan"] = snapshot, plan
+        return cached[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's plan would be of the original's weights.
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
     @property
     def attached_methods(self) -> list[AttachedMethod]:
