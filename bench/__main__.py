@@ -13,7 +13,7 @@ import torch
 from bench import measure, report
 from bench.machine import limits, machine
 
-BENCHMARKS = ("loss", "adapter", "attention", "scaling", "step", "loader")
+BENCHMARKS = ("loss", "adapter", "attention", "scaling", "step", "overhead", "loader")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -56,7 +56,7 @@ def liger() -> Loss:
     return loss
 
 
-class _Nothing(torch.autograd.Function):
+class Nothing(torch.autograd.Function):
     """PyTorch's own cost of a loss in Python: it runs no kernel and writes no gradient."""
 
     @staticmethod
@@ -114,7 +114,7 @@ def case(
     calls: dict[str, Call] = {"ours": differentiated(gk.gist_loss)}
     calls["ours, no autograd"] = lambda: gk.gist_loss_and_grad(cls, gist, target)
     calls |= {name: differentiated(loss) for name, loss in others.items()}
-    calls["empty autograd.Function"] = differentiated(lambda a, b, _: _Nothing.apply(a, b))
+    calls["empty autograd.Function"] = differentiated(lambda a, b, _: Nothing.apply(a, b))
     calls["copy of both"] = lambda: [to.copy_(x) for x, to in copies]
     # Forward and backward with nothing kept in between read both logits twice and write both
     # gradients: 6 transfers of a logit tensor's bytes. At once it is 4, as a copy of both takes.

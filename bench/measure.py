@@ -45,6 +45,8 @@ class Case:
     """For a call whose floor is memory traffic, the bytes that it must move."""
     varied: str | None = None
     """The size in which cases differ. Slopes are fitted along it."""
+    unit: str | None = None
+    """The call in whose times all are also given."""
     images: int | None = None
     """The images per call, to report images per second."""
     graphs: tuple[str, ...] = ()
@@ -107,6 +109,8 @@ def _table(
         floor, factor = case.floors.get(call, ("", 0.0))
         if floor + of in times:
             results[name]["of_floor"] = factor * ratio(times[floor + of], seconds)
+        if case.unit is not None and case.unit + of in times and failure is None:
+            results[name]["units"] = ratio(seconds, times[case.unit + of])
         if call in case.least_bytes:
             results[name]["least_bytes"] = case.least_bytes[call]
         if case.images is not None:

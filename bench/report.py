@@ -22,7 +22,7 @@ def print_head(run: Run, to: TextIO | None = None) -> None:
     print(", ".join(f"{key} {value:.3g}" for key, value in run["limits"].items()), file=to)
     for name, reason in run["absent"].items():
         print(f"{name} takes no part: {reason}", file=to)
-    columns = ("median ms", "20 %", "80 %", "x ours", "of floor", "new MB", "images/s")
+    columns = ("median ms", "20 %", "80 %", "x ours", "of floor", "new MB", "images/s", "units")
     print(f"{'':<26}{'':<28}" + "".join(f"{column:>11}" for column in columns), file=to)
 
 
@@ -38,6 +38,7 @@ def print_case(case: dict[str, Any], to: TextIO | None = None) -> None:
         peak = result.get("peak_bytes")
         cells.append("" if peak is None else f"{peak / 1e6:.1f}")
         cells.append(_images_per_second(result))
+        cells.append(_units(result))
         line = "".join(f"{cell:>11}" for cell in cells)
         print(f"{size_text(case['sizes']):<26}{name:<28}{line}", file=to, flush=True)
 
@@ -98,6 +99,10 @@ def _images_per_second(result: dict[str, float]) -> str:
     return f"{result['images_per_second']:.0f}" if "images_per_second" in result else ""
 
 
+def _units(result: dict[str, float]) -> str:
+    return f"{result['units']:.2f}" if "units" in result else ""
+
+
 def markdown(runs: list[Run]) -> str:
     """The runs as one Markdown text: a table for each benchmark on each machine."""
     parts = []
@@ -111,8 +116,8 @@ def markdown(runs: list[Run]) -> str:
             parts[-1] += f" {name} takes no part: {reason}."
         lines = [
             "| size | dtype | contender | ms (20 to 80 %) | times ours | of floor | new MB |"
-            " images/s |",
-            "|---|---|---|---:|---:|---:|---:|---:|",
+            " images/s | units |",
+            "|---|---|---|---:|---:|---:|---:|---:|---:|",
         ]
         for case in run["cases"]:
             for name, result in case["results"].items():
@@ -124,7 +129,7 @@ def markdown(runs: list[Run]) -> str:
                     f"| {size_text(case['sizes'])} | {case['dtype']} | {name} "
                     f"| {median:.4g} ({low:.4g} to {high:.4g}) | {times} | {floor} "
                     f"| {'' if peak is None else f'{peak / 1e6:.1f}'} "
-                    f"| {_images_per_second(result)} |"
+                    f"| {_images_per_second(result)} | {_units(result)} |"
                 )
         parts.append("\n".join(lines))
         parts += [

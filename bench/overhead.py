@@ -1,0 +1,135 @@
+"""Python's share of a training step, in units of an empty autograd.Function.
+
+The kernels of the first contender only allocate what they return, so that what is left is Python
+and the dispatcher: plans, checks, autograd and the few operators of PyTorch around the blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import timm
+import torch
+
+import gist
+import gist_kernels as gk
+from bench.loss import Nothing
+from bench.measure import Case
+from gist_kernels import backend
+from gist_kernels.kernels.protocols import SublayerKernels
+
+UNIT = "empty autograd.Function"
+NOTHING = "nothing"
+
+
+def absent(device: torch.device) -> dict[str, str]:
+    return {}
+
+
+def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Case]:
+    dtype = dtype or torch.float32
+    yield step_case(device, dtype)
+    yield loss_case(device, dtype)
+
+
+def step_case(device: torch.device, dtype: torch.dtype) -> Case:
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=100)
+    model = gist.wrap(backbone).to(device, dtype).train()
+    loss, target = gist.GistLoss(), torch.zeros(1, dtype=torch.long, device=device)
+    images = torch.randn(1, 3, 32, 32, device=device, dtype=dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        torch.autograd.grad(loss(model(images), target), trained)
+
+    def without_kernels() -> None:
+        with nothing():
+            step()
+
+    return Case(
+        sizes={"B": 1, "N": 6, "D": 192, "blocks": 12},
+        dtype=dtype,
+        calls={"ours, no kernels": without_kernels, "ours": step, UNIT: unit(device, dtype)},
+        parity=lambda: None,
+        unit=UNIT,
+    )
+
+
+def loss_case(device: torch.device, dtype: torch.dtype) -> Case:
+    a, b = torch.randn(2, 32, 100, device=device, dtype=dtype).unbind()
+    a, b = a.requires_grad_(), b.requires_grad_()
+    target = torch.zeros(32, dtype=torch.long, device=device)
+    return Case(
+        sizes={"B": 32, "C": 100},
+        dtype=dtype,
+        calls={
+            "ours": lambda: torch.autograd.grad(gk.gist_loss(a, b, target), (a, b)),
+            UNIT: unit(device, dtype),
+        },
+        parity=lambda: None,
+        unit=UNIT,
+    )
+
+
+def unit(device: torch.device, dtype: torch.dtype) -> Any:
+    """An autograd.Function of two inputs that computes nothing, forward and backward."""
+    a, b = (torch.randn(32, 100, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    return lambda: torch.autograd.grad(Nothing.apply(a, b), (a, b))
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    """Serve the sublayers by kernels that only allocate what they return."""
+    before = backend.BACKENDS
+    found = next(each for each in before if each.sublayers is not None)
+    kernels = SublayerKernels(_ADAPTER, _ACTIVATION, _ATTENTION, _LINEAR)
+    backend.BACKENDS = (dataclasses.replace(found, name=NOTHING, sublayers=kernels), *before)
+    try:
+        with gk.use_backend(NOTHING):
+            yield
+    finally:
+        backend.BACKENDS = before
+
+
+def _adapter_forward(x: Any, add: Any, norm: Any, adapter: Any, bias: Any = None) -> Any:
+    normed = stats = out = z = None
+    if norm is not None:
+        normed, stats = torch.empty_like(x), x.new_empty((len(x), 2))
+    if adapter is not None:
+        out, z = torch.empty_like(x), x.new_empty((len(x), len(adapter.down_weight)))
+    return normed, out, z, stats
+
+
+def _adapter_backward(
+    d_out: Any, d_normed: Any, x: Any, norm: Any, stats: Any, adapter: Any, z: Any,
+    *, pass_through: bool, need_dx: bool = True,
+) -> Any:  # fmt: skip
+    dx = torch.empty_like(x) if need_dx else None
+    if adapter is None:
+        return dx, None, None, None, None
+    return dx, *(None if t is None else torch.empty_like(t) for t in adapter[:4])
+
+
+def _attention_forward(q: Any, k: Any, v: Any, num_heads: int, scale: float) -> Any:
+    return torch.empty_like(q), q.new_empty((len(q), num_heads, q.shape[1]))
+
+
+_ADAPTER: Any = SimpleNamespace(forward=_adapter_forward, backward=_adapter_backward)
+_ACTIVATION: Any = SimpleNamespace(
+    forward=lambda u, activation: torch.empty_like(u),
+    backward=lambda d_a, u, activation, *, into_d_a=False: d_a,
+)
+_ATTENTION: Any = SimpleNamespace(
+    serves=lambda q, k, num_heads: True,
+    forward=_attention_forward,
+    backward=lambda *arguments: None,
+)
+_LINEAR: Any = SimpleNamespace(
+    linear=lambda x, weight, bias: x.new_empty((len(x), len(weight))),
+    add_linear=lambda out, x, weight: out,
+)
