@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
+from gist_kernels.autograd.derivatives import under_transform
 from gist_kernels.kernels import cpu, triton
 from gist_kernels.kernels.protocols import OPERATIONS, Backend
 from gist_kernels.suggest import unknown_name
@@ -115,7 +115,7 @@ def select(family: str, tensor: torch.Tensor) -> Any:
     requested = _requested()
     if torch.compiler.is_compiling():  # needs no cache, and the tracer would warn of it
         return _choose(requested, family, tensor.device.type, tensor.dtype)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if under_transform():
         if requested not in ("auto", REFERENCE):
             raise RuntimeError(
                 f"backend {requested!r} can't serve this call: it takes no part in torch.func "

@@ -97,6 +97,16 @@ def token_count(name: str, count: int | None, tokens: int) -> None:
         raise ValueError(f"{name} must be an integer in [1, {tokens}], or None; it is {count!r}")
 
 
+def batched(value: torch.Tensor) -> bool:
+    """Whether ``torch.vmap`` has batched a tensor: its values can then decide nothing."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
+
+
 def class_indices(name: str, value: torch.Tensor, classes: int, ignore_index: int) -> None:
     """Waits for the device. Floating-point targets are probabilities: nothing to check."""
     if value.is_floating_point():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gist_kernels.autograd.derivatives import once_differentiable, second_derivative
 from gist_kernels.autograd.tensors import dense_rows, needs_dispatcher
 from gist_kernels.kernels.protocols import LossKernels, LossOptions
 
@@ -75,35 +76,19 @@ class _GistLoss(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable("the loss")
+    def backward(
+        ctx: Any, saved: tuple[torch.Tensor, ...], grad: torch.Tensor | None, _: None
+    ) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
         kernels, options, _ = ctx.settings
-        cls, gist, target = ctx.saved_tensors
+        cls, gist, target = saved
         needs = ctx.needs_input_grad
         gradients = kernels.backward(
             grad.resolve_neg(), cls, gist, target, ctx.stats, options, needs[0], needs[1]
         )
-        if torch.is_grad_enabled():
-            gradients = tuple(
-                d if d is None else _NotTwice.apply(d, grad, cls, gist) for d in gradients
-            )
         return *gradients, None, None
-
-
-class _NotTwice(torch.autograd.Function):
-    """Identity that raises if the gradient is differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> None:
-        raise NotImplementedError(
-            "the loss kernels have no second derivative; compute the loss inside "
-            "gist_kernels.use_backend('reference')"
-        )
 
 
 def _flat(options: LossOptions) -> tuple[list[float], int, str]:
@@ -190,5 +175,9 @@ def register(kernels: LossKernels) -> None:
             gradients = [next(found) if need else None for need in needed]
         return *gradients, None, None, None, None
 
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise second_derivative("the loss")
+
     loss_forward.register_autograd(backward, setup_context=setup_context)
+    loss_backward.register_autograd(refuse)
     _OPERATORS[kernels.NAME] = loss_forward, loss_backward

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from gist_kernels import check
+from gist_kernels.autograd.derivatives import under_transform
 from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.suggest import unknown_name
 
@@ -28,6 +29,8 @@ def split_heads(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     check.floating("logits", logits)
     check.shape("logits", logits, (None, 2, None), "(B, 2, C)")
+    if not torch.compiler.is_compiling() and under_transform():  # no place for a node
+        return logits[:, 0], logits[:, 1]
     cls_logits, gist_logits = _SplitHeads.apply(logits)
     return cls_logits, gist_logits
 
@@ -39,7 +42,7 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_cls: torch.Tensor, d_gist: torch.Tensor) -> torch.Tensor:
-        traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        traced = torch.compiler.is_compiling() or torch.is_grad_enabled() or under_transform()
         if not traced and type(d_cls) is type(d_gist) is torch.Tensor:
             rows, classes = d_cls.shape
             halves = (

@@ -108,13 +108,15 @@ def gist_loss(
     Returns:
         The loss: a scalar, or (B,) for "none"; float32, float64 for float64 logits. No rows, or
         none that count, give nan for a mean and 0 for a sum, as in PyTorch. It can be
-        differentiated once; for second derivatives take ``use_backend("reference")``.
+        differentiated once; for second derivatives take ``use_backend("reference")``. torch.func
+        transforms and forward-mode differentiation take the reference by themselves.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
         IndexError: a class index outside [0, C), for CPU tensors. On other devices the check would
             cost a synchronisation, and that row's loss and gradient are nan; the environment
-            variable ``GIST_KERNELS_CHECK_TARGETS=1`` has it made there too.
+            variable ``GIST_KERNELS_CHECK_TARGETS=1`` has it made there too. Targets that
+            ``torch.vmap`` has batched are never checked.
     """
     options = checked_options(
         temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction
@@ -150,13 +152,13 @@ def gist_loss_and_grad(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`gist_loss` and its gradients in one call, outside autograd.
+    """:func:`gist_loss` and its gradients in one call, outside autograd: all three are detached.
 
     Takes the same arguments and raises the same errors; the logits' ``requires_grad`` does not
     matter. With ``reduction="none"`` the gradients are those of the sum of the rows' losses.
 
     Returns:
-        ``(loss, d_cls, d_gist)``: the loss as :func:`gist_loss` returns it, detached, and two
+        ``(loss, d_cls, d_gist)``: the loss as :func:`gist_loss` returns it and two
         (B, C) gradients in the logits' dtype. Those of stacked logits (:func:`split_heads`) are
         the halves of one tensor.
     """
@@ -184,7 +186,7 @@ def _check_tensors(
     if not plain:
         check_logits("cls_logits", cls, "gist_logits", gist)
         _check_target(target, cls)
-    if _CHECK_TARGETS and not torch.compiler.is_compiling():
+    if _CHECK_TARGETS and not (torch.compiler.is_compiling() or check.batched(target)):
         check.class_indices("target", target, cls.shape[1], options.ignore_index)
 
 

@@ -8,6 +8,7 @@ neither they nor a NaN in them reach the gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,7 +35,9 @@ def gist_loss(
     if target is not None and target.is_floating_point():
         expected = target.to(cls.dtype)
     elif target is not None:
-        if cls.device.type == "cpu" and not torch.compiler.is_compiling():
+        if cls.device.type == "cpu" and not (
+            torch.compiler.is_compiling() or check.batched(target)
+        ):
             check.class_indices("target", target, classes, options.ignore_index)
         kept = target != options.ignore_index
         count = kept.sum()
@@ -64,6 +67,15 @@ def gist_loss_and_grad(
     options: LossOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss and both gradients. See :func:`gist_kernels.gist_loss_and_grad`."""
+    if torch._C._are_functorch_transforms_active():  # which take no requires_grad_()
+
+        def summed(cls: torch.Tensor, gist: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, _ = gist_loss(cls, gist, target, options, want_terms=False)
+            return loss.sum(), loss
+
+        both: Any = torch.func.grad(summed, argnums=(0, 1), has_aux=True)(cls_logits, gist_logits)
+        (d_cls, d_gist), loss = both
+        return loss, d_cls, d_gist
     # Autograd is needed whatever mode the caller is in, and takes no inference tensors.
     with torch.inference_mode(False), torch.enable_grad():
         cls, gist, target = (

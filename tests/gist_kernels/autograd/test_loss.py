@@ -128,6 +128,15 @@ def test_second_backward_and_second_derivatives():
         penalty.backward()
 
 
+def test_an_operator_of_a_compiled_loss_refuses_second_derivatives():
+    a, b = torch.randn(2, 4, 7).unbind()
+    a.requires_grad_()
+    compiled = torch.compile(gk.bidirectional_kl, fullgraph=True, backend="eager")
+    (first,) = torch.autograd.grad(compiled(a, b), a, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'use_backend\("reference"\)'):
+        torch.autograd.grad(first.sum() + a.square().sum(), a)
+
+
 def test_negative_bits_are_resolved():
     a, b = torch.randn(2, 4, 7).unbind()
     minus_a = torch._neg_view(a)
@@ -180,6 +189,43 @@ def test_transforms_are_left_to_the_reference(served_by):
             found = forward_ad.unpack_dual(gk.gist_loss(dual, b, target)).tangent
     torch.testing.assert_close(tangent, (expected * a).sum())
     torch.testing.assert_close(found, (expected * a).sum())
+
+
+def test_gradients_per_row_by_vmap_are_those_of_the_rows():
+    a, b = torch.randn(2, 4, 7).unbind()
+    target = torch.tensor([0, 5, -100, 2])
+    with gk.use_backend("reference"):
+        rows = gk.gist_loss(a, b, target, reduction="none")
+        _, *expected = gk.gist_loss_and_grad(a, b, target, reduction="sum")
+
+    def one(a, b, target):
+        return gk.gist_loss(a[None], b[None], target[None], reduction="sum")
+
+    def one_and_grad(a, b, target):
+        return gk.gist_loss_and_grad(a[None], b[None], target[None], reduction="sum")
+
+    with gk.use_backend("auto"):
+        found = torch.vmap(torch.func.grad(one, argnums=(0, 1)))(a, b, target)
+        values, *direct = torch.vmap(one_and_grad)(a, b, target)
+    torch.testing.assert_close(values, rows)
+    for x, y, z in zip(found, direct, expected, strict=True):
+        torch.testing.assert_close(x, z)
+        torch.testing.assert_close(y.squeeze(1), z)
+
+
+def test_split_heads_takes_part_in_transforms():
+    stacked = torch.randn(4, 2, 7, requires_grad=True)
+    target = torch.tensor([0, 5, 6, 2])
+    (expected,) = torch.autograd.grad(gk.gist_loss(*stacked.unbind(1), target), stacked)
+    with gk.use_backend("auto"):
+        of_pair = torch.func.grad(lambda pair: gk.gist_loss(*gk.split_heads(pair), target))
+        torch.testing.assert_close(of_pair(stacked.detach()), expected)
+    cls, _ = gk.split_heads(stacked)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones(4, 7), torch.full((4, 7), 2.0))
+        (gradient,) = torch.autograd.grad(cls, stacked, upstream)
+        tangent = forward_ad.unpack_dual(gradient).tangent
+    assert tangent.sum(2).tolist() == [[14, 0]] * 4
 
 
 def test_compiled_with_changing_sizes_and_temperatures():

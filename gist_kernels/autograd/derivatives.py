@@ -1,0 +1,82 @@
+"""Kernels have first derivatives only: every way to a further one refuses, none drops a term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeAlias
+
+import torch
+from torch.autograd import forward_ad
+
+Gradients: TypeAlias = "tuple[torch.Tensor | None, ...]"
+
+
+def under_transform() -> bool:
+    """Whether the call is within a torch.func transform or forward-mode differentiation, which the
+    kernels take no part in."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def once_differentiable(
+    operation: str,
+) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
+    """Decorate a node's ``backward(ctx, saved, *upstream)``, ``saved`` being what it saved.
+
+    The gradients can be differentiated by nothing. PyTorch's decorator of that name refuses where
+    an upstream gradient requires a gradient. This one also refuses where a saved tensor does:
+    gradients depend on both.
+    """
+
+    def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+        @wraps(backward)
+        def refusing(ctx: Any, *upstream: torch.Tensor | None) -> Gradients:
+            if any(map(_transformed, upstream)):
+                raise second_derivative(operation)
+            saved = ctx.saved_tensors  # once: checkpointing recomputes them once
+            if not torch.is_grad_enabled():
+                return backward(ctx, saved, *upstream)
+            with torch.no_grad():
+                gradients = backward(ctx, saved, *upstream)
+            sources = [t for t in (*upstream, *saved) if t is not None and t.requires_grad]
+            return tuple(
+                d if d is None else _NotTwice.apply(operation, d, *sources) for d in gradients
+            )
+
+        return refusing
+
+    return decorate
+
+
+def second_derivative(operation: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{operation} has no second derivative in its kernels; compute it inside "
+        'gist_kernels.use_backend("reference"), forward pass included'
+    )
+
+
+def _transformed(gradient: torch.Tensor | None) -> bool:
+    """Whether a gradient is batched, or has a tangent or a graph of torch.func."""
+    if gradient is None:
+        return False
+    if torch._C._functorch.is_legacy_batchedtensor(gradient):  # autograd.grad(is_grads_batched=)
+        return True
+    return under_transform() and (
+        torch._C._functorch.is_functorch_wrapped_tensor(gradient)
+        or forward_ad.unpack_dual(gradient).tangent is not None
+    )
+
+
+class _NotTwice(torch.autograd.Function):
+    """A gradient that raises if it is differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operation: str, gradient: torch.Tensor, *sources: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.operation = operation
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        raise second_derivative(ctx.operation)
