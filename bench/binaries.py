@@ -88,8 +88,11 @@ def launches(
     kind: str = "index",
     temperature: float = 3.0,
     reduction: str = "mean",
+    masked: bool = False,
+    **changes: Any,
 ) -> list[Launch]:
-    """What forward, backward and forward_backward launch for rows of so many classes."""
+    """What forward, backward and forward_backward launch for rows of so many classes; ``changes``
+    are of the options."""
     rows = 2
     cls, gist = torch.zeros(2, rows, classes, dtype=dtype)
     targets = {
@@ -100,11 +103,13 @@ def launches(
     }
     smoothing = 0.1 if kind == "smoothed" else 0.0
     options = LossOptions(temperature, 1.0, 0.5, 0.75, 0.75, smoothing, -100, reduction)
+    options = options._replace(**changes)
+    row_scale = torch.ones(rows) if masked else None
     with recorded(target) as found:
-        _, _, stats = loss.forward(cls, gist, targets[kind], options)
+        _, _, stats = loss.forward(cls, gist, targets[kind], options, True, row_scale)
         grad = torch.zeros(rows if reduction == "none" else ())
-        loss.backward(grad, cls, gist, targets[kind], stats, options, True, True)
-        loss.forward_backward(cls, gist, targets[kind], options)
+        loss.backward(grad, cls, gist, targets[kind], stats, options, True, True, row_scale)
+        loss.forward_backward(cls, gist, targets[kind], options, row_scale)
     return found
 
 
@@ -241,6 +246,11 @@ def loss_configurations(target: GPUTarget) -> Iterator[Launch]:
                 for temperature in (3.0, 4.7):
                     yield from launches(classes, target, dtype, kind, temperature)
             yield from launches(classes, target, dtype, reduction="none")
+            yield from launches(classes, target, dtype, "none", reduction="sum", masked=True)
+            yield from launches(
+                classes, target, dtype, reduction="sum", masked=True, gist_scale=0.5,
+                stop_gradient="targets",
+            )  # fmt: skip
 
 
 def adapter_configurations(target: GPUTarget) -> Iterator[Launch]:

@@ -79,21 +79,24 @@ def counted() -> Iterator[Traffic]:
         yield traffic
 
 
-def measure(rows: int, classes: int, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+def measure(
+    rows: int, classes: int, dtype: torch.dtype, row_scale: torch.Tensor | None = None
+) -> dict[str, tuple[float, float]]:
     """Traffic of each operation in logit tensors: of logits and gradients, and of everything."""
+    options = PUBLISHED if row_scale is None else PUBLISHED._replace(reduction="sum")
     cls, gist = torch.randn(2, rows, classes).to(dtype)
     target = torch.randint(classes, (rows,))
     unit = cls.numel() * cls.itemsize
     found = {}
     with counted() as traffic:
-        value, _, stats = loss.forward(cls, gist, target, PUBLISHED)
+        value, _, stats = loss.forward(cls, gist, target, options, True, row_scale)
     found["forward"] = traffic, (cls, gist)
     with counted() as traffic:
         one = torch.ones_like(value)
-        gradients = loss.backward(one, cls, gist, target, stats, PUBLISHED, True, True)
+        gradients = loss.backward(one, cls, gist, target, stats, options, True, True, row_scale)
     found["backward"] = traffic, (cls, gist, *gradients)
     with counted() as traffic:
-        gradients = loss.forward_backward(cls, gist, target, PUBLISHED)[1:]
+        gradients = loss.forward_backward(cls, gist, target, options, row_scale)[1:]
     found["forward_backward"] = traffic, (cls, gist, *gradients)
     return {
         name: (traffic.bytes_of(*tensors) / unit, traffic.bytes() / unit)

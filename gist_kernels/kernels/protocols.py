@@ -33,10 +33,34 @@ class LossOptions(NamedTuple):
     ignore_index: int
     reduction: str
     """"mean", "sum" or "none"; "batchmean" is "mean"."""
+    gist_scale: float = 1.0
+    """Of the KL terms: ``temperature`` over the Gist side's own, which multiplies its logits."""
+    stop_gradient: str = ""
+    """Where the KL terms give no gradient: "" nowhere, "a" and "b" to the first and the second
+    logits, "targets" to the distribution that each KL starts from."""
+
+    def kl_gradient_weights(self) -> tuple[float, float, float, float]:
+        """The KL terms' weights in the gradients: of KL(p || q) and KL(q || p) to the side that
+        each starts from, then of the two to the side that each ends at."""
+        pq, qp, stop = self.kl_cls_gist_weight, self.kl_gist_cls_weight, self.stop_gradient
+        return (
+            0.0 if stop in ("a", "targets") else pq,
+            0.0 if stop in ("b", "targets") else qp,
+            0.0 if stop == "b" else pq,
+            0.0 if stop == "a" else qp,
+        )
 
 
 class LossKernels(Protocol):
-    """The loss family. ``target`` is None, (B,) class indices or (B, C) probabilities."""
+    """The loss family. ``target`` is None, (B,) class indices or (B, C) probabilities.
+
+    ``row_scale`` is None or (B,), of any stride, in the statistics' dtype: what each row's loss and
+    terms are multiplied by. A row of 0 is not looked at, and its gradient is 0. It comes with the
+    reductions "sum" and "none" alone: what divides a mean is part of it.
+    """
+
+    MIXED_DTYPES: bool
+    """Whether the sides may differ in dtype."""
 
     @property
     def NAME(self) -> str:  # noqa: N802
@@ -52,6 +76,7 @@ class LossKernels(Protocol):
         target: torch.Tensor | None,
         options: LossOptions,
         want_terms: bool,
+        row_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """``(loss, terms, stats)``: terms (4,) or (4, B), stats what ``backward`` needs."""
 
@@ -65,6 +90,7 @@ class LossKernels(Protocol):
         options: LossOptions,
         need_cls: bool,
         need_gist: bool,
+        row_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Both gradients, in the logits' dtype; None for a side that needs none."""
 
@@ -74,6 +100,7 @@ class LossKernels(Protocol):
         gist: torch.Tensor,
         target: torch.Tensor | None,
         options: LossOptions,
+        row_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """``(loss, d_cls, d_gist)``, none of them None, for an upstream gradient of 1."""
 

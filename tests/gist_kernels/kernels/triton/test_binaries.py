@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 comp
         (1000, {"temperature": 4.7}),
         (4000, {"kind": "probability", "dtype": torch.float16, "temperature": 4.7}),
         (65537, {"kind": "none", "temperature": 1.0}),
+        (4000, {"kind": "none", "reduction": "sum", "masked": True, "stop_gradient": "targets"}),
+        (8192, {"reduction": "sum", "masked": True, "gist_scale": 0.5}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
