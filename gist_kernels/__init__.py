@@ -8,7 +8,7 @@ oracle in the tests, and is served by the fastest backend that can take the call
 from gist_kernels.backend import BackendInfo, backends, use_backend
 from gist_kernels.functional.adapter import adapter
 from gist_kernels.functional.attention import prefix_attention
-from gist_kernels.functional.divergence import bidirectional_kl
+from gist_kernels.functional.divergence import bidirectional_kl, jensen_shannon
 from gist_kernels.functional.logits import split_heads
 from gist_kernels.functional.loss import GistLossTerms, gist_loss, gist_loss_and_grad
 from gist_kernels.functional.sublayers import adapter_attention, adapter_mlp
@@ -37,6 +37,7 @@ __all__ = [
     "bidirectional_kl",
     "gist_loss",
     "gist_loss_and_grad",
+    "jensen_shannon",
     "prefix_attention",
     "split_heads",
     "use_backend",

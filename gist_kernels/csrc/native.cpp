@@ -5,14 +5,17 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "activation.h"
 #include "adapter.h"
 #include "attention.h"
+#include "divergence.h"
 #include "loss.h"
 
 #ifdef _OPENMP
@@ -159,6 +162,56 @@ int64_t loss_forward_backward(const Logits &logits, const Target &target,
   call.loss = pointer(loss);
   set_gradients(call, gradients);
   return gist::loss_forward_backward(call, threads);
+}
+
+// Groups of the divergence's arguments: of every side, address and row stride, weight, temperature.
+using Side = std::tuple<Address, int64_t, double, double>;
+using RowsShape = std::tuple<int64_t, int64_t>;
+
+gist::DivergenceCall divergence_call(int dtype, const RowsShape &shape,
+                                     const std::vector<Side> &sides, const RowScales &row_scales,
+                                     Address stats) {
+  gist::DivergenceCall call = {};
+  call.dtype = static_cast<gist::Dtype>(dtype);
+  std::tie(call.rows, call.classes) = shape;
+  call.sides = int(sides.size());
+  for (int k = 0; k < call.sides; ++k) {
+    call.logits[k] = pointer(std::get<0>(sides[k]));
+    call.logit_stride[k] = std::get<1>(sides[k]);
+    call.weights[k] = std::get<2>(sides[k]);
+    call.temperatures[k] = std::get<3>(sides[k]);
+  }
+  call.row_scales = pointer(std::get<0>(row_scales));
+  call.row_scales_stride = std::get<1>(row_scales);
+  call.stats = pointer(stats);
+  return call;
+}
+
+void check_sides(std::size_t sides) {
+  if (sides < 2 || sides > gist::kMostSides) throw nb::value_error("2 to 8 sides are taken");
+}
+
+void divergence_forward(int dtype, const RowsShape &shape, const std::vector<Side> &sides,
+                        const RowScales &row_scales, Address stats, Address loss, int threads) {
+  check_sides(sides.size());
+  const nb::gil_scoped_release release;
+  gist::DivergenceCall call = divergence_call(dtype, shape, sides, row_scales, stats);
+  call.loss = pointer(loss);
+  gist::divergence_forward(call, threads);
+}
+
+void divergence_backward(int dtype, const RowsShape &shape, const std::vector<Side> &sides,
+                         const RowScales &row_scales, Address stats,
+                         const std::tuple<Address, int64_t> &grad,
+                         const std::vector<Address> &gradients, int threads) {
+  check_sides(sides.size());
+  if (gradients.size() != sides.size()) throw nb::value_error("a gradient's address for each side");
+  const nb::gil_scoped_release release;
+  gist::DivergenceCall call = divergence_call(dtype, shape, sides, row_scales, stats);
+  call.grad = pointer(std::get<0>(grad));
+  call.grad_stride = std::get<1>(grad);
+  for (int k = 0; k < call.sides; ++k) call.d_logits[k] = pointer(gradients[k]);
+  gist::divergence_backward(call, threads);
 }
 
 // Groups of the adapter's arguments.
@@ -352,6 +405,24 @@ void define_loss(nb::module_ &m) {
             .c_str());
 }
 
+void define_divergence(nb::module_ &m) {
+  m.attr("DIVERGENCE_DTYPES") = codes_of(gist::kDivergenceDtypes);
+  m.attr("DIVERGENCE_STATS_PER_SIDE") = gist::kSideStats;
+  m.attr("DIVERGENCE_MOST_SIDES") = gist::kMostSides;
+  m.def("divergence_forward", &divergence_forward, "dtype"_a, "shape"_a, "sides"_a, "row_scales"_a,
+        "stats"_a, "loss"_a, "threads"_a,
+        "Writes stats and each row's Jensen-Shannon divergence.\n\n"
+        "shape: (rows, classes)\n"
+        "sides: of each, (address, stride of the rows, weight, temperature)\n"
+        "row_scales: (address, stride) of what each row's divergence is multiplied by\n"
+        "stats: (rows, sides, DIVERGENCE_STATS_PER_SIDE), contiguous\n");
+  m.def("divergence_backward", &divergence_backward, "dtype"_a, "shape"_a, "sides"_a,
+        "row_scales"_a, "stats"_a, "grad"_a, "gradients"_a, "threads"_a,
+        "Writes the gradients from divergence_forward's stats.\n\n"
+        "grad: (address, stride) of the rows' upstream gradients\n"
+        "gradients: of each side, the address of (rows, classes), or 0\n");
+}
+
 void define_adapter(nb::module_ &m) {
   m.attr("ADAPTER_DTYPES") = codes_of(gist::kAdapterDtypes);
   m.def("adapter_forward", &adapter_forward, "dtype"_a, "shape"_a, "x"_a, "add"_a, "bias"_a,
@@ -405,6 +476,7 @@ NB_MODULE(_native, m) {
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
   m.attr("DTYPES") = codes_of(gist::kDtypes);
   define_loss(m);
+  define_divergence(m);
   define_adapter(m);
   define_activation(m);
   define_attention(m);

@@ -10,6 +10,7 @@ H heads, Dh features of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -103,6 +104,40 @@ class LossKernels(Protocol):
         row_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """``(loss, d_cls, d_gist)``, none of them None, for an upstream gradient of 1."""
+
+
+class DivergenceKernels(Protocol):
+    """The Jensen-Shannon divergence of each row: 2 to 8 sides, (B, C) of one dtype."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802
+        """The backend's, for the names of registered operators."""
+
+    def stats_shape(self, rows: int, sides: int) -> tuple[int, ...]:
+        """The shape of the statistics that forward leaves for backward."""
+
+    def forward(
+        self,
+        sides: Sequence[torch.Tensor],
+        weights: tuple[float, ...],
+        temperatures: tuple[float, ...],
+        row_scale: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(rows, stats)``: each row's divergence (B,), times its scale (as of
+        :class:`LossKernels`), and what ``backward`` needs."""
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        sides: Sequence[torch.Tensor],
+        weights: tuple[float, ...],
+        temperatures: tuple[float, ...],
+        stats: torch.Tensor,
+        needs: Sequence[bool],
+        row_scale: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Each side's gradient in its dtype, ``grad`` being that of the rows; None where none is
+        needed."""
 
 
 class AdapterKernels(Protocol):
@@ -205,6 +240,7 @@ class SublayerKernels(NamedTuple):
 
 OPERATIONS = {
     "loss": ("bidirectional_kl", "gist_loss", "gist_loss_and_grad"),
+    "divergence": ("jensen_shannon",),
     "adapter": ("adapter",),
     "attention": ("prefix_attention",),
     "sublayers": ("adapter_attention", "adapter_mlp"),
@@ -225,6 +261,7 @@ class Backend:
     detail: str = ""
     """What it runs on here."""
     loss: LossKernels | None = None
+    divergence: DivergenceKernels | None = None
     adapter: AdapterKernels | None = None
     attention: AttentionKernels | None = None
     sublayers: SublayerKernels | None = None

@@ -139,3 +139,13 @@ def kl_rows(
     kl_pq = (p.exp() * (p - log_q)).sum(-1)
     kl_qp = (q.exp() * (q - log_p)).sum(-1)
     return weights[0] * kl_pq + weights[1] * kl_qp
+
+
+def jensen_shannon_rows(
+    sides: Sequence[torch.Tensor], weights: Sequence[float], temperatures: Sequence[float]
+) -> torch.Tensor:
+    """sum_k w_k KL(p_k || sum_j w_j p_j) over the last dimension, for finite logits."""
+    logs = [F.log_softmax(x / t, -1) for x, t in zip(sides, temperatures, strict=True)]
+    mixture = torch.stack([x + math.log(w) for x, w in zip(logs, weights, strict=True)])
+    mixture = mixture.logsumexp(0)
+    return sum(w * (x.exp() * (x - mixture)).sum(-1) for x, w in zip(logs, weights, strict=True))

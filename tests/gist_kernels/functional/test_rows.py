@@ -141,7 +141,7 @@ def assert_close(found, exact, call):
 
 def run(check, backend, **strategies):
     """Many random calls; in Triton's interpreter one takes a hundred times as long."""
-    examples = 30 if backend == "triton" else 600
+    examples = 30 if backend == "triton" else 1150
     settings(deadline=None, max_examples=examples)(given(**strategies)(check))()
 
 

@@ -35,6 +35,18 @@ def test_nothing_spills(target, classes, options):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(("classes", "sides"), [(100, 2), (1000, 3), (4000, 2), (32000, 2)])
+def test_nothing_of_the_divergence_spills(target, classes, sides):
+    target = binaries.TARGETS[target]
+    launches = binaries.divergence_launches(classes, sides, target, torch.float32)
+    assert {launch.name() for launch in launches} == {"forward_kernel", "backward_kernel"}
+    for launch in binaries.distinct(launches):
+        usage = binaries.usage(binaries.compiled(launch, target))
+        assert usage.registers > 0
+        assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
     ("features", "rank", "dtype"),
     [(384, 0, torch.float32), (768, 4, torch.bfloat16), (1024, 8, torch.float32),
