@@ -5,6 +5,7 @@ oracle in the tests, and is served by the fastest backend that can take the call
 :func:`backends` for what is available here, and :func:`use_backend` to choose.
 """
 
+from gist_kernels import compat
 from gist_kernels.backend import BackendInfo, backends, use_backend
 from gist_kernels.functional.adapter import adapter
 from gist_kernels.functional.attention import prefix_attention
@@ -35,6 +36,7 @@ __all__ = [
     "adapter_mlp",
     "backends",
     "bidirectional_kl",
+    "compat",
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",
