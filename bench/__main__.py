@@ -12,7 +12,7 @@ import torch
 from bench import measure, report
 from bench.machine import limits, machine
 
-BENCHMARKS = ("loss", "adapter", "attention", "scaling", "step", "loader")
+BENCHMARKS = ("loss", "divergence", "adapter", "attention", "scaling", "step", "loader")
 
 
 def main(arguments: list[str] | None = None) -> None:
