@@ -13,7 +13,9 @@ import torch
 from bench import measure, report
 from bench.machine import limits, machine
 
-BENCHMARKS = ("loss", "adapter", "attention", "scaling", "step", "overhead", "loader")
+BENCHMARKS = (
+    "loss", "divergence", "adapter", "attention", "scaling", "step", "overhead", "loader",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

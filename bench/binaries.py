@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every kernel that can be launched: no device is needed.
 
-    python bench/binaries.py [sm_80 sm_90 sm_100 gfx942] [--family loss|adapter|attention]
+    python bench/binaries.py [sm_80 sm_90 sm_100 gfx942] [--family FAMILY]
 
 The launchers run on CPU tensors with the launch itself replaced, so what is compiled here is what
 they choose: every tile of the heuristics, with each kind of target, reduction and temperature.
@@ -26,7 +26,15 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from gist_kernels.kernels.protocols import LossOptions
-from gist_kernels.kernels.triton import activation, adapter, attention, heuristics, launch, loss
+from gist_kernels.kernels.triton import (
+    activation,
+    adapter,
+    attention,
+    divergence,
+    heuristics,
+    launch,
+    loss,
+)
 from gist_kernels.weights import AdapterWeights, NormWeights
 
 TARGETS = {
@@ -88,8 +96,11 @@ def launches(
     kind: str = "index",
     temperature: float = 3.0,
     reduction: str = "mean",
+    masked: bool = False,
+    **changes: Any,
 ) -> list[Launch]:
-    """What forward, backward and forward_backward launch for rows of so many classes."""
+    """What forward, backward and forward_backward launch for rows of so many classes; ``changes``
+    are of the options."""
     rows = 2
     cls, gist = torch.zeros(2, rows, classes, dtype=dtype)
     targets = {
@@ -100,11 +111,13 @@ def launches(
     }
     smoothing = 0.1 if kind == "smoothed" else 0.0
     options = LossOptions(temperature, 1.0, 0.5, 0.75, 0.75, smoothing, -100, reduction)
+    options = options._replace(**changes)
+    row_scale = torch.ones(rows) if masked else None
     with recorded(target) as found:
-        _, _, stats = loss.forward(cls, gist, targets[kind], options)
+        _, _, stats = loss.forward(cls, gist, targets[kind], options, True, row_scale)
         grad = torch.zeros(rows if reduction == "none" else ())
-        loss.backward(grad, cls, gist, targets[kind], stats, options, True, True)
-        loss.forward_backward(cls, gist, targets[kind], options)
+        loss.backward(grad, cls, gist, targets[kind], stats, options, True, True, row_scale)
+        loss.forward_backward(cls, gist, targets[kind], options, row_scale)
     return found
 
 
@@ -137,6 +150,20 @@ def adapter_launches(
         else:
             adapter.backward(None, other, x, norm, stats, None, None, pass_through=False)
         activation.backward(d_out, activation.forward(x, kind), kind)
+    return found
+
+
+def divergence_launches(
+    classes: int, sides: int, target: GPUTarget, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """What the Jensen-Shannon divergence launches, with and without masked rows."""
+    logits = tuple(torch.zeros(2, classes, dtype=dtype) for _ in range(sides))
+    shares, temperatures = (1 / sides,) * sides, (2.0,) * sides
+    with recorded(target) as found:
+        for scale in (None, torch.ones(2)):
+            _, stats = divergence.forward(logits, shares, temperatures, scale)
+            needs = (True,) * sides
+            divergence.backward(torch.zeros(2), logits, shares, temperatures, stats, needs, scale)
     return found
 
 
@@ -191,11 +218,20 @@ def compiled(recorded: Launch, target: GPUTarget) -> CompiledKernel:
             signature[parameter.name] = _POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, tuple):
-            signature[parameter.name] = ("fp32",) * len(value)
+            signature[parameter.name] = tuple(map(_type_of, value))
+            for i, each in enumerate(value):
+                if isinstance(each, torch.Tensor):
+                    attributes[(position, i)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = _type_of(value)
     source = ASTSource(recorded.kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=recorded.options)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def usage(binary: CompiledKernel) -> Usage:
@@ -224,7 +260,7 @@ def distinct(launches: Iterable[Launch]) -> Iterator[Launch]:
     for each in launches:
         constants = [
             str(v.dtype if isinstance(v, torch.Tensor) else v)
-            for k, v in each.arguments.items()
+            for k, v in (*each.arguments.items(), ("", each.arguments.get("sides", (None,))[0]))
             if k.isupper() or v is None or isinstance(v, torch.Tensor)
         ]
         key = each.family(), each.kernel.__name__, *constants
@@ -241,6 +277,19 @@ def loss_configurations(target: GPUTarget) -> Iterator[Launch]:
                 for temperature in (3.0, 4.7):
                     yield from launches(classes, target, dtype, kind, temperature)
             yield from launches(classes, target, dtype, reduction="none")
+            yield from launches(classes, target, dtype, "none", reduction="sum", masked=True)
+            yield from launches(
+                classes, target, dtype, reduction="sum", masked=True, gist_scale=0.5,
+                stop_gradient="targets",
+            )  # fmt: skip
+
+
+def divergence_configurations(target: GPUTarget) -> Iterator[Launch]:
+    """Every width, 2 to 8 sides, in both sizes of dtype."""
+    for classes in WIDTHS:
+        for dtype in (torch.bfloat16, torch.float32):
+            for sides in (2, 3, 4, 8):
+                yield from divergence_launches(classes, sides, target, dtype)
 
 
 def adapter_configurations(target: GPUTarget) -> Iterator[Launch]:
@@ -264,6 +313,7 @@ def attention_configurations(target: GPUTarget) -> Iterator[Launch]:
 
 FAMILIES = {
     "loss": loss_configurations,
+    "divergence": divergence_configurations,
     "adapter": adapter_configurations,
     "attention": attention_configurations,
 }

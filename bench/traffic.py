@@ -26,7 +26,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from gist_kernels.kernels.protocols import LossOptions
-from gist_kernels.kernels.triton import adapter, attention, loss
+from gist_kernels.kernels.triton import adapter, attention, divergence, loss
 from gist_kernels.weights import AdapterWeights, NormWeights
 
 PUBLISHED = LossOptions(3.0, 1.0, 0.5, 0.75, 0.75, 0.0, -100, "mean")
@@ -79,22 +79,47 @@ def counted() -> Iterator[Traffic]:
         yield traffic
 
 
-def measure(rows: int, classes: int, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+def measure(
+    rows: int, classes: int, dtype: torch.dtype, row_scale: torch.Tensor | None = None
+) -> dict[str, tuple[float, float]]:
     """Traffic of each operation in logit tensors: of logits and gradients, and of everything."""
+    options = PUBLISHED if row_scale is None else PUBLISHED._replace(reduction="sum")
     cls, gist = torch.randn(2, rows, classes).to(dtype)
     target = torch.randint(classes, (rows,))
     unit = cls.numel() * cls.itemsize
     found = {}
     with counted() as traffic:
-        value, _, stats = loss.forward(cls, gist, target, PUBLISHED)
+        value, _, stats = loss.forward(cls, gist, target, options, True, row_scale)
     found["forward"] = traffic, (cls, gist)
     with counted() as traffic:
         one = torch.ones_like(value)
-        gradients = loss.backward(one, cls, gist, target, stats, PUBLISHED, True, True)
+        gradients = loss.backward(one, cls, gist, target, stats, options, True, True, row_scale)
     found["backward"] = traffic, (cls, gist, *gradients)
     with counted() as traffic:
-        gradients = loss.forward_backward(cls, gist, target, PUBLISHED)[1:]
+        gradients = loss.forward_backward(cls, gist, target, options, row_scale)[1:]
     found["forward_backward"] = traffic, (cls, gist, *gradients)
+    return {
+        name: (traffic.bytes_of(*tensors) / unit, traffic.bytes() / unit)
+        for name, (traffic, tensors) in found.items()
+    }
+
+
+def measure_divergence(
+    rows: int, classes: int, sides: int, row_scale: torch.Tensor | None = None
+) -> dict[str, tuple[float, float]]:
+    """Traffic of the Jensen-Shannon divergence, as :func:`measure`: in one side's logits."""
+    logits = torch.randn(sides, rows, classes).unbind()
+    settings = (1 / sides,) * sides, (1.0,) * sides
+    found = {}
+    with counted() as traffic:
+        _, stats = divergence.forward(logits, *settings, row_scale)
+    found["forward"] = traffic, logits
+    with counted() as traffic:
+        gradients = divergence.backward(
+            torch.ones(rows), logits, *settings, stats, (True,) * sides, row_scale
+        )
+    found["backward"] = traffic, (*logits, *gradients)
+    unit = logits[0].numel() * logits[0].itemsize
     return {
         name: (traffic.bytes_of(*tensors) / unit, traffic.bytes() / unit)
         for name, (traffic, tensors) in found.items()
@@ -175,6 +200,12 @@ def main() -> None:
             cells = measure(rows, count, dtype).values()
             line = "".join(f"{logits:>13.3f} /{everything:7.3f}" for logits, everything in cells)
             print(f"{f'{rows} x {count}':>16} {str(dtype)[6:]:>9} {line}", flush=True)
+    print(f"{'rows x classes':>16} {'sides':>9} {'forward':>22}{'backward':>22}")
+    for count in classes:
+        for sides in (2, 3):
+            cells = measure_divergence(4, count, sides).values()
+            line = "".join(f"{logits:>13.3f} /{everything:7.3f}" for logits, everything in cells)
+            print(f"{f'4 x {count}':>16} {sides:>9} {line}", flush=True)
     print(f"{'M x D, rank':>20} {'dtype':>9} " + "".join(f"{n:>22}" for n in ADAPTER_LEAST))
     for rows, width, rank in ((1584, 384, 4), (1584, 768, 4), (1584, 768, 8)):
         for dtype in (torch.float32, torch.bfloat16):

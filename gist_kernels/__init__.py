@@ -5,10 +5,11 @@ oracle in the tests, and is served by the fastest backend that can take the call
 :func:`backends` for what is available here, and :func:`use_backend` to choose.
 """
 
+from gist_kernels import compat
 from gist_kernels.backend import BackendInfo, backends, use_backend
 from gist_kernels.functional.adapter import adapter
 from gist_kernels.functional.attention import prefix_attention
-from gist_kernels.functional.divergence import bidirectional_kl
+from gist_kernels.functional.divergence import bidirectional_kl, jensen_shannon
 from gist_kernels.functional.logits import split_heads
 from gist_kernels.functional.loss import GistLossTerms, gist_loss, gist_loss_and_grad
 from gist_kernels.functional.sublayers import adapter_attention, adapter_mlp
@@ -35,8 +36,10 @@ __all__ = [
     "adapter_mlp",
     "backends",
     "bidirectional_kl",
+    "compat",
     "gist_loss",
     "gist_loss_and_grad",
+    "jensen_shannon",
     "prefix_attention",
     "split_heads",
     "use_backend",

@@ -77,6 +77,11 @@ def finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite; it is {value}")
 
 
+def boolean(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+
+
 def positive(name: str, value: float) -> None:
     finite(name, value)
     if value <= 0:

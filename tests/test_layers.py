@@ -32,6 +32,7 @@ GIST_LAYERS = (
 # As above.
 GIST_KERNELS_LAYERS: tuple[tuple[str, ...], ...] = (
     ("gist_kernels",),
+    ("gist_kernels.compat",),
     ("gist_kernels.functional",),
     ("gist_kernels.backend",),
     ("gist_kernels.autograd",),

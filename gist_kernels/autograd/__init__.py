@@ -3,6 +3,8 @@ here."""
 
 from gist_kernels.autograd.adapter import adapter
 from gist_kernels.autograd.attention import prefix_attention
+from gist_kernels.autograd.divergence import jensen_shannon
+from gist_kernels.autograd.divergence import register as register_divergence
 from gist_kernels.autograd.loss import gist_loss, gist_loss_and_grad, register
 from gist_kernels.autograd.sublayers import adapter_attention, adapter_mlp
 
@@ -12,6 +14,8 @@ __all__ = [
     "adapter_mlp",
     "gist_loss",
     "gist_loss_and_grad",
+    "jensen_shannon",
     "prefix_attention",
     "register",
+    "register_divergence",
 ]

@@ -26,16 +26,17 @@ def gist_loss(
     target: torch.Tensor | None,
     options: LossOptions,
     want_terms: bool,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(loss, terms)``, differentiable once in both logits."""
     cls, gist, target = dense_rows(cls), dense_rows(gist), dense_rows(target)
-    if needs_dispatcher(cls, gist, target):
+    if needs_dispatcher(cls, gist, target, row_scale):
         forward, _ = _OPERATORS[kernels.NAME]
-        loss, terms, _ = forward(cls, gist, target, *_flat(options))
+        loss, terms, _ = forward(cls, gist, target, row_scale, *_flat(options))
         return loss, terms
     if torch.is_grad_enabled() and (cls.requires_grad or gist.requires_grad):
-        return _GistLoss.apply(cls, gist, target, (kernels, options, want_terms))
-    return kernels.forward(cls, gist, target, options, want_terms)[:2]
+        return _GistLoss.apply(cls, gist, target, row_scale, (kernels, options, want_terms))
+    return kernels.forward(cls, gist, target, options, want_terms, row_scale)[:2]
 
 
 def gist_loss_and_grad(
@@ -44,17 +45,20 @@ def gist_loss_and_grad(
     gist: torch.Tensor,
     target: torch.Tensor,
     options: LossOptions,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(loss, d_cls, d_gist)`` for an upstream gradient of 1."""
     cls, gist, target = dense_rows(cls), dense_rows(gist), dense_rows(target)
-    if needs_dispatcher(cls, gist, target):
+    if needs_dispatcher(cls, gist, target, row_scale):
         forward, backward = _OPERATORS[kernels.NAME]
         cls, gist, target = cls.detach(), gist.detach(), target.detach()
-        loss, _, stats = forward(cls, gist, target, *_flat(options))
+        loss, _, stats = forward(cls, gist, target, row_scale, *_flat(options))
         one = torch.ones_like(loss)
-        d_cls, d_gist = backward(one, cls, gist, target, stats, *_flat(options), True, True)
+        d_cls, d_gist = backward(
+            one, cls, gist, target, row_scale, stats, *_flat(options), True, True
+        )
         return loss, d_cls, d_gist
-    found: Any = kernels.forward_backward(cls, gist, target, options)
+    found: Any = kernels.forward_backward(cls, gist, target, options, row_scale)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = found
     return result
 
@@ -66,11 +70,12 @@ class _GistLoss(torch.autograd.Function):
         cls: torch.Tensor,
         gist: torch.Tensor,
         target: torch.Tensor | None,
+        row_scale: torch.Tensor | None,
         settings: tuple[LossKernels, LossOptions, bool],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kernels, options, want_terms = ctx.settings = settings
-        loss, terms, ctx.stats = kernels.forward(cls, gist, target, options, want_terms)
-        ctx.save_for_backward(cls, gist, target)
+        loss, terms, ctx.stats = kernels.forward(cls, gist, target, options, want_terms, row_scale)
+        ctx.save_for_backward(cls, gist, target, row_scale)
         if terms is not None:
             ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
@@ -82,23 +87,27 @@ class _GistLoss(torch.autograd.Function):
         ctx: Any, saved: tuple[torch.Tensor, ...], grad: torch.Tensor | None, _: None
     ) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         kernels, options, _ = ctx.settings
-        cls, gist, target = saved
+        cls, gist, target, row_scale = saved
         needs = ctx.needs_input_grad
         gradients = kernels.backward(
-            grad.resolve_neg(), cls, gist, target, ctx.stats, options, needs[0], needs[1]
+            grad.resolve_neg(), cls, gist, target, ctx.stats, options, needs[0], needs[1], row_scale
         )
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
-def _flat(options: LossOptions) -> tuple[list[float], int, str]:
+def _flat(options: LossOptions) -> tuple[list[float], int, str, str]:
     """The options in an operator schema's types; the inverse of :func:`_options_of`."""
-    return list(options[:6]), options.ignore_index, options.reduction
+    numbers = [*options[:6], options.gist_scale]
+    return numbers, options.ignore_index, options.reduction, options.stop_gradient
 
 
-def _options_of(settings: Sequence[float], ignore_index: int, reduction: str) -> LossOptions:
-    return LossOptions._make((*settings, ignore_index, reduction))
+def _options_of(
+    settings: Sequence[float], ignore_index: int, reduction: str, stop_gradient: str
+) -> LossOptions:
+    *numbers, gist_scale = settings
+    return LossOptions._make((*numbers, ignore_index, reduction, gist_scale, stop_gradient))
 
 
 _OPERATORS: dict[str, tuple[Any, Any]] = {}
@@ -112,17 +121,21 @@ def register(kernels: LossKernels) -> None:
         cls: torch.Tensor,
         gist: torch.Tensor,
         target: torch.Tensor | None,
+        row_scale: torch.Tensor | None,
         settings: Sequence[float],
         ignore_index: int,
         reduction: str,
+        stop_gradient: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        options = _options_of(settings, ignore_index, reduction)
-        loss, terms, stats = kernels.forward(cls, gist, target, options, True)
+        options = _options_of(settings, ignore_index, reduction, stop_gradient)
+        loss, terms, stats = kernels.forward(cls, gist, target, options, True, row_scale)
         assert terms is not None
         return loss, terms, stats
 
     @loss_forward.register_fake
-    def _(cls, gist, target, settings, ignore_index, reduction):  # type: ignore[no-untyped-def]
+    def _(  # type: ignore[no-untyped-def]
+        cls, gist, target, row_scale, settings, ignore_index, reduction, stop_gradient
+    ):
         rows = cls.shape[0]
         each = (rows,) if reduction == "none" else ()
         dtype = torch.promote_types(cls.dtype, torch.float32)
@@ -137,16 +150,18 @@ def register(kernels: LossKernels) -> None:
         cls: torch.Tensor,
         gist: torch.Tensor,
         target: torch.Tensor | None,
+        row_scale: torch.Tensor | None,
         stats: torch.Tensor,
         settings: Sequence[float],
         ignore_index: int,
         reduction: str,
+        stop_gradient: str,
         need_cls: bool,
         need_gist: bool,
     ) -> list[torch.Tensor]:
-        options = _options_of(settings, ignore_index, reduction)
+        options = _options_of(settings, ignore_index, reduction, stop_gradient)
         d_cls, d_gist = kernels.backward(
-            grad, cls, gist, target, stats, options, need_cls, need_gist
+            grad, cls, gist, target, stats, options, need_cls, need_gist, row_scale
         )
         found = [d for d in (d_cls, d_gist) if d is not None]
         # An operator's results may not share memory, as two halves of one tensor do.
@@ -157,14 +172,19 @@ def register(kernels: LossKernels) -> None:
 
     @loss_backward.register_fake
     def _(  # type: ignore[no-untyped-def]
-        grad, cls, gist, target, stats, settings, ignore_index, reduction, need_cls, need_gist
-    ):
-        return [cls.new_empty(cls.shape) for need in (need_cls, need_gist) if need]
+        grad, cls, gist, target, row_scale, stats, settings, ignore_index, reduction, stop_gradient,
+        need_cls, need_gist,
+    ):  # fmt: skip
+        return [
+            side.new_empty(side.shape)
+            for side, need in ((cls, need_cls), (gist, need_gist))
+            if need
+        ]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        cls, gist, target, *ctx.settings = inputs
+        cls, gist, target, row_scale, *ctx.settings = inputs
         _, terms, stats = output
-        ctx.save_for_backward(cls, gist, target, stats)
+        ctx.save_for_backward(cls, gist, target, row_scale, stats)
         ctx.mark_non_differentiable(terms, stats)
         ctx.set_materialize_grads(False)
 
@@ -174,7 +194,7 @@ def register(kernels: LossKernels) -> None:
         if grad is not None:
             found = iter(loss_backward(grad, *ctx.saved_tensors, *ctx.settings, *needed))
             gradients = [next(found) if need else None for need in needed]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
     def refuse(ctx: Any, *_: Any) -> None:
         raise second_derivative("the loss")

@@ -51,13 +51,18 @@ template <class A>
 int64_t reduce(const LossCall &call, int64_t kept) {
   const RowStats<A> *stats = static_cast<const RowStats<A> *>(call.stats);
   A *const loss = static_cast<A *>(call.loss), *const terms = static_cast<A *>(call.terms);
+  const A *const row_scales = static_cast<const A *>(call.row_scales);
+  const int64_t stride = call.row_scales_stride;
   int64_t invalid = -1;
   double totals[5] = {};
   for (int64_t row = 0; row < call.rows; ++row) {
-    if (stats[row].scale != stats[row].scale && invalid < 0) invalid = row;
+    const double scale = row_scales == nullptr ? 1 : double(row_scales[row * stride]);
+    const bool is_nan = stats[row].scale != stats[row].scale;
+    if (is_nan && scale == scale && invalid < 0) invalid = row;
     double weighted = 0;
     for (int t = 0; t < 4; ++t) {
-      const double term = double(stats[row].terms[t]);
+      // A row of scale 0 has terms of 0.
+      const double term = double(stats[row].terms[t]) * scale;
       // A term without weight may be infinite.
       if (call.weights[t] != 0) weighted += call.weights[t] * term;
       totals[t] += term;

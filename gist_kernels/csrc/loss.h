@@ -23,8 +23,8 @@ struct RowStats {
   A plain[2];      // sum of the target / sum exp(x - max)
   A mean[2];       // of x_cls - x_gist under p and under q, maxima subtracted
   A mean_rest[2];  // what rounding took from the means
-  A scale;         // 1, or 1 / rows kept for a mean; 0 for an ignored row; NaN for a bad target
-  A terms[4];      // cross-entropy of cls, of gist, KL(cls || gist), KL(gist || cls)
+  A scale;     // LossCall::row_scale, or the row's own; 0 for an ignored row; NaN for a bad target
+  A terms[4];  // cross-entropy of cls, of gist, KL(cls || gist), KL(gist || cls)
 };
 constexpr int kRowStats = sizeof(RowStats<float>) / sizeof(float);
 
@@ -39,11 +39,17 @@ struct LossCall {
   const void *target;
   std::int64_t target_stride;
 
-  double temperature;
+  // Of the KL terms: the cls side is at `temperature`, the gist side at temperature / gist_scale.
+  double temperature, gist_scale;
   double weights[4];  // in the order of RowStats::terms
+  // Whether a head gets the gradient of the KL that starts from it, and of the one that ends at it.
+  bool from_own[2], from_other[2];
   double label_smoothing;
   std::int64_t ignore_index;
   Reduction reduction;
+  // Of type A, or null: what each row's loss is multiplied by. A row of 0 is not looked at.
+  const void *row_scales;
+  std::int64_t row_scales_stride;
 
   void *stats;  // RowStats<A>[rows]
   // Of type A: 1 and 4 numbers, or `rows` and 4 * rows for Reduction::none. Terms may be null.
@@ -53,7 +59,7 @@ struct LossCall {
   void *d_logits[2];  // null where no gradient is wanted
   std::int64_t d_logits_stride;
 
-  double row_scale;  // RowStats::scale of a row that is kept
+  double row_scale;  // RowStats::scale of a row that is kept and has none of its own
   bool stream;       // write gradients past the cache
 };
 

@@ -5,14 +5,17 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "activation.h"
 #include "adapter.h"
 #include "attention.h"
+#include "divergence.h"
 #include "loss.h"
 
 #ifdef _OPENMP
@@ -73,8 +76,9 @@ void *pointer(Address address) { return reinterpret_cast<void *>(address); }
 // Groups of the loss's arguments.
 using Logits = std::tuple<int, int64_t, int64_t, Address, int64_t, Address, int64_t>;
 using Target = std::tuple<int, Address, int64_t>;
-using LossOptions =
-    std::tuple<double, double, double, double, double, double, int64_t, const char *>;
+using LossOptions = std::tuple<double, double, double, double, double, double, int64_t,
+                               const char *, double, const char *>;
+using RowScales = std::tuple<Address, int64_t>;
 using LossGradients = std::tuple<Address, Address, int64_t>;
 
 constexpr char kLossGroups[] =
@@ -82,10 +86,11 @@ constexpr char kLossGroups[] =
     "logits: (dtype, rows, classes, cls, stride of its rows, gist, stride of its rows)\n"
     "target: (dtype, address, stride of its rows); the dtype is that of `none` without target\n"
     "options: the fields of LossOptions, in their order\n"
+    "row_scales: (address, stride) of what each row's loss is multiplied by\n"
     "stats: (rows, LOSS_STATS_PER_ROW), contiguous\n";
 
 gist::LossCall loss_call(const Logits &logits, const Target &target, const LossOptions &options,
-                         Address stats) {
+                         const RowScales &row_scales, Address stats) {
   gist::LossCall call = {};
   const auto [dtype, rows, classes, cls, cls_stride, gist, gist_stride] = logits;
   call.rows = rows;
@@ -101,12 +106,20 @@ gist::LossCall loss_call(const Logits &logits, const Target &target, const LossO
   call.target = pointer(target_address);
   call.target_stride = target_stride;
 
-  const char *reduction;
+  const char *reduction, *stop_gradient;
   std::tie(call.temperature, call.weights[0], call.weights[1], call.weights[2], call.weights[3],
-           call.label_smoothing, call.ignore_index, reduction) = options;
+           call.label_smoothing, call.ignore_index, reduction, call.gist_scale, stop_gradient) =
+      options;
   call.reduction = reduction[0] == 'n'   ? gist::Reduction::none
                    : reduction[0] == 's' ? gist::Reduction::sum
                                          : gist::Reduction::mean;
+  for (int s : gist::kHeads) {
+    const char side = s == gist::kCls ? 'a' : 'b';
+    call.from_other[s] = stop_gradient[0] != side;
+    call.from_own[s] = stop_gradient[0] != side && stop_gradient[0] != 't';
+  }
+  call.row_scales = pointer(std::get<0>(row_scales));
+  call.row_scales_stride = std::get<1>(row_scales);
   call.stats = pointer(stats);
   return call;
 }
@@ -119,19 +132,21 @@ void set_gradients(gist::LossCall &call, const LossGradients &gradients) {
 }
 
 int64_t loss_forward(const Logits &logits, const Target &target, const LossOptions &options,
-                     Address stats, Address loss, Address terms, int threads) {
+                     const RowScales &row_scales, Address stats, Address loss, Address terms,
+                     int threads) {
   const nb::gil_scoped_release release;
-  gist::LossCall call = loss_call(logits, target, options, stats);
+  gist::LossCall call = loss_call(logits, target, options, row_scales, stats);
   call.loss = pointer(loss);
   call.terms = pointer(terms);
   return gist::loss_forward(call, threads);
 }
 
 void loss_backward(const Logits &logits, const Target &target, const LossOptions &options,
-                   Address stats, const std::tuple<Address, int64_t> &grad,
-                   const LossGradients &gradients, int threads) {
+                   const RowScales &row_scales, Address stats,
+                   const std::tuple<Address, int64_t> &grad, const LossGradients &gradients,
+                   int threads) {
   const nb::gil_scoped_release release;
-  gist::LossCall call = loss_call(logits, target, options, stats);
+  gist::LossCall call = loss_call(logits, target, options, row_scales, stats);
   call.grad = pointer(std::get<0>(grad));
   call.grad_stride = std::get<1>(grad);
   set_gradients(call, gradients);
@@ -139,13 +154,64 @@ void loss_backward(const Logits &logits, const Target &target, const LossOptions
 }
 
 int64_t loss_forward_backward(const Logits &logits, const Target &target,
-                              const LossOptions &options, Address stats, Address loss,
-                              const LossGradients &gradients, int threads) {
+                              const LossOptions &options, const RowScales &row_scales,
+                              Address stats, Address loss, const LossGradients &gradients,
+                              int threads) {
   const nb::gil_scoped_release release;
-  gist::LossCall call = loss_call(logits, target, options, stats);
+  gist::LossCall call = loss_call(logits, target, options, row_scales, stats);
   call.loss = pointer(loss);
   set_gradients(call, gradients);
   return gist::loss_forward_backward(call, threads);
+}
+
+// Groups of the divergence's arguments: of every side, address and row stride, weight, temperature.
+using Side = std::tuple<Address, int64_t, double, double>;
+using RowsShape = std::tuple<int64_t, int64_t>;
+
+gist::DivergenceCall divergence_call(int dtype, const RowsShape &shape,
+                                     const std::vector<Side> &sides, const RowScales &row_scales,
+                                     Address stats) {
+  gist::DivergenceCall call = {};
+  call.dtype = static_cast<gist::Dtype>(dtype);
+  std::tie(call.rows, call.classes) = shape;
+  call.sides = int(sides.size());
+  for (int k = 0; k < call.sides; ++k) {
+    call.logits[k] = pointer(std::get<0>(sides[k]));
+    call.logit_stride[k] = std::get<1>(sides[k]);
+    call.weights[k] = std::get<2>(sides[k]);
+    call.temperatures[k] = std::get<3>(sides[k]);
+  }
+  call.row_scales = pointer(std::get<0>(row_scales));
+  call.row_scales_stride = std::get<1>(row_scales);
+  call.stats = pointer(stats);
+  return call;
+}
+
+void check_sides(std::size_t sides) {
+  if (sides < 2 || sides > gist::kMostSides) throw nb::value_error("2 to 8 sides are taken");
+}
+
+void divergence_forward(int dtype, const RowsShape &shape, const std::vector<Side> &sides,
+                        const RowScales &row_scales, Address stats, Address loss, int threads) {
+  check_sides(sides.size());
+  const nb::gil_scoped_release release;
+  gist::DivergenceCall call = divergence_call(dtype, shape, sides, row_scales, stats);
+  call.loss = pointer(loss);
+  gist::divergence_forward(call, threads);
+}
+
+void divergence_backward(int dtype, const RowsShape &shape, const std::vector<Side> &sides,
+                         const RowScales &row_scales, Address stats,
+                         const std::tuple<Address, int64_t> &grad,
+                         const std::vector<Address> &gradients, int threads) {
+  check_sides(sides.size());
+  if (gradients.size() != sides.size()) throw nb::value_error("a gradient's address for each side");
+  const nb::gil_scoped_release release;
+  gist::DivergenceCall call = divergence_call(dtype, shape, sides, row_scales, stats);
+  call.grad = pointer(std::get<0>(grad));
+  call.grad_stride = std::get<1>(grad);
+  for (int k = 0; k < call.sides; ++k) call.d_logits[k] = pointer(gradients[k]);
+  gist::divergence_backward(call, threads);
 }
 
 // Groups of the adapter's arguments.
@@ -320,23 +386,41 @@ void define_loss(nb::module_ &m) {
       "gradients: (of cls, of gist, stride of the rows); 0 for one that is not wanted\n";
   m.attr("LOSS_STATS_PER_ROW") = gist::kRowStats;
   m.attr("LOSS_DTYPES") = codes_of(gist::kLossDtypes);
-  m.def("loss_forward", &loss_forward, "logits"_a, "target"_a, "options"_a, "stats"_a, "loss"_a,
-        "terms"_a, "threads"_a,
+  m.def("loss_forward", &loss_forward, "logits"_a, "target"_a, "options"_a, "row_scales"_a,
+        "stats"_a, "loss"_a, "terms"_a, "threads"_a,
         doc("Writes stats, loss, and terms unless 0. Returns the first row whose class index is "
             "outside the classes, or -1.",
             kLossGroups)
             .c_str());
-  m.def("loss_backward", &loss_backward, "logits"_a, "target"_a, "options"_a, "stats"_a, "grad"_a,
-        "gradients"_a, "threads"_a,
+  m.def("loss_backward", &loss_backward, "logits"_a, "target"_a, "options"_a, "row_scales"_a,
+        "stats"_a, "grad"_a, "gradients"_a, "threads"_a,
         (doc("Writes the gradients from loss_forward's stats.", gradients.c_str()) +
          "grad: (address, stride) of the loss's gradient\n")
             .c_str());
   m.def("loss_forward_backward", &loss_forward_backward, "logits"_a, "target"_a, "options"_a,
-        "stats"_a, "loss"_a, "gradients"_a, "threads"_a,
+        "row_scales"_a, "stats"_a, "loss"_a, "gradients"_a, "threads"_a,
         doc("Writes stats, loss and the gradients of the loss's sum. Returns what loss_forward "
             "returns.",
             gradients.c_str())
             .c_str());
+}
+
+void define_divergence(nb::module_ &m) {
+  m.attr("DIVERGENCE_DTYPES") = codes_of(gist::kDivergenceDtypes);
+  m.attr("DIVERGENCE_STATS_PER_SIDE") = gist::kSideStats;
+  m.attr("DIVERGENCE_MOST_SIDES") = gist::kMostSides;
+  m.def("divergence_forward", &divergence_forward, "dtype"_a, "shape"_a, "sides"_a, "row_scales"_a,
+        "stats"_a, "loss"_a, "threads"_a,
+        "Writes stats and each row's Jensen-Shannon divergence.\n\n"
+        "shape: (rows, classes)\n"
+        "sides: of each, (address, stride of the rows, weight, temperature)\n"
+        "row_scales: (address, stride) of what each row's divergence is multiplied by\n"
+        "stats: (rows, sides, DIVERGENCE_STATS_PER_SIDE), contiguous\n");
+  m.def("divergence_backward", &divergence_backward, "dtype"_a, "shape"_a, "sides"_a,
+        "row_scales"_a, "stats"_a, "grad"_a, "gradients"_a, "threads"_a,
+        "Writes the gradients from divergence_forward's stats.\n\n"
+        "grad: (address, stride) of the rows' upstream gradients\n"
+        "gradients: of each side, the address of (rows, classes), or 0\n");
 }
 
 void define_adapter(nb::module_ &m) {
@@ -392,6 +476,7 @@ NB_MODULE(_native, m) {
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
   m.attr("DTYPES") = codes_of(gist::kDtypes);
   define_loss(m);
+  define_divergence(m);
   define_adapter(m);
   define_activation(m);
   define_attention(m);

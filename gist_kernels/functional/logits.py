@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from gist_kernels import check
+from gist_kernels import autograd, check, reference
+from gist_kernels.backend import select
+from gist_kernels.functional.rows import RowOptions, in_rows
 from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.suggest import unknown_name
 from gist_kernels.tracing import under_transform
 
 Reduction: TypeAlias = Literal["mean", "batchmean", "sum", "none"]
 REDUCTIONS = get_args(Reduction)
+StopGradient: TypeAlias = Literal["a", "b", "targets"]
+STOP_GRADIENT = get_args(StopGradient)
 
 
 def split_heads(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,18 +72,18 @@ def checked_options(*arguments: Any) -> LossOptions:
 
 
 def _options(
-    temperature: float,
+    temperature: float | tuple[float, float],
     cls_weight: float,
     gist_weight: float,
     kl_weights: tuple[float, float],
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
+    scale_by_temperature_squared: bool,
+    stop_gradient: str | None,
     kl_weights_name: str = "kl_weights",
 ) -> LossOptions:
-    check.positive("temperature", temperature)
-    if not 1e-15 <= temperature <= 1e15:
-        raise ValueError(f"temperature must be in [1e-15, 1e15]; it is {temperature}")
+    first, second = checked_temperatures(temperature, 2)
     check.finite("cls_weight", cls_weight)
     check.finite("gist_weight", gist_weight)
     check.weight_pair(kl_weights_name, kl_weights)
@@ -89,22 +94,53 @@ def _options(
         raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits; it is {ignore_index}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(unknown_name("reduction", str(reduction), REDUCTIONS))
+    check_reduction(reduction)
+    check.boolean("scale_by_temperature_squared", scale_by_temperature_squared)
+    if stop_gradient is not None and stop_gradient not in STOP_GRADIENT:
+        raise ValueError(unknown_name("stop_gradient", str(stop_gradient), STOP_GRADIENT))
+    squared = first * second if scale_by_temperature_squared else 1.0
     return LossOptions(
-        float(temperature),
+        first,
         float(cls_weight),
         float(gist_weight),
-        float(kl_weights[0]),
-        float(kl_weights[1]),
+        float(kl_weights[0]) * squared,
+        float(kl_weights[1]) * squared,
         float(label_smoothing),
         int(ignore_index),
         "mean" if reduction == "batchmean" else reduction,
+        first / second,
+        stop_gradient or "",
     )
 
 
 # Typed, for True is not 1.0; a pair is hashed without its types, but True in it is 1.0 there.
 _cached_options = lru_cache(maxsize=256, typed=True)(_options)
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(unknown_name("reduction", str(reduction), REDUCTIONS))
+
+
+def checked_temperatures(
+    temperature: float | Sequence[float], sides: int, meaning: str = "a pair, one for each side"
+) -> tuple[float, ...]:
+    """One temperature for each side, given one for all or as many as there are sides."""
+    if not isinstance(temperature, Sequence) or isinstance(temperature, str):
+        return (_checked_temperature("temperature", temperature),) * sides
+    if len(temperature) != sides:
+        raise ValueError(f"temperature must be a number or {meaning}; it is {temperature!r}")
+    found = tuple(_checked_temperature(f"temperature[{i}]", t) for i, t in enumerate(temperature))
+    if max(found) > 1e6 * min(found):
+        raise ValueError(f"temperature: at most a factor of 1e6 between sides; it is {temperature}")
+    return found
+
+
+def _checked_temperature(name: str, temperature: float) -> float:
+    check.positive(name, temperature)
+    if not 1e-15 <= temperature <= 1e15:
+        raise ValueError(f"{name} must be in [1e-15, 1e15]; it is {temperature}")
+    return float(temperature)
 
 
 def plainly_valid(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -113,11 +149,11 @@ def plainly_valid(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     shape = a.shape
     return (
-        len(shape) == 2
-        and shape[1] > 0
+        len(shape) > 0
+        and shape[-1] > 0
         and b.shape == shape
         and a.dtype in check.FLOATING
-        and b.dtype is a.dtype
+        and b.dtype in check.FLOATING
         and b.device == a.device
         and a.layout is torch.strided
         and b.layout is torch.strided
@@ -126,8 +162,77 @@ def plainly_valid(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def check_logits(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> None:
     check.floating(name_a, a)
-    check.shape(name_a, a, (None, None), "(B, C)")
-    if a.shape[1] < 1:
+    if a.ndim < 1:
+        raise ValueError(f"{name_a} must have shape (..., C); it has {tuple(a.shape)}")
+    if a.shape[-1] < 1:
         raise ValueError(f"{name_a} must have at least one class; it has shape {tuple(a.shape)}")
-    check.shape(name_b, b, tuple(a.shape), f"(B, C) as {name_a}")
-    check.alike(name_b, b, name_a, a)
+    check.floating(name_b, b)
+    if b.shape != a.shape:
+        other = ""
+        if b.ndim and b.shape[-1] != a.shape[-1]:
+            other = (
+                f": {b.shape[-1]} classes, where {name_a} has {a.shape[-1]}; "
+                "cut or pad one side to the vocabulary of the other"
+            )
+        raise ValueError(
+            f"{name_b} must have shape (..., C) as {name_a}, here {tuple(a.shape)}; "
+            f"it has {tuple(b.shape)}{other}"
+        )
+    check.alike(name_b, b, name_a, a, any_float=True)
+
+
+def evaluate(
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    options: LossOptions,
+    rows: RowOptions,
+    want_terms: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss and its terms of checked arguments, by the kernels that serve them."""
+    leading = cls.shape[:-1]
+    cls, gist, kernels = _served(cls, gist)
+    cls, gist, target, options, scale = in_rows(cls, gist, target, options, rows)
+    if kernels is None:
+        loss, terms = reference.gist_loss(cls, gist, target, options, want_terms, scale)
+    else:
+        loss, terms = autograd.gist_loss(kernels, cls, gist, target, options, want_terms, scale)
+    if options.reduction == "none" and len(leading) != 1:
+        loss = loss.reshape(leading)
+        terms = None if terms is None else terms.reshape(4, *leading)
+    return loss, terms
+
+
+def evaluate_with_gradients(
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor,
+    options: LossOptions,
+    rows: RowOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss and both gradients of checked arguments, by the kernels that serve them."""
+    shape, dtypes = cls.shape, (cls.dtype, gist.dtype)
+    cls, gist, kernels = _served(cls, gist)
+    cls, gist, flat, options, scale = in_rows(cls, gist, target, options, rows)
+    assert flat is not None
+    if kernels is None:
+        found = reference.gist_loss_and_grad(cls, gist, flat, options, scale)
+    else:
+        found = autograd.gist_loss_and_grad(kernels, cls, gist, flat, options, scale)
+    loss, *gradients = found
+    if len(shape) != 2:
+        gradients = [d.reshape(shape) for d in gradients]
+        loss = loss.reshape(shape[:-1]) if options.reduction == "none" else loss
+    d_cls, d_gist = (d.to(dtype) for d, dtype in zip(gradients, dtypes, strict=True))
+    return loss, d_cls, d_gist
+
+
+def _served(cls: torch.Tensor, gist: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Both sides as the kernels that serve them take them, and these kernels."""
+    if cls.dtype is gist.dtype:
+        return cls, gist, select("loss", cls)
+    common = torch.promote_types(cls.dtype, gist.dtype)
+    kernels = select("loss", cls if cls.dtype is common else gist.to(common))
+    if common is torch.float64 or kernels is None or not kernels.MIXED_DTYPES:
+        cls, gist = cls.to(common), gist.to(common)
+    return cls, gist, kernels

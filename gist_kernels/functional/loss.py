@@ -7,8 +7,8 @@ Knowledge Interaction" (arXiv:2312.07255). With ``p = softmax(cls / T)`` and
     loss = cls_weight * CE(cls, y) + gist_weight * CE(gist, y)
          + kl_weights[0] * KL(p || q) + kl_weights[1] * KL(q || p)
 
-There is no factor T^2, and nothing is detached: gradients flow into both logits. To stop them on
-one side, pass ``logits.detach()``.
+Nothing is detached, and there is no factor T^2, unless an option asks for it: gradients flow into
+both logits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,18 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
-from gist_kernels import autograd, check, reference
-from gist_kernels.backend import BACKENDS, select
-from gist_kernels.functional.logits import Reduction, check_logits, checked_options, plainly_valid
+from gist_kernels import autograd, check
+from gist_kernels.backend import BACKENDS
+from gist_kernels.functional.logits import (
+    Reduction,
+    StopGradient,
+    check_logits,
+    checked_options,
+    evaluate,
+    evaluate_with_gradients,
+    plainly_valid,
+)
+from gist_kernels.functional.rows import RowOptions, check_rows
 from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.tracing import batched
 
@@ -48,13 +57,18 @@ def gist_loss(
     gist_logits: torch.Tensor,
     target: torch.Tensor,
     *,
-    temperature: float = ...,
+    temperature: float | tuple[float, float] = ...,
     cls_weight: float = ...,
     gist_weight: float = ...,
     kl_weights: tuple[float, float] = ...,
     label_smoothing: float = ...,
     ignore_index: int = ...,
     reduction: Reduction = ...,
+    mask: torch.Tensor | None = ...,
+    row_weight: torch.Tensor | None = ...,
+    divisor: float | torch.Tensor | None = ...,
+    stop_gradient: StopGradient | None = ...,
+    scale_by_temperature_squared: bool = ...,
     return_terms: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -65,13 +79,18 @@ def gist_loss(
     gist_logits: torch.Tensor,
     target: torch.Tensor,
     *,
-    temperature: float = ...,
+    temperature: float | tuple[float, float] = ...,
     cls_weight: float = ...,
     gist_weight: float = ...,
     kl_weights: tuple[float, float] = ...,
     label_smoothing: float = ...,
     ignore_index: int = ...,
     reduction: Reduction = ...,
+    mask: torch.Tensor | None = ...,
+    row_weight: torch.Tensor | None = ...,
+    divisor: float | torch.Tensor | None = ...,
+    stop_gradient: StopGradient | None = ...,
+    scale_by_temperature_squared: bool = ...,
     return_terms: Literal[True],
 ) -> tuple[torch.Tensor, GistLossTerms]: ...
 
@@ -81,34 +100,57 @@ def gist_loss(
     gist_logits: torch.Tensor,
     target: torch.Tensor,
     *,
-    temperature: float = 3.0,
+    temperature: float | tuple[float, float] = 3.0,
     cls_weight: float = 1.0,
     gist_weight: float = 0.5,
     kl_weights: tuple[float, float] = (0.75, 0.75),
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    mask: torch.Tensor | None = None,
+    row_weight: torch.Tensor | None = None,
+    divisor: float | torch.Tensor | None = None,
+    stop_gradient: StopGradient | None = None,
+    scale_by_temperature_squared: bool = False,
     return_terms: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, GistLossTerms]:
     """The GIST training loss (formula at the top of this module), defaults as published.
 
+    A row is one distribution over C classes: an image, or a token of a sequence.
+
     Args:
-        cls_logits: (B, C) logits of the class token; float32, bfloat16, float16 or float64.
-        gist_logits: (B, C) logits of the Gist token; same dtype and device.
-        target: (B,) int64 class indices, or (B, C) class probabilities (mixup) in any floating
+        cls_logits: (..., C) logits of the class token; float32, bfloat16, float16 or float64. No
+            copy is made where one stride leads from each row to the next and classes are
+            contiguous.
+        gist_logits: logits of the Gist token, of the same shape and device; any of the dtypes.
+        target: (...) int64 class indices, or (..., C) class probabilities (mixup) in any floating
             dtype, which are not checked to sum to 1 and get no gradient.
-        temperature: T > 0 (1e-15 to 1e15), of the KL terms only. No factor T^2 is applied.
+        temperature: T > 0 (1e-15 to 1e15), of the KL terms only; or a pair, of the class and of the
+            Gist logits.
         cls_weight, gist_weight: of the two cross-entropies.
         kl_weights: of KL(cls || gist) and KL(gist || cls). A weight of 0 leaves its term out.
         label_smoothing: in [0, 1), as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: rows with this class index count in no term, no mean and no gradient.
-        reduction: "mean" or "batchmean" (both divide by the number of rows not ignored, never by
-            C), "sum", or "none" for (B,), ignored rows 0.
+        reduction: "mean" or "batchmean" (both divide by the number of rows that count, never by
+            C), "sum", or "none" for (...), rows that don't count 0.
+        mask: (...) bool, True where a row counts. What other rows hold, nan included, reaches no
+            result, and their gradient is 0.
+        row_weight: (...) floating point, what each row's loss and terms are multiplied by. A row of
+            weight 0 adds nothing, as if masked, but a mean still counts it.
+        divisor: a number or a 0-dim tensor, which no one reads on the host: what a mean divides by
+            instead of the number of rows that count, for instance ``num_items_in_batch`` under
+            gradient accumulation, or ``row_weight.sum()``.
+        stop_gradient: "a": the KL terms give the class logits no gradient; "b": nor the Gist
+            logits; "targets": each KL takes the distribution that it starts from, p in
+            KL(p || q), for a constant. The cross-entropies keep their gradients.
+        scale_by_temperature_squared: multiply the KL terms in the loss by T^2 (by the product of a
+            pair), so that their gradients keep their size as T grows.
         return_terms: return ``(loss, GistLossTerms)`` instead.
 
     Returns:
-        The loss: a scalar, or (B,) for "none"; float32, float64 for float64 logits. No rows, or
-        none that count, give nan for a mean and 0 for a sum, as in PyTorch. It can be
+        The loss: a scalar, or (...) for "none"; float32, float64 for float64 logits. No rows, or
+        none that count, give nan for a mean and 0 for a sum, as in PyTorch; with a mask or row
+        weights a mean of no rows is 0. It can be
         differentiated once; for second derivatives take ``use_backend("reference")``. torch.func
         transforms and forward-mode differentiation take the reference by themselves.
 
@@ -120,24 +162,13 @@ def gist_loss(
             ``torch.vmap`` has batched are never checked.
     """
     options = checked_options(
-        temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction
-    )
-    _check_tensors(cls_logits, gist_logits, target, options)
-    loss, terms = _gist_loss(cls_logits, gist_logits, target, options, return_terms)
+        temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction,
+        scale_by_temperature_squared, stop_gradient,
+    )  # fmt: skip
+    rows = RowOptions(mask, row_weight, divisor)
+    _check_tensors(cls_logits, gist_logits, target, options, rows)
+    loss, terms = evaluate(cls_logits, gist_logits, target, options, rows, return_terms)
     return loss if terms is None or not return_terms else (loss, GistLossTerms(*terms.unbind()))
-
-
-def _gist_loss(
-    cls: torch.Tensor,
-    gist: torch.Tensor,
-    target: torch.Tensor | None,
-    options: LossOptions,
-    want_terms: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    kernels = select("loss", cls)
-    if kernels is None:
-        return reference.gist_loss(cls, gist, target, options, want_terms)
-    return autograd.gist_loss(kernels, cls, gist, target, options, want_terms)
 
 
 def gist_loss_and_grad(
@@ -145,13 +176,18 @@ def gist_loss_and_grad(
     gist_logits: torch.Tensor,
     target: torch.Tensor,
     *,
-    temperature: float = 3.0,
+    temperature: float | tuple[float, float] = 3.0,
     cls_weight: float = 1.0,
     gist_weight: float = 0.5,
     kl_weights: tuple[float, float] = (0.75, 0.75),
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    mask: torch.Tensor | None = None,
+    row_weight: torch.Tensor | None = None,
+    divisor: float | torch.Tensor | None = None,
+    stop_gradient: StopGradient | None = None,
+    scale_by_temperature_squared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`gist_loss` and its gradients in one call, outside autograd: all three are detached.
 
@@ -159,47 +195,53 @@ def gist_loss_and_grad(
     matter. With ``reduction="none"`` the gradients are those of the sum of the rows' losses.
 
     Returns:
-        ``(loss, d_cls, d_gist)``: the loss as :func:`gist_loss` returns it and two
-        (B, C) gradients in the logits' dtype. Those of stacked logits (:func:`split_heads`) are
+        ``(loss, d_cls, d_gist)``: the loss as :func:`gist_loss` returns it and two gradients of the
+        logits' shape, each in its side's dtype. Those of stacked logits (:func:`split_heads`) are
         the halves of one tensor.
     """
     options = checked_options(
-        temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction
-    )
-    _check_tensors(cls_logits, gist_logits, target, options)
-    kernels = select("loss", cls_logits)
-    if kernels is None:
-        return reference.gist_loss_and_grad(cls_logits, gist_logits, target, options)
-    return autograd.gist_loss_and_grad(kernels, cls_logits, gist_logits, target, options)
+        temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction,
+        scale_by_temperature_squared, stop_gradient,
+    )  # fmt: skip
+    rows = RowOptions(mask, row_weight, divisor)
+    _check_tensors(cls_logits, gist_logits, target, options, rows)
+    return evaluate_with_gradients(cls_logits, gist_logits, target, options, rows)
 
 
 def _check_tensors(
-    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor, options: LossOptions
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor,
+    options: LossOptions,
+    rows: RowOptions,
 ) -> None:
     plain = (
         plainly_valid(cls, gist)
         and type(target) is torch.Tensor
         and target.dtype is torch.int64
-        and target.shape == cls.shape[:1]
+        and target.shape == cls.shape[:-1]
         and target.device == cls.device
         and target.layout is torch.strided
     )
     if not plain:
         check_logits("cls_logits", cls, "gist_logits", gist)
         _check_target(target, cls)
+    check_rows(rows, cls, options.reduction)
     if _CHECK_TARGETS and not (torch.compiler.is_compiling() or batched(target)):
-        check.class_indices("target", target, cls.shape[1], options.ignore_index)
+        seen = target.flatten()
+        if rows.mask is not None and not target.is_floating_point():
+            seen = seen.masked_fill(~rows.mask.flatten(), options.ignore_index)
+        check.class_indices("target", seen, cls.shape[-1], options.ignore_index)
 
 
 def _check_target(target: torch.Tensor, logits: torch.Tensor) -> None:
     check.tensor("target", target)
-    rows, classes = logits.shape
     if target.device != logits.device:
         raise ValueError(
             f"target is on {target.device} and the logits on {logits.device}; move one of them"
         )
     if target.dtype in check.FLOATING:
-        check.shape("target", target, (rows, classes), "(B, C) for class probabilities")
+        check.shape("target", target, tuple(logits.shape), "(..., C) for class probabilities")
         if target.requires_grad and torch.is_grad_enabled():
             raise ValueError("target requires a gradient, and gets none; pass target.detach()")
         return
@@ -208,4 +250,4 @@ def _check_target(target: torch.Tensor, logits: torch.Tensor) -> None:
             "target must be int64 class indices or floating-point class probabilities; "
             f"it is {target.dtype} (convert with target.long())"
         )
-    check.shape("target", target, (rows,), "(B,) for class indices")
+    check.shape("target", target, tuple(logits.shape[:-1]), "(...) for class indices")

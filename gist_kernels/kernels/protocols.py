@@ -10,6 +10,7 @@ Q queries, H heads, Dh features per head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -33,10 +34,34 @@ class LossOptions(NamedTuple):
     ignore_index: int
     reduction: str
     """"mean", "sum" or "none"; "batchmean" is "mean"."""
+    gist_scale: float = 1.0
+    """Of the KL terms: ``temperature`` over the Gist side's own, which multiplies its logits."""
+    stop_gradient: str = ""
+    """Where the KL terms give no gradient: "" nowhere, "a" and "b" to the first and the second
+    logits, "targets" to the distribution that each KL starts from."""
+
+    def kl_gradient_weights(self) -> tuple[float, float, float, float]:
+        """The KL terms' weights in the gradients: of KL(p || q) and KL(q || p) to the side that
+        each starts from, then of the two to the side that each ends at."""
+        pq, qp, stop = self.kl_cls_gist_weight, self.kl_gist_cls_weight, self.stop_gradient
+        return (
+            0.0 if stop in ("a", "targets") else pq,
+            0.0 if stop in ("b", "targets") else qp,
+            0.0 if stop == "b" else pq,
+            0.0 if stop == "a" else qp,
+        )
 
 
 class LossKernels(Protocol):
-    """The loss family. ``target`` is None, (B,) class indices or (B, C) probabilities."""
+    """The loss family. ``target`` is None, (B,) class indices or (B, C) probabilities.
+
+    ``row_scale`` is None or (B,), of any stride, in the statistics' dtype: what each row's loss and
+    terms are multiplied by. A row of 0 is not looked at, and its gradient is 0. It comes with the
+    reductions "sum" and "none" alone: what divides a mean is part of it.
+    """
+
+    MIXED_DTYPES: bool
+    """Whether the sides may differ in dtype."""
 
     @property
     def NAME(self) -> str:  # noqa: N802
@@ -52,6 +77,7 @@ class LossKernels(Protocol):
         target: torch.Tensor | None,
         options: LossOptions,
         want_terms: bool,
+        row_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """``(loss, terms, stats)``: terms are (4,) or (4, B); ``backward`` needs stats."""
 
@@ -65,6 +91,7 @@ class LossKernels(Protocol):
         options: LossOptions,
         need_cls: bool,
         need_gist: bool,
+        row_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The gradients of both sides, in the logits' dtype; None for a side that needs none."""
 
@@ -74,8 +101,43 @@ class LossKernels(Protocol):
         gist: torch.Tensor,
         target: torch.Tensor | None,
         options: LossOptions,
+        row_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """``(loss, d_cls, d_gist)``, none of them None, for an upstream gradient of 1."""
+
+
+class DivergenceKernels(Protocol):
+    """The Jensen-Shannon divergence of each row: 2 to 8 sides, (B, C) of one dtype."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802
+        """The backend's, for the names of registered operators."""
+
+    def stats_shape(self, rows: int, sides: int) -> tuple[int, ...]:
+        """The shape of the statistics that forward leaves for backward."""
+
+    def forward(
+        self,
+        sides: Sequence[torch.Tensor],
+        weights: tuple[float, ...],
+        temperatures: tuple[float, ...],
+        row_scale: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(rows, stats)``: each row's divergence (B,), times its scale (as of
+        :class:`LossKernels`), and what ``backward`` needs."""
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        sides: Sequence[torch.Tensor],
+        weights: tuple[float, ...],
+        temperatures: tuple[float, ...],
+        stats: torch.Tensor,
+        needs: Sequence[bool],
+        row_scale: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Each side's gradient in its dtype, ``grad`` being that of the rows; None where none is
+        needed."""
 
 
 class AdapterKernels(Protocol):
@@ -180,6 +242,7 @@ class SublayerKernels(NamedTuple):
 
 OPERATIONS = {
     "loss": ("bidirectional_kl", "gist_loss", "gist_loss_and_grad"),
+    "divergence": ("jensen_shannon",),
     "adapter": ("adapter",),
     "attention": ("prefix_attention",),
     "sublayers": ("adapter_attention", "adapter_mlp"),
@@ -200,6 +263,7 @@ class Backend:
     detail: str = ""
     """The hardware and software it runs on here."""
     loss: LossKernels | None = None
+    divergence: DivergenceKernels | None = None
     adapter: AdapterKernels | None = None
     attention: AttentionKernels | None = None
     sublayers: SublayerKernels | None = None

@@ -6,6 +6,7 @@ them.
 
 from gist_kernels.reference.adapter import adapter
 from gist_kernels.reference.attention import attention, prefix_attention
+from gist_kernels.reference.divergence import jensen_shannon
 from gist_kernels.reference.loss import gist_loss, gist_loss_and_grad
 from gist_kernels.reference.sublayers import adapter_attention, adapter_mlp
 
@@ -16,5 +17,6 @@ __all__ = [
     "attention",
     "gist_loss",
     "gist_loss_and_grad",
+    "jensen_shannon",
     "prefix_attention",
 ]

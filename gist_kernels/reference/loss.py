@@ -23,10 +23,12 @@ def gist_loss(
     target: torch.Tensor | None,
     options: LossOptions,
     want_terms: bool = True,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The loss and its unweighted, detached terms, (4,) or (4, B).
 
     See :func:`gist_kernels.gist_loss`, and :func:`gist_kernels.bidirectional_kl` without target.
+    ``row_scale`` is as in :class:`~gist_kernels.kernels.protocols.LossKernels`.
     """
     cls, gist = _accumulate(cls_logits), _accumulate(gist_logits)
     rows, classes = cls.shape
@@ -37,10 +39,15 @@ def gist_loss(
         expected = target.to(cls.dtype)
     elif target is not None:
         if cls.device.type == "cpu" and not (torch.compiler.is_compiling() or batched(target)):
-            check.class_indices("target", target, classes, options.ignore_index)
+            seen = target
+            if row_scale is not None:
+                seen = target.masked_fill(row_scale == 0, options.ignore_index)
+            check.class_indices("target", seen, classes, options.ignore_index)
         kept = target != options.ignore_index
         count = kept.sum()
         expected = _one_hot(target.masked_fill(~kept, 0), cls)
+    if row_scale is not None:
+        kept = kept & (row_scale != 0)
     if target is not None and options.label_smoothing:
         smoothing = options.label_smoothing
         expected = expected * (1 - smoothing) + smoothing / classes
@@ -50,9 +57,11 @@ def gist_loss(
     by_row = (
         cross_entropy_rows(cls, expected),
         cross_entropy_rows(gist, expected),
-        *kl_rows(cls, gist, options.temperature),
+        *kl_rows(cls, gist, options.temperature, options.gist_scale, options.stop_gradient),
     )
     terms = [term.masked_fill(~kept, 0) for term in by_row]
+    if row_scale is not None:
+        terms = [term * row_scale for term in terms]
     loss = _reduce(_weighted_sum(terms, options[1:5]), options.reduction, count)
     if not want_terms:
         return loss, None
@@ -64,12 +73,13 @@ def gist_loss_and_grad(
     gist_logits: torch.Tensor,
     target: torch.Tensor,
     options: LossOptions,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss and both gradients. See :func:`gist_kernels.gist_loss_and_grad`."""
     if torch._C._are_functorch_transforms_active():  # which take no requires_grad_()
 
         def summed(cls: torch.Tensor, gist: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            loss, _ = gist_loss(cls, gist, target, options, want_terms=False)
+            loss, _ = gist_loss(cls, gist, target, options, False, row_scale)
             return loss.sum(), loss
 
         both: Any = torch.func.grad(summed, argnums=(0, 1), has_aux=True)(cls_logits, gist_logits)
@@ -82,17 +92,26 @@ def gist_loss_and_grad(
         )
         cls.requires_grad_()
         gist.requires_grad_()
-        loss, _ = gist_loss(cls, gist, target, options, want_terms=False)
+        loss, _ = gist_loss(cls, gist, target, options, False, row_scale)
         d_cls, d_gist = torch.autograd.grad(loss.sum(), (cls, gist), materialize_grads=True)
         return loss.detach(), d_cls, d_gist
 
 
 def kl_rows(
-    logits_a: torch.Tensor, logits_b: torch.Tensor, temperature: float
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    temperature: float,
+    scale_b: float = 1.0,
+    stop_gradient: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``KL(p || q)`` and ``KL(q || p)`` of each row, p and q softmaxes at ``temperature``."""
+    """``KL(p || q)`` and ``KL(q || p)`` of each row, p and q softmaxes at ``temperature`` and at
+    ``temperature / scale_b``."""
     log_p = torch.log_softmax(logits_a / temperature, dim=-1)
-    log_q = torch.log_softmax(logits_b / temperature, dim=-1)
+    log_q = torch.log_softmax(logits_b / (temperature / scale_b), dim=-1)
+    log_p = log_p.detach() if stop_gradient == "a" else log_p
+    log_q = log_q.detach() if stop_gradient == "b" else log_q
+    if stop_gradient == "targets":
+        return _kl(log_p.detach(), log_q), _kl(log_q.detach(), log_p)
     return _kl(log_p, log_q), _kl(log_q, log_p)
 
 

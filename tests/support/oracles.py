@@ -104,3 +104,48 @@ def attention(
     q, k, v = (x.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for x in (q, k, v))
     scores = scale * (q @ k.mT)
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores.logsumexp(-1)
+
+
+def reduced(
+    rows: torch.Tensor,
+    reduction: str,
+    mask: torch.Tensor | None,
+    row_weight: torch.Tensor | None,
+    divisor: float | torch.Tensor | None,
+) -> torch.Tensor:
+    """Rows' losses to the loss: masked rows out, weights on, a mean over the rows that count."""
+    counts = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask
+    weighted = rows if row_weight is None else rows * row_weight.double()
+    weighted = torch.where(counts, weighted, 0.0)
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    return weighted.sum() / (max(int(counts.sum()), 1) if divisor is None else divisor)
+
+
+def kl_rows(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    temperatures: tuple[float, float],
+    weights: tuple[float, float],
+    stop_gradient: str | None,
+) -> torch.Tensor:
+    """weights[0] KL(p || q) + weights[1] KL(q || p) over the last dimension, from log-softmaxes."""
+    log_p, log_q = (F.log_softmax(x / t, -1) for x, t in zip((a, b), temperatures, strict=True))
+    log_p = log_p.detach() if stop_gradient == "a" else log_p
+    log_q = log_q.detach() if stop_gradient == "b" else log_q
+    p, q = (x.detach() if stop_gradient == "targets" else x for x in (log_p, log_q))
+    kl_pq = (p.exp() * (p - log_q)).sum(-1)
+    kl_qp = (q.exp() * (q - log_p)).sum(-1)
+    return weights[0] * kl_pq + weights[1] * kl_qp
+
+
+def jensen_shannon_rows(
+    sides: Sequence[torch.Tensor], weights: Sequence[float], temperatures: Sequence[float]
+) -> torch.Tensor:
+    """sum_k w_k KL(p_k || sum_j w_j p_j) over the last dimension, for finite logits."""
+    logs = [F.log_softmax(x / t, -1) for x, t in zip(sides, temperatures, strict=True)]
+    mixture = torch.stack([x + math.log(w) for x, w in zip(logs, weights, strict=True)])
+    mixture = mixture.logsumexp(0)
+    return sum(w * (x.exp() * (x - mixture)).sum(-1) for x, w in zip(logs, weights, strict=True))

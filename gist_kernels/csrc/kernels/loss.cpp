@@ -10,6 +10,8 @@
 //
 // for the loss v CE(cls) + w CE(gist) + a KL(p || q) + b KL(q || p). In d - KL(p || q) the constant
 // c cancels: it is D - mean D under p, over T, with D = x_cls - x_gist; under q for the other head.
+// Where the heads differ in temperature, x_gist is scaled by T / T_gist in p, q and D: the rest is
+// as at one temperature.
 // Everything is relative to the maxima, which are never added to a logarithm: that would lose its
 // digits to a large common offset.
 
@@ -29,20 +31,30 @@ constexpr int64_t kFetchedBytes = 128 << 10;
 constexpr double kInfinity = __builtin_inf();
 
 // How e^x, for the cross-entropies, comes from e^(x/T): as its power where T is 1, 2, 3 or 4, by
-// a second exponential for any other T, or not at all.
-constexpr int kAnyTemperature = -1, kNoPlain = 0;
+// a second exponential for any other T, by one of each head's for two T, or not at all.
+constexpr int kTwoTemperatures = -2, kAnyTemperature = -1, kNoPlain = 0;
 
 template <class A, int kPower>
 struct Exponentials {
-  Exp<A> tempered, plain;
+  Exp<A> tempered, plain, plain_gist;
 
-  explicit Exponentials(double temperature) : tempered(1 / temperature), plain(1) {}
+  explicit Exponentials(const LossCall &call)
+      : tempered(1 / call.temperature), plain(1), plain_gist(1 / call.gist_scale) {}
 
   template <int kCount>
   GIST_INLINE void untemper(const Vec<A> (&x)[kCount], const Vec<A> (&e)[kCount],
                             Vec<A> (&to)[kCount]) const {
     if constexpr (kPower == kAnyTemperature) {
       plain(x, to);
+    } else if constexpr (kPower == kTwoTemperatures) {
+      for (int i = 0; i < kCount; i += 2) {
+        const Vec<A> cls[1] = {x[i + kCls]}, gist[1] = {x[i + kGist]};
+        Vec<A> e[1];
+        plain(cls, e);
+        to[i + kCls] = e[0];
+        plain_gist(gist, e);
+        to[i + kGist] = e[0];
+      }
     } else {
       for (int i = 0; i < kCount; ++i) {
         const Vec<A> square = e[i] * e[i];
@@ -63,13 +75,14 @@ struct Pair {
   Pair at(int64_t j) const { return {cls + j, gist + j}; }
 };
 
-// Vectors of both heads side by side, cls and gist in turn, less their maxima.
+// Vectors of both heads side by side, cls and gist in turn, less their maxima, gist's scaled.
 template <class S, class Lanes, class A, int kCount>
-GIST_INLINE void load_shifted(Pair<S> from, Lanes lanes, const A (&max)[2], Vec<A> (&x)[kCount]) {
+GIST_INLINE void load_shifted(Pair<S> from, Lanes lanes, const A (&max)[2], A gist_scale,
+                              Vec<A> (&x)[kCount]) {
   for (int i = 0; i < kCount; i += 2) {
     const Pair<S> at = from.at(i / 2 * kLanes<A>);
     x[i + kCls] = load(at.cls, lanes, A(-kInfinity)) - max[kCls];
-    x[i + kGist] = load(at.gist, lanes, A(-kInfinity)) - max[kGist];
+    x[i + kGist] = (load(at.gist, lanes, A(-kInfinity)) - max[kGist]) * gist_scale;
   }
 }
 
@@ -86,10 +99,11 @@ template <class A>
 struct Peaks {
   A max[2];
   A difference[2];
+  A gist_scale;
 };
 
 template <class S, class A = Arithmetic<S>>
-Peaks<A> row_peaks(Pair<S> logits, int64_t n) {
+Peaks<A> row_peaks(Pair<S> logits, int64_t n, double gist_scale) {
   const A masked = A(-kInfinity);
   Vec<A> top_cls = broadcast(masked), top_gist = top_cls, other_cls = {}, other_gist = {};
   for_each_vector<A>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
@@ -102,11 +116,12 @@ Peaks<A> row_peaks(Pair<S> logits, int64_t n) {
   });
   const Vec<A> top[2] = {top_cls, top_gist}, other[2] = {other_cls, other_gist};
   Peaks<A> peaks;
+  peaks.gist_scale = A(gist_scale);
   for (int s : kHeads) peaks.max[s] = largest<A>(top[s]);
   for (int s : kHeads) {
     const A at_peak = largest<A>(top[s] == broadcast(peaks.max[s]) ? other[s] : broadcast(masked));
     const A below = at_peak - peaks.max[1 - s];
-    peaks.difference[s] = below - below != 0 ? A(0) : s == kCls ? -below : below;
+    peaks.difference[s] = below - below != 0 ? A(0) : s == kCls ? -below * peaks.gist_scale : below;
   }
   return peaks;
 }
@@ -131,7 +146,7 @@ Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
       Vec<A> run_tempered[2] = {}, run_difference[2] = {}, run_plain[2] = {};
       for_each_vectors<A>(run_count, [&](int64_t j, auto lanes, auto count) GIST_LAMBDA {
         Vec<A> x[2 * count], e[2 * count];
-        load_shifted(logits.at(j), lanes, peaks.max, x);
+        load_shifted(logits.at(j), lanes, peaks.max, peaks.gist_scale, x);
         exponentials.tempered(x, e);
         for (int i = 0; i < 2 * count; i += 2) {
           __builtin_prefetch(ahead.cls + j + i / 2 * kLanes<A>);
@@ -168,20 +183,20 @@ Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
 //   KL(p || q) = sum p (e^-d - 1 + d)      KL(q || p) = sum q (e^d - 1 - d)
 // have no negative summand. Both factors are computed from the even and the odd part of one series.
 template <class S, class A = Arithmetic<S>>
-void refine_kl(Pair<S> logits, int64_t n, double temperature, A log_ratio, RowStats<A> &stats) {
+void refine_kl(const LossCall &call, Pair<S> logits, A log_ratio, RowStats<A> &stats) {
   constexpr int terms = sizeof(A) == 4 ? 5 : 9;
   const A masked = A(-kInfinity);
-  const Exp<A> exponential(1 / temperature);
+  const Exp<A> exponential(1 / call.temperature);
   const A scale_p = stats.tempered[kCls], scale_q = stats.tempered[kGist];
-  const A inverse_temperature = A(1 / temperature);
+  const A inverse_temperature = A(1 / call.temperature), gist_scale = A(call.gist_scale);
   const A max_cls = stats.max[kCls], max_gist = stats.max[kGist];
   double kl_pq = 0, kl_qp = 0;
-  for_each_run<kBlock>(n, [&](int64_t begin, int64_t count) {
+  for_each_run<kBlock>(call.classes, [&](int64_t begin, int64_t count) {
     const Pair<S> block = logits.at(begin);
     Vec<A> sum_pq = {}, sum_qp = {};
     for_each_vector<A>(count, [&](int64_t j, auto lanes) GIST_LAMBDA {
       const Vec<A> x[2] = {load(block.cls + j, lanes, masked) - max_cls,
-                           load(block.gist + j, lanes, masked) - max_gist};
+                           (load(block.gist + j, lanes, masked) - max_gist) * gist_scale};
       Vec<A> e[2];
       exponential(x, e);
       const Vec<A> p = e[kCls] * scale_p, q = e[kGist] * scale_q;
@@ -212,8 +227,19 @@ struct RowTarget {
   const char *probabilities = nullptr;
 };
 
+template <class A>
+double row_scale(const LossCall &call, int64_t row) {
+  const A *const scales = static_cast<const A *>(call.row_scales);
+  return scales == nullptr ? call.row_scale : double(scales[row * call.row_scales_stride]);
+}
+
+template <class A>
 RowTarget row_target(const LossCall &call, int64_t row) {
   RowTarget target;
+  if (call.row_scales != nullptr && row_scale<A>(call, row) == 0) {
+    target.state = RowTarget::ignored;
+    return target;
+  }
   if (call.target_dtype == Dtype::int64) {
     target.index = static_cast<const int64_t *>(call.target)[row * call.target_stride];
     if (target.index == call.ignore_index)
@@ -350,7 +376,6 @@ struct GroupStats {
         log(load(sums.tempered[kCls], Whole{}) / load(sums.tempered[kGist], Whole{}));
     const double inverse_temperature = 1 / call.temperature;
     for_each_lane(ratio, [&](int i, double x) { log_ratio[i] = A(x); });
-    for (RowStats<A> &to : row) to.scale = A(call.row_scale);
     for (bool &small : small_kl) small = false;
     for (int s : kHeads) {
       const Lanes mean =
@@ -402,18 +427,21 @@ struct Gradient {
   A max[2], tempered[2];
   A mean[2] = {}, slope[2] = {}, rest[2] = {}, cross[2] = {};
   A plain[2] = {}, uniform[2] = {}, target[2] = {};
-  bool has_kl;
+  A gist_scale;
+  bool has_kl, has_slope = false;
 
   // Coefficients of weight 0 stay 0: their factors may be infinite.
   Gradient(const LossCall &call, const RowStats<A> &stats, double upstream)
-      : has_kl(call.weights[2] != 0 || call.weights[3] != 0) {
+      : gist_scale(A(call.gist_scale)), has_kl(call.weights[2] != 0 || call.weights[3] != 0) {
     for (int s : kHeads) {
       max[s] = stats.max[s];
       tempered[s] = stats.tempered[s];
-      const double sign = s == kCls ? 1 : -1, t = call.temperature;
-      const double own_kl = call.weights[2 + s], other_kl = call.weights[3 - s];
+      const double sign = s == kCls ? 1 : -call.gist_scale, t = call.temperature;
+      const double own_kl = call.from_own[s] ? call.weights[2 + s] : 0;
+      const double other_kl = call.from_other[s] ? call.weights[3 - s] : 0;
       cross[s] = A(sign * upstream * other_kl / t);
       if (own_kl != 0) {
+        has_slope = true;
         const double steepness = sign * upstream * own_kl / (t * t);
         mean[s] = stats.mean[s];
         slope[s] = A(steepness);
@@ -435,7 +463,7 @@ void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponenti
                     const A *y, int64_t index, S *to_cls, S *to_gist) {
   for_each_vectors<A>(n, [&](int64_t j, auto lanes, auto count) GIST_LAMBDA {
     Vec<A> x[2 * count], e[2 * count], plain[2 * count];
-    load_shifted(logits.at(j), lanes, k.max, x);
+    load_shifted(logits.at(j), lanes, k.max, k.gist_scale, x);
     exponentials.tempered(x, e);
     if constexpr (kPower != kNoPlain) exponentials.untemper(x, e, plain);
     for (int i = 0; i < 2 * count; i += 2, j += kLanes<A>) {
@@ -447,9 +475,9 @@ void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponenti
         if (to == nullptr) continue;
         Vec<A> g = broadcast(-k.uniform[s]);
         if constexpr (kPower != kNoPlain) g = fma(plain[i + s], broadcast(k.plain[s]), g);
-        if (k.has_kl) {
+        if (k.has_kl) g = fma(p_minus_q, broadcast(k.cross[s]), g);
+        if (k.has_slope) {
           const Vec<A> centred = difference - k.mean[s];
-          g = fma(p_minus_q, broadcast(k.cross[s]), g);
           g = fma(p[s], fma(centred, broadcast(k.slope[s]), broadcast(k.rest[s])), g);
         }
         if (y != nullptr)
@@ -499,10 +527,17 @@ void row_gradient(const LossCall &call, const RowTarget &target, Pair<S> x, doub
 }
 
 template <class S>
-void fill(S *to, int64_t n, Arithmetic<S> value) {
+void fill(const LossCall &call, S *to, Arithmetic<S> value) {
   if (to == nullptr) return;
-  for_each_vector<Arithmetic<S>>(
-      n, [&](int64_t j, auto lanes) { store(to + j, lanes, broadcast(value)); });
+  const auto write = [&](int64_t j, auto lanes) { store(to + j, lanes, broadcast(value)); };
+  const int64_t cached = call.stream ? before_lines<S>(to, nullptr, call.classes) : call.classes;
+  for_each_vector<Arithmetic<S>>(cached, write);
+  for_each_vector<Arithmetic<S>>(call.classes - cached, [&](int64_t j, auto lanes) {
+    if constexpr (std::is_same_v<decltype(lanes), Whole>)
+      store_past_cache(to + cached + j, broadcast(value));
+    else
+      write(cached + j, lanes);
+  });
 }
 
 template <class S>
@@ -521,9 +556,9 @@ void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_
   Peaks<A> peaks[kGroup];
   const int rows = int(end - begin);
   for (int i = 0; i < rows; ++i) {
-    targets[i] = row_target(call, begin + i);
+    targets[i] = row_target<A>(call, begin + i);
     if (targets[i].state == RowTarget::kept)
-      peaks[i] = row_peaks(row_of<S>(call, begin + i), call.classes);
+      peaks[i] = row_peaks(row_of<S>(call, begin + i), call.classes, call.gist_scale);
   }
   for (int i = 0; i < rows; ++i) {
     if (targets[i].state != RowTarget::kept) continue;
@@ -539,9 +574,8 @@ void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_
     RowStats<A> &to = stats[begin + i];
     if (targets[i].state == RowTarget::kept) {
       to = group.row[i];
-      if (group.small_kl[i])
-        refine_kl(row_of<S>(call, begin + i), call.classes, call.temperature, group.log_ratio[i],
-                  to);
+      to.scale = A(row_scale<A>(call, begin + i));
+      if (group.small_kl[i]) refine_kl(call, row_of<S>(call, begin + i), group.log_ratio[i], to);
     } else {
       to = uniform_stats(targets[i].state == RowTarget::ignored ? A(0) : A(__builtin_nan("")));
     }
@@ -551,7 +585,7 @@ void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_
 template <class S, int kPower, class A = Arithmetic<S>>
 void backward_row(const LossCall &call, int64_t row, const Exponentials<A, kPower> &exponentials) {
   const RowStats<A> &stats = static_cast<const RowStats<A> *>(call.stats)[row];
-  const RowTarget target = row_target(call, row);
+  const RowTarget target = row_target<A>(call, row);
   S *to[2];
   for (int s : kHeads)
     to[s] = call.d_logits[s] == nullptr
@@ -564,7 +598,7 @@ void backward_row(const LossCall &call, int64_t row, const Exponentials<A, kPowe
                  to[kGist]);
   } else {
     const A value = target.state == RowTarget::ignored ? A(0) : A(__builtin_nan(""));
-    for (S *row_to : to) fill(row_to, call.classes, value);
+    for (S *row_to : to) fill(call, row_to, value);
   }
 }
 
@@ -573,7 +607,7 @@ constexpr int64_t kGroupBytes = 128 << 10;
 
 template <class S, int kPower>
 void rows_as(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
-  const Exponentials<Arithmetic<S>, kPower> exponentials(call.temperature);
+  const Exponentials<Arithmetic<S>, kPower> exponentials(call);
   const int64_t bytes = call.classes * int64_t(sizeof(S));
   const bool fetch_ahead = bytes <= kFetchedBytes;
   const int64_t group = 2 * bytes * kGroup <= kGroupBytes ? kGroup : 1;
@@ -590,6 +624,8 @@ void rows_of(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
   const bool no_weight = call.weights[kCls] == 0 && call.weights[kGist] == 0;
   if (call.target_dtype == Dtype::none || (pass == Pass::backward && no_weight))
     rows_as<S, kNoPlain>(call, pass, begin, end);
+  else if (call.gist_scale != 1)
+    rows_as<S, kTwoTemperatures>(call, pass, begin, end);
   else if (call.temperature == 1)
     rows_as<S, 1>(call, pass, begin, end);
   else if (call.temperature == 2)

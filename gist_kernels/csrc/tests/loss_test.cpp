@@ -58,6 +58,13 @@ void run(const Case &c, int threads) {
   for (int64_t i = 0; !indices && i < target.size(); ++i)
     target.set(i, i % c.classes == 0 || !c.masked ? 0.5 : 0);
 
+  // With masked classes, also a scale of each row, 0 for one of NaN, and a second temperature.
+  Buffer scales(accumulate, n);
+  const bool scaled = c.masked && c.reduction != Reduction::mean;
+  for (int64_t row = 0; row < n; ++row) scales.set(row, row == 1 ? 0 : 0.5 + double(row % 2));
+  for (int64_t j = 0; scaled && n > 1 && j < c.classes; ++j)
+    for (int s : kHeads) logits[s].set(stride + j, NAN);
+
   const int64_t values = c.reduction == Reduction::none ? n : 1;
   Buffer stats(accumulate, n * kRowStats), loss(accumulate, values), terms(accumulate, 4 * values);
 
@@ -69,6 +76,12 @@ void run(const Case &c, int threads) {
   call.target = address(target);
   call.target_stride = indices ? 1 : c.classes;
   call.temperature = c.temperature;
+  call.gist_scale = c.masked ? 0.75 : 1;
+  for (int s : kHeads) call.from_own[s] = call.from_other[s] = true;
+  if (scaled) {
+    call.row_scales = address(scales);
+    call.row_scales_stride = 1;
+  }
   const double weights[4] = {1, 0.5, 0.75, 0.75};
   std::memcpy(call.weights, weights, sizeof weights);
   call.label_smoothing = c.smoothing;
@@ -96,12 +109,13 @@ void run(const Case &c, int threads) {
   double total = 0, kept = 0;
   for (int64_t row = 0; row < n; ++row) {
     double exact = 0;
-    if (!indices || target[row] != -100) {
+    if ((!indices || target[row] != -100) && !(scaled && row == 1)) {
       ++kept;
       std::vector<double> x[2], tempered[2], plain[2];
       for (int s : kHeads) {
         for (int64_t j = 0; j < c.classes; ++j) x[s].push_back(logits[s][row * stride + j]);
-        tempered[s] = log_softmax(x[s], c.temperature);
+        tempered[s] =
+            log_softmax(x[s], s == kCls ? c.temperature : c.temperature / call.gist_scale);
         plain[s] = log_softmax(x[s], 1);
       }
       for (std::size_t j = 0; j < std::size_t(c.classes); ++j) {
@@ -118,6 +132,7 @@ void run(const Case &c, int threads) {
         if (y != 0) exact -= y * (plain[kCls][j] + 0.5 * plain[kGist][j]);
       }
     }
+    if (scaled) exact *= scales[row];
     total += exact;
     if (c.reduction == Reduction::none) near(loss[row], exact, relative, "a row's loss");
   }
@@ -156,6 +171,9 @@ int main() {
       run({Dtype::float32, Dtype::int64, 67, 1500, 1, 3, 0, reduction, true, true, false}, 4);
     }
     // Large enough to be written around the cache; rows end anywhere in a cache line.
-    run({Dtype::float32, Dtype::int64, 66, 65537, 0, 3, 0, Reduction::mean, true, true, false}, 3);
+    for (bool masked : {false, true})
+      run({Dtype::float32, Dtype::int64, 66, 65537, 0, 3, 0,
+           masked ? Reduction::sum : Reduction::mean, true, true, masked},
+          3);
   });
 }

@@ -16,7 +16,7 @@ if native is None:
         "compiler on the path and without GIST_KERNELS_NATIVE=0",
     )
 else:
-    from gist_kernels.kernels.cpu import activation, adapter, attention, linear, loss
+    from gist_kernels.kernels.cpu import activation, adapter, attention, divergence, linear, loss
 
     BACKEND = Backend(
         "cpu",
@@ -24,6 +24,7 @@ else:
         dtypes=DTYPES,
         detail=f"C++, {native.instruction_set()} instructions",
         loss=loss,
+        divergence=divergence,
         adapter=adapter,
         attention=attention,
         sublayers=SublayerKernels(adapter, activation, attention, linear),

@@ -24,6 +24,7 @@ TargetGroup: TypeAlias = tuple[int, int, int]
 GradientsGroup: TypeAlias = tuple[int, int, int]
 
 NAME = "cpu"
+MIXED_DTYPES = False
 
 _DTYPE_CODES = {getattr(torch, name): code for name, code in _native.LOSS_DTYPES.items()}
 _TARGET_CODES = _DTYPE_CODES | {torch.int64: _native.DTYPES["int64"]}
@@ -44,6 +45,7 @@ def forward(
     target: torch.Tensor | None,
     options: LossOptions,
     want_terms: bool = True,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The loss, its four unweighted terms, and each row's statistics for :func:`backward`."""
     loss, terms, stats = _outputs(cls, options, want_terms)
@@ -52,6 +54,7 @@ def forward(
         logits_group,
         target_group,
         options,
+        _row_scales(row_scale, cls),
         stats.data_ptr(),
         loss.data_ptr(),
         _NOTHING if terms is None else terms.data_ptr(),
@@ -71,6 +74,7 @@ def backward(
     options: LossOptions,
     need_cls: bool,
     need_gist: bool,
+    row_scale: torch.Tensor | None = None,
 ) -> Gradients:
     """The gradients asked for, ``grad`` being that of the loss and ``stats`` from forward."""
     logits_group, target_group = _inputs(cls, gist, target)
@@ -84,6 +88,7 @@ def backward(
         logits_group,
         target_group,
         options,
+        _row_scales(row_scale, cls),
         stats.data_ptr(),
         (grad.data_ptr(), grad.stride(0) if grad.ndim else 0),
         gradients,
@@ -93,7 +98,11 @@ def backward(
 
 
 def forward_backward(
-    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None, options: LossOptions
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    options: LossOptions,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The loss and both gradients of its sum, each row read from memory once."""
     loss, _, stats = _outputs(cls, options, False)
@@ -103,6 +112,7 @@ def forward_backward(
         logits_group,
         target_group,
         options,
+        _row_scales(row_scale, cls),
         stats.data_ptr(),
         loss.data_ptr(),
         gradients,
@@ -153,6 +163,14 @@ def _inputs(
         gist_stride,
     )
     return logits_group, target_group
+
+
+def _row_scales(row_scale: torch.Tensor | None, cls: torch.Tensor) -> tuple[int, int]:
+    if row_scale is None:
+        return _NOTHING, 0
+    if row_scale.shape != cls.shape[:1] or row_scale.dtype is not _accumulate(cls):
+        raise ValueError(f"row_scale must have shape (B,) and be {_accumulate(cls)}")
+    return row_scale.data_ptr(), row_scale.stride(0)
 
 
 def _outputs(

@@ -18,7 +18,14 @@ from gist_kernels.kernels.triton.launch import (
 if unavailable() is not None:
     BACKEND = Backend("triton", unavailable=unavailable())
 else:  # import Triton only where it can run
-    from gist_kernels.kernels.triton import activation, adapter, attention, linear, loss
+    from gist_kernels.kernels.triton import (
+        activation,
+        adapter,
+        attention,
+        divergence,
+        linear,
+        loss,
+    )
 
     BACKEND = Backend(
         "triton",
@@ -26,6 +33,7 @@ else:  # import Triton only where it can run
         dtypes=DTYPES,
         detail=detail(),
         loss=loss,
+        divergence=divergence,
         adapter=adapter,
         attention=attention,
         sublayers=SublayerKernels(adapter, activation, attention, linear),

@@ -75,6 +75,21 @@ def kept(classes: int) -> Tile | None:
 
 
 @lru_cache(maxsize=1024)
+def divergence_forward(classes: int, sides: int) -> Tile:
+    """A row of several sides in registers, or block by block."""
+    most = _LONGEST // _power_of_2(sides)
+    block = min(max(16, _power_of_2(classes)), most)
+    return Tile(1, block, threads=256 if sides > 4 else min(512, max(128, block // 8)))
+
+
+@lru_cache(maxsize=1024)
+def divergence_backward(classes: int, sides: int) -> Tile:
+    """Gradients of several sides: element-wise."""
+    block = min(max(16, _power_of_2(classes)), 1024 if sides > 4 else _BACKWARD_CHUNK)
+    return Tile(1, block, threads=256 if sides > 4 else max(128, block // 8))
+
+
+@lru_cache(maxsize=1024)
 def combine(chunks: int) -> Tile:
     """The tile of the kernel that merges the chunks' statistics."""
     block = _power_of_2(chunks)

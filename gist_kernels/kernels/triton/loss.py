@@ -1,7 +1,7 @@
 """The interaction loss on GPUs: Triton kernels, and the launches that serve a call.
 
-Per row, with x = a - max(a) of the class token's logits a, z = b - max(b) of the Gist token's b,
-and S for sums over the classes::
+For one row, let a be the class token's logits, b the Gist token's, x = a - max(a) and
+z = b - max(b). S is a sum over the classes::
 
     p = exp(x / T) / S_p        d = log(p / q) = (x - z) / T - log(S_p / S_q)
     q = exp(z / T) / S_q        KL(p || q) = sum p phi(d),  KL(q || p) = sum q phi(-d)
@@ -9,7 +9,8 @@ and S for sums over the classes::
 where phi(d) = exp(-d) - 1 + d >= 0. Both p and q sum to 1, so this is sum p d; but no summand is
 negative, so nothing cancels where p is close to q, and an error of log(S_p / S_q) enters squared.
 Maxima and sums stay apart: a - max(a) is exact where a - logsumexp(a) has lost every digit to a
-common offset. Where T is 1, 2, 3 or 4, exp(x) is the T-th power of exp(x / T).
+common offset. Where T is 1, 2, 3 or 4, exp(x) is the T-th power of exp(x / T). Where the Gist side
+has a temperature of its own, z is multiplied by T over that one in p, q and d.
 
 Three regimes, by the number of classes alone:
 
@@ -34,220 +35,39 @@ import triton.language as tl
 
 from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.kernels.triton import heuristics, launch
+from gist_kernels.kernels.triton.loss_rows import (
+    close_rows,
+    count_rows,
+    expected,
+    gist_exponentials,
+    is_skipped,
+    means,
+    row_targets,
+    store_gradients,
+    tile_gradients,
+)
+from gist_kernels.kernels.triton.rows import address, exponentials, load_logits, row_max
 
 NAME = "triton"
+MIXED_DTYPES = True
 
-# What the forward pass keeps of a row, B float32 numbers each: either side's maximum, sum of
-# exp(x / T) and sum of exp(x); E_p[d] and E_q[d]; the target's total. `stats` ends with one number
-# more, the divisor of a mean. A chunk leaves the same nine, and three for its share of the terms.
+# The forward pass keeps nine numbers per row, each stored as B float32 numbers: for each side the
+# maximum, the sum of exp(x / T) and the sum of exp(x); E_p[d] and E_q[d]; the target's total. One
+# more number ends `stats`, the divisor of a mean. A chunk leaves the same nine numbers, and three
+# for its share of the terms.
 STATS = 9
 PARTIALS = 12
 
-# Sizes and strides: specialised on nothing but ALIGN, the power of two that divides them all.
+# Sizes and strides. Kernels are specialised only on ALIGN, the power of two that divides them all.
 _SIZES = (
     "rows", "classes", "class_units", "stride_a", "stride_b", "target_stride", "d_stride",
-    "grad_stride", "ignore_index",
+    "grad_stride", "scale_stride", "ignore_index",
 )  # fmt: skip
-
-
-@triton.jit
-def _at(pointer, row, stride, column, ALIGN: tl.constexpr):
-    """A tile's addresses. A stride is in units of ALIGN elements; offsets can pass 2^31."""
-    return pointer + row.to(tl.int64)[:, None] * stride * ALIGN + column[None, :]
-
-
-@triton.jit
-def _row_targets(target, stride, row, inside, classes, ignore_index, TARGET: tl.constexpr):
-    """Each row's class index, whether the row counts, and whether the index is out of range."""
-    index = row.to(tl.int64)
-    kept = inside
-    outside = row < 0
-    if TARGET == "index" or TARGET == "smoothed":
-        index = tl.load(target + index * stride, inside, 0)
-        kept = inside & (index != ignore_index)
-        outside = kept & ((index < 0) | (index >= classes))
-    return index, kept, outside
-
-
-@triton.jit
-def _expected(target, stride, row, index, column, mask, rest, smoothing, TARGET: tl.constexpr):
-    """The target's probabilities y; ``rest`` is what smoothing gives every class."""
-    y = 0.0
-    if TARGET == "probability":
-        given = tl.load(_at(target, row, stride, column, 1), mask, 0).to(tl.float32)
-        y = given * (1 - smoothing) + rest
-    elif TARGET is not None:
-        y = tl.where(column[None, :] == index[:, None], 1 - smoothing + rest, rest)
-    return y
-
-
-@triton.jit
-def _logits(at, mask):
-    """A tile of logits. What is masked is -inf: a class that adds nothing."""
-    return tl.load(at, mask, -float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _row_max(x):
-    """Each row's maximum; 0 where every class is masked, so that x - max is -inf, not nan."""
-    top = tl.max(x, 1)
-    return tl.where(top == -float("inf"), 0.0, top)
-
-
-@triton.jit
-def _power(x, POWER: tl.constexpr):
-    y = x
-    for _ in tl.static_range(POWER - 1):
-        y *= x
-    return y
-
-
-@triton.jit
-def _exponentials(x, tempered_scale, POWER: tl.constexpr):
-    """exp(x / T) and exp(x). POWER is T where that is 1, 2, 3 or 4, else 0."""
-    tempered = tl.exp2(x * tempered_scale)
-    plain = tl.exp2(x * 1.4426950408889634) if POWER == 0 else _power(tempered, POWER)
-    return tempered, plain
-
-
-@triton.jit
-def _means(u, v, sum_u, sum_v, d):
-    """E_p[d], E_q[d] and a correction of rows p = u / sum_u, q = v / sum_v, given d = log(p / q):
-    KL(p || q) = E_p[d] + correction, KL(q || p) = -E_q[d] - correction."""
-    # sum p phi(d) = sum p d + sum (q - p), of which the second is 0 but for rounding: it cancels
-    # that of the first. Near d = 0 a difference has lost its digits; q - p = p expm1(-d) then.
-    series = d * (-1 + d * (1 / 2 + d * (-1 / 6 + d * (1 / 24))))
-    change = tl.where(tl.abs(d) < 0.0625, u * series, v * (sum_u / sum_v)[:, None] - u)
-    # Probability 0 adds 0 whatever d, which is infinite for a class masked once, nan for twice.
-    mean_p = tl.sum(u * tl.where(u > 0, d, 0.0), 1) / sum_u
-    mean_q = tl.sum(v * tl.where(v > 0, d, 0.0), 1) / sum_v
-    return mean_p, mean_q, tl.sum(change, 1) / sum_u
-
-
-@triton.jit
-def _gradients(
-    p, q, d, plain_a, plain_b, y, mean_p, mean_q, share_a, share_b, upstream, inverse_t, weights,
-    TARGET: tl.constexpr,
-):  # fmt: skip
-    """Both sides' gradients; a share is the target's total over the sum of exp(x).
-
-    They take E_p[d] where the formula has KL(p || q): what d and its mean have in common of the
-    error of log(S_p / S_q) cancels.
-    """
-    scale_pq = (upstream * inverse_t * weights[2])[:, None]
-    scale_qp = (upstream * inverse_t * weights[3])[:, None]
-    # A direction of scale 0 may be infinite and unwanted: it is left out, not multiplied by 0.
-    pull_p = tl.where((p > 0) & (scale_pq != 0), scale_pq * (d - mean_p[:, None]), 0.0)
-    pull_q = tl.where((q > 0) & (scale_qp != 0), scale_qp * (mean_q[:, None] - d), 0.0)
-    grad_a = p * pull_p + scale_qp * (p - q)
-    grad_b = q * pull_q + scale_pq * (q - p)
-    if TARGET is not None:
-        scale_a = upstream * weights[0]
-        scale_b = upstream * weights[1]
-        grad_a += plain_a * (scale_a * share_a)[:, None] - scale_a[:, None] * y
-        grad_b += plain_b * (scale_b * share_b)[:, None] - scale_b[:, None] * y
-    return grad_a, grad_b
-
-
-@triton.jit
-def _store(d_a, d_b, row, stride, column, mask, grad_a, grad_b, ALIGN: tl.constexpr):
-    """A side that needs no gradient costs nothing."""
-    if d_a is not None:
-        tl.store(_at(d_a, row, stride, column, ALIGN), grad_a.to(d_a.dtype.element_ty), mask)
-    if d_b is not None:
-        tl.store(_at(d_b, row, stride, column, ALIGN), grad_b.to(d_b.dtype.element_ty), mask)
-
-
-@triton.jit
-def _close_rows(
-    row, inside, kept, outside, row_stats, kl_pq, kl_qp, picked_a, picked_b, weights,
-    loss, terms, stats, sums, counter, rows, program, programs,
-    TARGET: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr,
-):  # fmt: skip
-    """From complete row statistics to `stats`, the terms and the loss."""
-    rows = rows.to(tl.int64)
-    _, _, _, _, sum_a, sum_b, _, _, total = row_stats
-    cls_ce = tl.zeros_like(kl_pq)
-    gist_ce = tl.zeros_like(kl_pq)
-    if TARGET is not None:
-        cls_ce = total * tl.log(sum_a) - picked_a
-        gist_ce = total * tl.log(sum_b) - picked_b
-    if stats is not None:
-        for k in tl.static_range(STATS):
-            tl.store(stats + k * rows + row, row_stats[k], inside)
-
-    row_terms = (cls_ce, gist_ce, kl_pq, kl_qp)
-    row_loss = tl.zeros_like(kl_pq)
-    for k in tl.static_range(4):
-        term = tl.where(kept, tl.where(outside, float("nan"), row_terms[k]), 0.0)
-        if REDUCTION == "none":
-            if terms is not None:
-                tl.store(terms + k * rows + row, term, inside)
-            # A weight of 0 leaves its term out: that may be infinite.
-            row_loss += tl.where(weights[k] != 0, weights[k] * term, 0.0)
-        else:
-            tl.store(sums + k * programs + program, tl.sum(term))
-    if REDUCTION == "none":
-        tl.store(loss + row, row_loss, inside)
-        if stats is not None:
-            tl.store(stats + STATS * rows, 1.0)
-    else:
-        tl.store(sums + 4 * programs + program, tl.sum(kept.to(tl.float32)))
-        divisor = stats if stats is None else stats + STATS * rows
-        _reduce_batch(sums, programs, counter, loss, terms, divisor, weights, REDUCTION)
-
-
-@triton.jit
-def _reduce_batch(
-    sums, programs, counter, loss, terms, divisor, weights, REDUCTION: tl.constexpr
-):  # fmt: skip
-    """Run by every program once its sums are stored; the last one to come adds them all up."""
-    # The barrier puts every thread's stores before the atomic, which releases them and, for the
-    # last program, acquires all others'. The loads then pass by the L1 cache.
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1:
-        tl.store(counter, 0)
-        k = tl.arange(0, 8)
-        batch = tl.zeros([8, 128], tl.float32)
-        for start in range(0, programs, 128):
-            other = start + tl.arange(0, 128)
-            mask = (k < 5)[:, None] & (other < programs)[None, :]
-            at = sums + k[:, None] * programs + other[None, :]
-            batch += tl.load(at, mask, 0.0, cache_modifier=".cg")
-        batch = tl.sum(batch, 1)
-        over = 1.0
-        if REDUCTION == "mean":
-            over = tl.sum(tl.where(k == 4, batch, 0.0))
-        term = batch / over
-        weight = tl.zeros_like(term)
-        for i in tl.static_range(4):
-            weight = tl.where(k == i, weights[i], weight)
-        if terms is not None:
-            tl.store(terms + k, term, k < 4)
-        tl.store(loss, tl.sum(tl.where(weight != 0, weight * term, 0.0)))
-        if divisor is not None:
-            tl.store(divisor, over)
-
-
-@triton.jit
-def _count(
-    count, target, stride, rows, ignore_index, TARGET: tl.constexpr, COUNT_ROWS: tl.constexpr
-):
-    """Rows that are not ignored: all, or as counted before, or, few, counted by each program."""
-    if TARGET == "probability" or TARGET is None:
-        found = rows.to(tl.float32)
-    elif count is not None:
-        found = tl.load(count)
-    else:
-        row = tl.arange(0, COUNT_ROWS)
-        index = tl.load(target + row.to(tl.int64) * stride, row < rows, ignore_index)
-        found = tl.sum((index != ignore_index).to(tl.float32))
-    return found
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _count_kernel(target, count, rows, target_stride, ignore_index, BLOCK: tl.constexpr):
-    """The rows that are not ignored, by one program."""
+    """Count the rows that are not ignored, in one program."""
     found = tl.zeros([BLOCK], tl.int32)
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -258,13 +78,14 @@ def _count_kernel(target, count, rows, target_stride, ignore_index, BLOCK: tl.co
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    a, b, target, loss, terms, stats, sums, counter, partials, d_a, d_b, count,
-    rows, target_stride, class_units, stride_a, stride_b, d_stride,
-    tempered_scale, inverse_t, smoothing, ignore_index, weights,
-    ALIGN: tl.constexpr, POWER: tl.constexpr, TARGET: tl.constexpr, REDUCTION: tl.constexpr,
-    STATS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COUNT_ROWS: tl.constexpr,
+    a, b, target, row_scale, loss, terms, stats, sums, counter, partials, d_a, d_b, count,
+    rows, target_stride, scale_stride, class_units, stride_a, stride_b, d_stride,
+    tempered_scale, inverse_t, gist_scale, smoothing, ignore_index, weights, kl_weights,
+    ALIGN: tl.constexpr, POWER: tl.constexpr, SCALED: tl.constexpr, SLOPES: tl.constexpr,
+    TARGET: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, COUNT_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of a tile of logits. Of whole rows also the loss and, if asked, gradients."""
+    """Statistics of a tile of logits; for whole rows also the loss and, if asked, gradients."""
     classes = class_units * ALIGN
     chunks = tl.cdiv(classes, BLOCK)
     program = tl.program_id(0)
@@ -272,20 +93,33 @@ def _forward_kernel(
     row = (program // chunks) * ROWS + tl.arange(0, ROWS)
     column = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    index, kept, outside = _row_targets(
-        target, target_stride, row, inside, classes, ignore_index, TARGET
+    index, kept, outside, scale = row_targets(
+        target, target_stride, row_scale, scale_stride, row, inside, classes, ignore_index, TARGET
     )
+    if is_skipped(row_scale, scale_stride, program // chunks, ROWS):
+        zero = tl.zeros([ROWS], tl.float32)
+        if partials is None:
+            close_rows(
+                row, inside, kept, outside, scale,
+                (zero, zero, zero, zero, zero, zero, zero, zero, zero), zero, zero, zero, zero,
+                weights, loss, terms, stats, sums, counter, rows, program, tl.num_programs(0),
+                TARGET, REDUCTION, STATS,
+            )  # fmt: skip
+        none = tl.zeros([ROWS, BLOCK], tl.float32)
+        mask = (column < classes)[None, :]
+        store_gradients(d_a, d_b, row, d_stride, column, mask, none, none, ALIGN)
+        return
     mask = kept[:, None] & (column < classes)[None, :]
-    x = _logits(_at(a, row, stride_a, column, ALIGN), mask)
-    z = _logits(_at(b, row, stride_b, column, ALIGN), mask)
-    max_a = _row_max(x)
-    max_b = _row_max(z)
+    x = load_logits(address(a, row, stride_a, column, ALIGN), mask)
+    z = load_logits(address(b, row, stride_b, column, ALIGN), mask)
+    max_a = row_max(x)
+    max_b = row_max(z)
     x -= max_a[:, None]
     z -= max_b[:, None]
 
-    tempered_a, plain_a = _exponentials(x, tempered_scale, POWER)
-    tempered_b, plain_b = _exponentials(z, tempered_scale, POWER)
-    # 1 for rows that don't count, so that they make no nan.
+    tempered_a, plain_a = exponentials(x, tempered_scale, POWER)
+    level, tempered_b, plain_b = gist_exponentials(z, gist_scale, tempered_scale, POWER, SCALED)
+    # 1 for rows that don't count, so that they yield no nan.
     sum_p = tl.where(kept, tl.sum(tempered_a, 1), 1.0)
     sum_q = tl.where(kept, tl.sum(tempered_b, 1), 1.0)
     sum_a = tl.full([ROWS], 1.0, tl.float32)
@@ -297,7 +131,7 @@ def _forward_kernel(
         sum_a = tl.where(kept, tl.sum(plain_a, 1), 1.0)
         sum_b = tl.where(kept, tl.sum(plain_b, 1), 1.0)
     rest = smoothing / classes
-    y = _expected(target, target_stride, row, index, column, mask, rest, smoothing, TARGET)
+    y = expected(target, target_stride, row, index, column, mask, rest, smoothing, TARGET)
     if TARGET == "probability":
         counts = mask & (y != 0)
         picked_a = tl.sum(tl.where(counts, y * x, 0.0), 1)
@@ -321,8 +155,8 @@ def _forward_kernel(
             picked_a = picked_a * (1 - smoothing) + rest * tl.sum(tl.where(mask, x, 0.0), 1)
             picked_b = picked_b * (1 - smoothing) + rest * tl.sum(tl.where(mask, z, 0.0), 1)
 
-    d = (x - z) * inverse_t - tl.log(sum_p / sum_q)[:, None]
-    mean_p, mean_q, change = _means(tempered_a, tempered_b, sum_p, sum_q, d)
+    d = (x - level) * inverse_t - tl.log(sum_p / sum_q)[:, None]
+    mean_p, mean_q, change = means(tempered_a, tempered_b, sum_p, sum_q, d)
     row_stats = (max_a, max_b, sum_p, sum_q, sum_a, sum_b, mean_p, mean_q, total)
     if partials is not None:
         step = rows.to(tl.int64) * chunks
@@ -333,8 +167,8 @@ def _forward_kernel(
         tl.store(at + (STATS + 1) * step, picked_a, inside)
         tl.store(at + (STATS + 2) * step, picked_b, inside)
     else:
-        _close_rows(
-            row, inside, kept, outside, row_stats,
+        close_rows(
+            row, inside, kept, outside, scale, row_stats,
             mean_p + change, -mean_q - change, picked_a, picked_b, weights,
             loss, terms, stats, sums, counter, rows, program, tl.num_programs(0),
             TARGET, REDUCTION, STATS,
@@ -343,43 +177,46 @@ def _forward_kernel(
     if d_a is not None:
         upstream = tl.full([ROWS], 1.0, tl.float32)
         if REDUCTION == "mean":
-            upstream /= _count(count, target, target_stride, rows, ignore_index, TARGET, COUNT_ROWS)
-        # A zero that the compiler can't see through: it then computes these again, where it would
-        # hold five values a class in registers across the sums above.
+            upstream /= count_rows(
+                count, target, target_stride, rows, ignore_index, TARGET, COUNT_ROWS
+            )
+        # A zero that the compiler can't fold. It then recomputes the exponentials; otherwise it
+        # would hold five values per class in registers across the sums above.
         zero = tl.minimum(sum_p, 0.0)[:, None]
         x += zero
         z += zero
-        tempered_a, plain_a = _exponentials(x, tempered_scale, POWER)
-        tempered_b, plain_b = _exponentials(z, tempered_scale, POWER)
-        d = (x - z) * inverse_t - tl.log(sum_p / sum_q)[:, None]
+        tempered_a, plain_a = exponentials(x, tempered_scale, POWER)
+        level, tempered_b, plain_b = gist_exponentials(z, gist_scale, tempered_scale, POWER, SCALED)
+        d = (x - level) * inverse_t - tl.log(sum_p / sum_q)[:, None]
         p = tempered_a * (1 / sum_p)[:, None]
         q = tempered_b * (1 / sum_q)[:, None]
-        upstream = tl.where(kept, tl.where(outside, float("nan"), upstream), 0.0)
-        grad_a, grad_b = _gradients(
+        upstream = tl.where(kept, tl.where(outside, float("nan"), upstream * scale), 0.0)
+        grad_a, grad_b = tile_gradients(
             p, q, d, plain_a, plain_b, y, mean_p, mean_q, total / sum_a, total / sum_b,
-            upstream, inverse_t, weights, TARGET,
+            upstream, inverse_t, weights, kl_weights, TARGET, SLOPES,
         )  # fmt: skip
         mask = inside[:, None] & (column < classes)[None, :]
-        _store(d_a, d_b, row, d_stride, column, mask, grad_a, grad_b, ALIGN)
+        store_gradients(d_a, d_b, row, d_stride, column, mask, grad_a, grad_b, ALIGN)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _combine_kernel(
-    partials, target, loss, terms, stats, sums, counter,
-    rows, classes, target_stride, inverse_t, ignore_index, weights,
+    partials, target, row_scale, loss, terms, stats, sums, counter,
+    rows, classes, target_stride, scale_stride, inverse_t, gist_scale, ignore_index, weights,
     TARGET: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows' statistics from their chunks'."""
+    """Statistics of rows, from those of their chunks."""
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    _, kept, outside = _row_targets(
-        target, target_stride, row, inside, classes, ignore_index, TARGET
+    _, kept, outside, scale = row_targets(
+        target, target_stride, row_scale, scale_stride, row, inside, classes, ignore_index, TARGET
     )
     chunks = tl.cdiv(classes, CHUNK)
     chunk = tl.arange(0, BLOCK)
-    mask = inside[:, None] & (chunk < chunks)[None, :]
+    # A row that doesn't count may have left nothing.
+    mask = kept[:, None] & (chunk < chunks)[None, :]
     step = rows.to(tl.int64) * chunks
     at = partials + chunk[None, :] * rows.to(tl.int64) + row[:, None]
     max_a = tl.load(at, mask, 0.0)
@@ -396,10 +233,10 @@ def _combine_kernel(
     picked_b = tl.load(at + 11 * step, mask, 0.0)
 
     top_a, x, mass_a, all_p, all_a = _masses(max_a, sum_p, sum_a, inverse_t)
-    top_b, z, mass_b, all_q, all_b = _masses(max_b, sum_q, sum_b, inverse_t)
-    d = (x - z) * inverse_t + tl.log(sum_p / sum_q) - tl.log(all_p / all_q)[:, None]
-    all_mean_p, all_mean_q, all_change = _means(mass_a, mass_b, all_p, all_q, d)
-    # A chunk that one side masks has no d of its own to add: it is infinite already.
+    top_b, z, mass_b, all_q, all_b = _masses(max_b, sum_q, sum_b, inverse_t * gist_scale)
+    d = (x - z * gist_scale) * inverse_t + tl.log(sum_p / sum_q) - tl.log(all_p / all_q)[:, None]
+    all_mean_p, all_mean_q, all_change = means(mass_a, mass_b, all_p, all_q, d)
+    # A chunk that one side masks has no d of its own to add: the divergence is infinite already.
     share_p = tl.where(sum_q > 0, mass_a / all_p[:, None], 0.0)
     share_q = tl.where(sum_p > 0, mass_b / all_q[:, None], 0.0)
     all_mean_p += _weighted_sum(share_p, mean_p)
@@ -410,8 +247,8 @@ def _combine_kernel(
     row_stats = (top_a, top_b, all_p, all_q, all_a, all_b, all_mean_p, all_mean_q, total_y)
     picked_a = tl.sum(picked_a + total * (max_a - top_a[:, None]), 1)
     picked_b = tl.sum(picked_b + total * (max_b - top_b[:, None]), 1)
-    _close_rows(
-        row, inside, kept, outside, row_stats, kl_pq, kl_qp, picked_a, picked_b, weights,
+    close_rows(
+        row, inside, kept, outside, scale, row_stats, kl_pq, kl_qp, picked_a, picked_b, weights,
         loss, terms, stats, sums, counter, rows, program, tl.num_programs(0),
         TARGET, REDUCTION, STATS,
     )  # fmt: skip
@@ -424,11 +261,14 @@ def _weighted_sum(weight, x):
 
 @triton.jit
 def _masses(tops, tempered, plain, inverse_t):
-    """One side of a row from its chunks: its maximum, theirs less it, their sums of exp(x / T)
-    taken to it, the row's sum of these, and of exp(x)."""
-    # Where a chunk's classes are all masked, its sums are 0.
+    """One side of a row, from its chunks.
+
+    Returns the row's maximum; the chunks' maxima less the row's; the chunks' sums of exp(x / T)
+    relative to the row's maximum; the row's sum of exp(x / T); the row's sum of exp(x).
+    """
+    # A chunk whose classes are all masked has sums of 0.
     tops = tl.where(tempered > 0, tops, -float("inf"))
-    top = _row_max(tops)
+    top = row_max(tops)
     x = tops - top[:, None]
     mass = tempered * tl.exp(x * inverse_t)
     return top, x, mass, tl.sum(mass, 1), tl.sum(plain * tl.exp(x), 1)
@@ -436,25 +276,30 @@ def _masses(tops, tempered, plain, inverse_t):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    grad, a, b, target, stats, d_a, d_b,
-    rows, target_stride, grad_stride, class_units, stride_a, stride_b, d_stride,
-    tempered_scale, inverse_t, smoothing, ignore_index, weights,
-    ALIGN: tl.constexpr, POWER: tl.constexpr, TARGET: tl.constexpr, STATS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, a, b, target, row_scale, stats, d_a, d_b,
+    rows, target_stride, scale_stride, grad_stride, class_units, stride_a, stride_b, d_stride,
+    tempered_scale, inverse_t, gist_scale, smoothing, ignore_index, weights, kl_weights,
+    ALIGN: tl.constexpr, POWER: tl.constexpr, SCALED: tl.constexpr, SLOPES: tl.constexpr,
+    TARGET: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile, from the statistics of its rows."""
+    """Gradients of a tile of logits, from the statistics of its rows."""
     classes = class_units * ALIGN
     chunks = tl.cdiv(classes, BLOCK)
     program = tl.program_id(0)
     row = (program // chunks) * ROWS + tl.arange(0, ROWS)
     column = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    index, kept, outside = _row_targets(
-        target, target_stride, row, inside, classes, ignore_index, TARGET
+    index, kept, outside, scale = row_targets(
+        target, target_stride, row_scale, scale_stride, row, inside, classes, ignore_index, TARGET
     )
+    if is_skipped(row_scale, scale_stride, program // chunks, ROWS):
+        none = tl.zeros([ROWS, BLOCK], tl.float32)
+        mask = (column < classes)[None, :]
+        store_gradients(d_a, d_b, row, d_stride, column, mask, none, none, ALIGN)
+        return
     mask = kept[:, None] & (column < classes)[None, :]
-    x = _logits(_at(a, row, stride_a, column, ALIGN), mask)
-    z = _logits(_at(b, row, stride_b, column, ALIGN), mask)
+    x = load_logits(address(a, row, stride_a, column, ALIGN), mask)
+    z = load_logits(address(b, row, stride_b, column, ALIGN), mask)
 
     step = rows.to(tl.int64)
     at = stats + row
@@ -470,19 +315,20 @@ def _backward_kernel(
     upstream = tl.full([ROWS], 1.0, tl.float32) / tl.load(stats + STATS * step)
     if grad is not None:
         upstream *= tl.load(grad + row.to(tl.int64) * grad_stride, kept, 0.0)
-    upstream = tl.where(kept, tl.where(outside, float("nan"), upstream), 0.0)
+    upstream = tl.where(kept, tl.where(outside, float("nan"), upstream * scale), 0.0)
 
-    tempered_a, plain_a = _exponentials(x, tempered_scale, POWER)
-    tempered_b, plain_b = _exponentials(z, tempered_scale, POWER)
+    tempered_a, plain_a = exponentials(x, tempered_scale, POWER)
+    z, tempered_b, plain_b = gist_exponentials(z, gist_scale, tempered_scale, POWER, SCALED)
     rest = smoothing / classes
-    grad_a, grad_b = _gradients(
+    grad_a, grad_b = tile_gradients(
         tempered_a * (1 / sum_p)[:, None], tempered_b * (1 / sum_q)[:, None],
         (x - z) * inverse_t - tl.log(sum_p / sum_q)[:, None], plain_a, plain_b,
-        _expected(target, target_stride, row, index, column, mask, rest, smoothing, TARGET),
-        mean_p, mean_q, total / sum_a, total / sum_b, upstream, inverse_t, weights, TARGET,
+        expected(target, target_stride, row, index, column, mask, rest, smoothing, TARGET),
+        mean_p, mean_q, total / sum_a, total / sum_b, upstream, inverse_t, weights, kl_weights,
+        TARGET, SLOPES,
     )  # fmt: skip
     mask = inside[:, None] & (column < classes)[None, :]
-    _store(d_a, d_b, row, d_stride, column, mask, grad_a, grad_b, ALIGN)
+    store_gradients(d_a, d_b, row, d_stride, column, mask, grad_a, grad_b, ALIGN)
 
 
 def stats_shape(rows: int) -> tuple[int]:
@@ -495,15 +341,16 @@ def forward(
     target: torch.Tensor | None,
     options: LossOptions,
     want_terms: bool = True,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Loss, the four unweighted terms, and what :func:`backward` needs."""
+    """The loss, the four unweighted terms, and the statistics that :func:`backward` needs."""
     rows, classes = cls.shape
     stats = torch.empty(stats_shape(rows), dtype=torch.float32, device=cls.device)
     loss, terms = _outputs(cls, options, want_terms)
     if rows:
         tile = heuristics.forward(classes)
         with launch.on(cls.device):
-            _forward(cls, gist, target, options, tile, loss, terms, stats, None, None)
+            _forward(cls, gist, target, row_scale, options, tile, loss, terms, stats, None, None)
     return loss, terms, stats
 
 
@@ -516,16 +363,18 @@ def backward(
     options: LossOptions,
     need_cls: bool,
     need_gist: bool,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the sides that need one; ``grad`` is the loss's, None for 1."""
+    """Gradients of the sides that need one; ``grad`` is the gradient of the loss, None for 1."""
     rows, classes = cls.shape
     d_cls, d_gist = _empty_gradients(cls, gist, need_cls, need_gist)
     if rows and (need_cls or need_gist):
         tile = heuristics.backward(classes)
         with launch.on(cls.device):
             _backward_kernel[(tile.programs(rows, classes),)](
-                grad, cls, gist, target, stats, d_cls, d_gist, rows,
+                grad, cls, gist, target, row_scale, stats, d_cls, d_gist, rows,
                 0 if target is None else target.stride(0),
+                0 if row_scale is None else row_scale.stride(0),
                 0 if grad is None or grad.ndim == 0 else grad.stride(0),
                 **_settings(cls, gist, d_cls if need_cls else d_gist, target, options, tile),
             )  # fmt: skip
@@ -533,26 +382,30 @@ def backward(
 
 
 def forward_backward(
-    cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None, options: LossOptions
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    options: LossOptions,
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Loss and both gradients, each row read once where registers hold it."""
+    """The loss and both gradients. A row that fits into registers is read once."""
     rows, classes = cls.shape
     tile = heuristics.kept(classes)
     if tile is None:
-        loss, _, stats = forward(cls, gist, target, options, False)
-        return loss, *backward(None, cls, gist, target, stats, options, True, True)
+        loss, _, stats = forward(cls, gist, target, options, False, row_scale)
+        return loss, *backward(None, cls, gist, target, stats, options, True, True, row_scale)
     loss, _ = _outputs(cls, options, False)
     gradients = _empty_gradients(cls, gist, True, True)
     if rows:
         with launch.on(cls.device):
-            _forward(cls, gist, target, options, tile, loss, None, None, *gradients)
+            _forward(cls, gist, target, row_scale, options, tile, loss, None, None, *gradients)
     return loss, *gradients
 
 
 def _outputs(
     cls: torch.Tensor, options: LossOptions, want_terms: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Loss and terms, complete where there are no rows to compute."""
+    """Tensors for the loss and the terms. Without rows to compute, they hold the results."""
     rows = cls.shape[0]
     each = (rows,) if options.reduction == "none" else ()
     loss = torch.empty(each, dtype=torch.float32, device=cls.device)
@@ -568,6 +421,7 @@ def _forward(
     cls: torch.Tensor,
     gist: torch.Tensor,
     target: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     options: LossOptions,
     tile: heuristics.Tile,
     loss: torch.Tensor,
@@ -587,6 +441,7 @@ def _forward(
     if chunks > 1:
         partials = torch.empty(PARTIALS * rows * chunks, dtype=torch.float32, device=device)
     target_stride = 0 if target is None else target.stride(0)
+    scale_stride = 0 if row_scale is None else row_scale.stride(0)
     settings = _settings(cls, gist, d_cls, target, options, tile)
     counts = reduction == "mean" and settings["TARGET"] in ("index", "smoothed")
     if d_cls is not None and counts and rows > heuristics.COUNT_INLINE:
@@ -596,14 +451,16 @@ def _forward(
         )
 
     _forward_kernel[(tile.programs(rows, classes),)](
-        cls, gist, target, loss, terms, stats, sums, counter, partials, d_cls, d_gist, count,
-        rows, target_stride, REDUCTION=reduction, COUNT_ROWS=heuristics.COUNT_INLINE, **settings,
+        cls, gist, target, row_scale, loss, terms, stats, sums, counter, partials, d_cls, d_gist,
+        count, rows, target_stride, scale_stride, REDUCTION=reduction,
+        COUNT_ROWS=heuristics.COUNT_INLINE, **settings,
     )  # fmt: skip
     if chunks > 1:
         _combine_kernel[(last.programs(rows),)](
-            partials, target, loss, terms, stats, sums, counter, rows, classes, target_stride,
-            settings["inverse_t"], options.ignore_index, settings["weights"], settings["TARGET"],
-            reduction, STATS, tile.block, **last.meta(launch.warp_size(device)),
+            partials, target, row_scale, loss, terms, stats, sums, counter, rows, classes,
+            target_stride, scale_stride, settings["inverse_t"], options.gist_scale,
+            options.ignore_index, settings["weights"], settings["TARGET"], reduction, STATS,
+            tile.block, **last.meta(launch.warp_size(device)),
         )  # fmt: skip
 
 
@@ -632,10 +489,11 @@ def _cached_settings(
     tile: heuristics.Tile,
     warp_size: int,
 ) -> dict[str, Any]:
-    """What both kernels take that is neither a tensor nor depends on the number of rows."""
+    """Arguments of both kernels that are no tensors and don't depend on the number of rows."""
     if kind == "index" and options.label_smoothing:
         kind = "smoothed"
-    temperature = options.temperature
+    temperature, gist_scale = options.temperature, options.gist_scale
+    from_p, from_q, to_q, to_p = options.kl_gradient_weights()
     align = launch.alignment(classes, *strides[:2])
     return {
         "class_units": classes // align,
@@ -644,11 +502,15 @@ def _cached_settings(
         "d_stride": strides[2] // align,
         "tempered_scale": 1.4426950408889634 / temperature,
         "inverse_t": 1 / temperature,
+        "gist_scale": gist_scale,
         "smoothing": options.label_smoothing,
         "ignore_index": options.ignore_index,
         "weights": options[1:5],
+        "kl_weights": (from_p, from_q * gist_scale, to_q * gist_scale, to_p),
         "ALIGN": align,
         "POWER": int(temperature) if temperature in (1.0, 2.0, 3.0, 4.0) else 0,
+        "SCALED": gist_scale != 1,
+        "SLOPES": from_p != 0 or from_q != 0,
         "TARGET": kind,
         "STATS": STATS,
         **tile.meta(warp_size),
@@ -658,15 +520,17 @@ def _cached_settings(
 def _empty_gradients(
     cls: torch.Tensor, gist: torch.Tensor, need_cls: bool, need_gist: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """One tensor where both sides are the halves of one (B, 2, C) tensor."""
+    """Tensors for the gradients: halves of one (B, 2, C) tensor if the logits are."""
     rows, classes = cls.shape
-    if need_cls and need_gist:
+    if need_cls and need_gist and cls.dtype is gist.dtype:
         apart = gist.data_ptr() - cls.data_ptr()
         if cls.stride(0) == gist.stride(0) == 2 * classes and apart == classes * cls.itemsize:
             both = torch.empty((rows, 2, classes), dtype=cls.dtype, device=cls.device)
             return both[:, 0], both[:, 1]
     d_cls = torch.empty((rows, classes), dtype=cls.dtype, device=cls.device) if need_cls else None
-    d_gist = torch.empty((rows, classes), dtype=cls.dtype, device=cls.device) if need_gist else None
+    d_gist = (
+        torch.empty((rows, classes), dtype=gist.dtype, device=cls.device) if need_gist else None
+    )
     return d_cls, d_gist
 
 
@@ -674,10 +538,10 @@ _counters: dict[tuple[int | None, int], torch.Tensor] = {}
 
 
 def _counter(device: torch.device) -> torch.Tensor:
-    """A zero for the programs of one launch to count themselves with; the last one resets it.
+    """A zero with which the programs of one launch count themselves. The last one resets it.
 
-    Launches on one stream follow each other and can share it. A captured graph may be replayed on
-    any stream, beside any launch: it gets its own, set to zero by the graph itself.
+    Launches on one stream run one after the other and share a counter. A captured graph may be
+    replayed on any stream, beside any launch. It gets its own counter, which the graph zeroes.
     """
     stream = 0
     if device.type == "cuda":

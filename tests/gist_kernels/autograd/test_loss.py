@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 import gist_kernels as gk
 from gist_kernels.kernels.triton import INTERPRETED
 
-SETTINGS = ([3.0, 1.0, 0.5, 0.75, 0.75, 0.1], -100)
+SETTINGS = ([3.0, 1.0, 0.5, 0.75, 0.75, 0.1, 1.0], -100)
 
 
 @pytest.fixture(autouse=True, params=backends.serving("loss"))
@@ -36,7 +36,8 @@ def test_opcheck(served_by, reduction, kind, stacked):
         "probability": torch.rand(4, 7).softmax(1),
         "none": None,
     }
-    arguments = (cls, gist, targets[kind], *SETTINGS, reduction)
+    row_scale = None if reduction == "mean" else torch.tensor([1.0, 0.5, 0.0, 2.0])
+    arguments = (cls, gist, targets[kind], row_scale, *SETTINGS, reduction, "")
     operator = getattr(torch.ops.gist_kernels, f"{served_by}_loss").default
     torch.library.opcheck(operator, arguments)
 

@@ -324,6 +324,53 @@ def test_backward_reads_no_class_index_out_of_range(bad):
         assert same(gradient[[0, 2, 3]], before[[0, 2, 3]])
 
 
+@pytest.mark.parametrize("classes", [1, 5, 100, 1025, 21843])
+@pytest.mark.parametrize("stop", ["", "a", "b", "targets"])
+def test_row_scales_two_temperatures_and_stopped_gradients(classes, stop):
+    a, b, target = draw("random", 6, classes)
+    scale = torch.tensor([1.0, 0.0, 0.5, 0.0, -2.0, 3.0])
+    exact = [a.clone(), b.clone(), target.clone()]
+    for row in (1, 3):
+        a[row], b[row], target[row] = NAN, INF, 2**40
+        exact[0][row] = exact[1][row] = exact[2][row] = 0
+    for reduction in ("sum", "none"):
+        for temperature, gist_scale in ((3.0, 1.0), (2.0, 0.4), (1.0, 3.0)):
+            opts = options(reduction=reduction, temperature=temperature, gist_scale=gist_scale)
+            opts = opts._replace(stop_gradient=stop)
+            value, terms, stats = loss.forward(a, b, target, opts, True, scale)
+            grad = torch.full_like(value, 1.5)
+            gradients = loss.backward(grad, a, b, target, stats, opts, True, True, scale)
+            x, y = (side.double().requires_grad_() for side in exact[:2])
+            total, exact_terms = reference.gist_loss(x, y, exact[2], opts, True, scale.double())
+            truths = torch.autograd.grad(total, (x, y), grad.double())
+            found = Result(value, terms, *gradients)
+            assert_close(found, Result(total.detach(), exact_terms, *truths), 16 * EPS)
+            assert (found.d_cls[[1, 3]] == 0).all()
+            assert (found.d_gist[[1, 3]] == 0).all()
+            at_once = loss.forward_backward(a, b, target, opts, scale)
+            if reduction == "sum":
+                again = loss.backward(torch.ones(()), a, b, target, stats, opts, True, True, scale)
+                assert_same(Result(at_once[0], terms, *at_once[1:]), Result(value, terms, *again))
+
+
+def test_a_nan_row_scale_is_no_bad_target():
+    a, b, target = draw("random", 3, 10)
+    scale = torch.tensor([1.0, NAN, 1.0])
+    value, *gradients = loss.forward_backward(a, b, target, options(reduction="none"), scale)
+    assert value.isnan().tolist() == [False, True, False]
+    assert gradients[0].isnan().all(1).tolist() == [False, True, False]
+
+
+def test_gradients_of_masked_rows_past_the_cache_are_zero_to_the_last_class():
+    a, b, _ = draw("random", 66, 65537)
+    scale = (torch.arange(66) % 2).float()
+    opts = options(reduction="sum")
+    _, d_cls, d_gist = loss.forward_backward(a, b, None, opts, scale)
+    for gradient in (d_cls, d_gist):
+        assert (gradient[::2] == 0).all()
+        assert gradient[1::2].isfinite().all()
+
+
 # Masked classes, infinities, NaN.
 
 

@@ -21,12 +21,26 @@ pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 comp
         (1000, {"temperature": 4.7}),
         (4000, {"kind": "probability", "dtype": torch.float16, "temperature": 4.7}),
         (65537, {"kind": "none", "temperature": 1.0}),
+        (4000, {"kind": "none", "reduction": "sum", "masked": True, "stop_gradient": "targets"}),
+        (8192, {"reduction": "sum", "masked": True, "gist_scale": 0.5}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
 def test_nothing_spills(target, classes, options):
     target = binaries.TARGETS[target]
     for launch in binaries.distinct(binaries.launches(classes, target, **options)):
+        usage = binaries.usage(binaries.compiled(launch, target))
+        assert usage.registers > 0
+        assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(("classes", "sides"), [(100, 2), (1000, 3), (4000, 2), (32000, 2)])
+def test_nothing_of_the_divergence_spills(target, classes, sides):
+    target = binaries.TARGETS[target]
+    launches = binaries.divergence_launches(classes, sides, target, torch.float32)
+    assert {launch.name() for launch in launches} == {"forward_kernel", "backward_kernel"}
+    for launch in binaries.distinct(launches):
         usage = binaries.usage(binaries.compiled(launch, target))
         assert usage.registers > 0
         assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
