@@ -13,7 +13,8 @@ import torch
 from bench import measure, report
 from bench.machine import limits, machine
 
-BENCHMARKS = ("loss", "adapter", "attention", "scaling", "step", "loader")
+BENCHMARKS = ("loss", "adapter", "attention", "matmul", "scaling", "step", "loader")
+CPU_ONLY = ("matmul",)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     about, ceiling = machine(device), limits(device)
-    for name in given.what or BENCHMARKS:
+    every = [name for name in BENCHMARKS if device.type == "cpu" or name not in CPU_ONLY]
+    for name in given.what or every:
         benchmark = importlib.import_module(f"bench.{name}")
         run: report.Run = {
             "benchmark": name,
