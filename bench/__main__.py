@@ -14,8 +14,9 @@ from bench import measure, report
 from bench.machine import limits, machine
 
 BENCHMARKS = (
-    "loss", "divergence", "adapter", "attention", "scaling", "step", "overhead", "loader",
+    "loss", "divergence", "adapter", "attention", "matmul", "scaling", "step", "overhead", "loader",
 )  # fmt: skip
+CPU_ONLY = ("matmul",)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     about, ceiling = machine(device), limits(device)
-    for name in given.what or BENCHMARKS:
+    every = [name for name in BENCHMARKS if device.type == "cpu" or name not in CPU_ONLY]
+    for name in given.what or every:
         benchmark = importlib.import_module(f"bench.{name}")
         run: report.Run = {
             "benchmark": name,

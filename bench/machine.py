@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import measure
-from gist_kernels.kernels.cpu.linear import linear
+from gist_kernels.kernels.cpu.linear import by_onednn, linear
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -58,7 +58,7 @@ def limits(device: torch.device) -> dict[str, float]:
         "least": lambda: one.add_(1),
     }
     if not on_gpu:
-        calls["product, oneDNN"] = lambda: linear(a, b, None)
+        calls["product, oneDNN"] = lambda: by_onednn(a, b, None)
     times = measure.in_turns(calls, device, seconds=2.0)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     median["product"] = min(median["product"], median.get("product, oneDNN", math.inf))

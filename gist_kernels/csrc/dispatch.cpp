@@ -64,6 +64,16 @@ const char *instruction_sets(int index) {
   return nullptr;
 }
 
+const char *processor_vendor() {
+#if defined(GIST_X86_KERNELS)
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
+bool processor_has_avx512() { return std::strcmp(instruction_sets(0), "avx512") == 0; }
+
 std::int64_t useful_threads(std::int64_t numbers, int threads) {
   const std::int64_t useful = numbers / kNumbersPerThread;
   return useful < 1 ? 1 : useful < threads ? useful : threads;

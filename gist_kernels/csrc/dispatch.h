@@ -38,6 +38,11 @@ bool use_instruction_set(const char *name);
 // The names of the available instruction sets, widest first; nullptr beyond the last.
 const char *instruction_sets(int index);
 
+// The processor's maker, "amd" or "intel", or "other".
+const char *processor_vendor();
+// Whether the processor has AVX-512, whichever instruction set is in use.
+bool processor_has_avx512();
+
 // How many of `threads` threads a tensor of this many numbers keeps busy; at least 1.
 std::int64_t useful_threads(std::int64_t numbers, int threads);
 // Numbers in a part that one thread takes at a time: enough for the processor to read far ahead.

@@ -22,7 +22,7 @@ else:
         "cpu",
         device_types=("cpu",),
         dtypes=DTYPES,
-        detail=f"C++, {native.instruction_set()} instructions",
+        detail=f"C++, {native.instruction_set()} instructions; {linear.detail()}",
         loss=loss,
         divergence=divergence,
         adapter=adapter,
