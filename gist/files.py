@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_replacing = threading.Lock()
 
 
 def cache_dir() -> Path:
@@ -21,19 +25,38 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: the file could not be written; the text names it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # processes may write at once
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files, and their folders if missing. None is replaced before all are on the disk.
+
+    Raises:
+        OSError: a file could not be written, so that all are as before; the text names it.
+    """
+    # Threads, processes and machines may write at once.
+    beside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.new") for path in files}
+    try:
+        for path, temporary in beside.items():
+            with naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(files[path])
+        with _replacing:  # so that files of two threads don't mix
+            for path, temporary in beside.items():
+                with naming(path):
+                    temporary.replace(path)
+    finally:
+        for temporary in beside.values():
             temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with an indent of two, by :func:`write_atomically`."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 @contextmanager

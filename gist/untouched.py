@@ -6,10 +6,12 @@ on the call: no hook, no replaced ``forward``, no compiled call, no tensor subcl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as of_all
 
 
 def calls_own_forward(module: nn.Module) -> bool:
@@ -21,12 +23,44 @@ def calls_own_forward(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and module._compiled_call_impl is None
 
 
+def written_forward(kind: Any, name: str = "forward") -> Callable[..., Any] | None:
+    """A class's method as its library wrote it; None where another one has taken its place.
+
+    ``import gist`` may come after the change.
+    """
+    found = getattr(kind, name)
+    written = (kind.__module__, f"{kind.__qualname__}.{name}")
+    return found if (found.__module__, found.__qualname__) == written else None
+
+
+def any_global_hook() -> bool:
+    """Whether there are hooks of all modules."""
+    return bool(
+        of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
+    )
+
+
 def hooks_of(module: nn.Module) -> Iterator[object]:
-    """The hooks that calling the module runs, forward and backward."""
+    """The hooks that calling the module runs, forward and backward, those of all modules included.
+
+    Those of all modules come from ``torch.nn.modules.module.register_module_forward_hook``.
+    """
+    yield from of_all._global_forward_hooks.values()
+    yield from of_all._global_forward_pre_hooks.values()
+    yield from of_all._global_backward_hooks.values()
+    yield from of_all._global_backward_pre_hooks.values()
     yield from module._forward_hooks.values()
     yield from module._forward_pre_hooks.values()
     yield from module._backward_hooks.values()
     yield from module._backward_pre_hooks.values()
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's ``forward`` and nothing else."""
+    return calls_own_forward(module) and not any(hooks_of(module))
 
 
 def is_plain(tensor: object) -> bool:

@@ -18,6 +18,11 @@ def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def watched() -> bool:
+    """Whether a TorchDispatchMode other than a compiler's sees the operators of this call."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def under_transform() -> bool:
     """Whether a call is within a torch.func transform or forward-mode differentiation."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -174,6 +175,11 @@ class BackboneFamily(ABC):
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks' activations in the backward pass, or keep them."""
 
+    @property
+    def needs_input_gradients(self) -> bool:
+        """Whether blocks are checkpointed so that only a gradient of their input reaches them."""
+        return False
+
     # ---- checks
 
     def refusal(self, gist: bool) -> str | None:
@@ -185,10 +191,30 @@ class BackboneFamily(ABC):
                 "has no linear classifier; create it with num_classes=..., or call "
                 "backbone.reset_classifier(num_classes)"
             )
+        shared = self._shared()
+        if shared is not None:
+            return f"has one module in two places, {shared}; give each its copy.deepcopy"
         # Whatever wrap attaches hangs on a block or within one.
         parts = (part for block in self.blocks for part in block.modules())
         if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             return "carries hooks on its blocks already (is it wrapped?); wrap a fresh one"
+        return None
+
+    def _shared(self) -> str | None:
+        """Two places with one module, on which the hooks for both would meet; or None."""
+        places: dict[int, str] = {}
+        for index, block in enumerate(self.blocks):
+            layers: list[tuple[str, nn.Module]] = [(f"block {index}", block)]
+            with suppress(ValueError):  # a block of another kind, which some configs take
+                parts = self.parts(index)
+                layers += [(f"norm {i + 1} of block {index}", n) for i, n in enumerate(parts.norms)]
+                # q, k and v may be parts of one layer.
+                unique = {id(p.layer): (name, p.layer) for name, p in parts.projections.items()}
+                layers += [(f"{name} of block {index}", layer) for name, layer in unique.values()]
+            for place, layer in layers:
+                earlier = places.setdefault(id(layer), place)
+                if earlier != place:
+                    return f"{earlier} and {place}"
         return None
 
 

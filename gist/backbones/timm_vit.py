@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import timm.layers
 import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
@@ -103,6 +104,12 @@ class TimmViT(BackboneFamily):
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         self.model.set_grad_checkpointing(enable)
+
+    @property
+    def needs_input_gradients(self) -> bool:
+        # Before timm 1.0.16 there was nothing to choose.
+        reentrant = getattr(timm.layers, "use_reentrant_ckpt", lambda: True)
+        return self.model.grad_checkpointing and reentrant()
 
     def refusal(self, gist: bool) -> str | None:
         if not self.pooling:

@@ -9,10 +9,10 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 import gist_kernels as gk
-from gist.untouched import calls_own_forward, hooks_of, is_plain
+from gist.untouched import is_bare, is_plain, written_forward
 from gist_kernels.tracing import under_transform
 
-_FORWARDS = {PatchEmbed: PatchEmbed.forward, nn.Conv2d: nn.Conv2d.forward}
+_FORWARDS = {kind: written_forward(kind) for kind in (PatchEmbed, nn.Conv2d)}
 
 
 def embed_patches(module: Any, images: torch.Tensor) -> torch.Tensor:
@@ -47,9 +47,7 @@ def _is_plain(module: Any) -> bool:
         and module.proj.dilation == (1, 1)
         and is_plain(module.proj.weight)
         and all(
-            calls_own_forward(part)
-            and type(part).forward is _FORWARDS[type(part)]
-            and not any(hooks_of(part))
+            is_bare(part) and type(part).forward is _FORWARDS[type(part)]
             for part in (module, module.proj)
         )
     )

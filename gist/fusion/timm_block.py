@@ -18,16 +18,16 @@ from torch import nn
 import gist_kernels as gk
 from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Refusal
 from gist.methods.hooks import is_owned
-from gist.untouched import calls_own_forward, hooks_of, is_plain
+from gist.untouched import calls_own_forward, hooks_of, is_plain, written_forward
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
     nn.SiLU: "silu",
 }
-# What the fused sublayers take the place of. A class's forward may be replaced after import.
+# What the fused sublayers take the place of. A class's forward may be replaced.
 _FORWARDS = {
-    kind: kind.forward
+    kind: written_forward(kind)
     for kind in (
         Block, Attention, Mlp, LayerNorm, LayerScale, DropPath, nn.LayerNorm, nn.Linear,
         nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU,

@@ -14,13 +14,14 @@ from gist.fusion import timm_block
 from gist.fusion.patch_embedding import embed_patches
 from gist.methods.base import AttachedMethod, Refusal
 from gist.methods.hooks import is_owned
-from gist.untouched import calls_own_forward, hooks_of
-from gist_kernels.tracing import autocast_enabled, under_transform
+from gist.untouched import calls_own_forward, hooks_of, written_forward
+from gist_kernels.tracing import autocast_enabled, under_transform, watched
 
 _FORWARDS = {
-    name: getattr(VisionTransformer, name)
+    name: written_forward(VisionTransformer, name)
     for name in ("forward", "forward_features", "forward_head")
 }
+_SEQUENTIAL = written_forward(nn.Sequential)
 # Parameters that come after the patch embedding.
 _LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
 
@@ -46,6 +47,8 @@ def refusal(model: Any, hook_owners: Collection[int]) -> Refusal | None:
         return Refusal("it is traced by torch.compile or torch.export")
     if torch._C._get_tracing_state() is not None:
         return Refusal("it is traced by torch.jit.trace")
+    if watched():
+        return Refusal("a TorchDispatchMode watches its operators")
     if not isinstance(model, VisionTransformer):
         return Refusal(f"it is a {type(model).__name__}")
     for name, own in _FORWARDS.items():
@@ -55,6 +58,8 @@ def refusal(model: Any, hook_owners: Collection[int]) -> Refusal | None:
             return Refusal(f"its {name} was replaced")
     if model._compiled_call_impl is not None:
         return Refusal("it was compiled in place")
+    if type(model.blocks).forward is not _SEQUENTIAL:
+        return Refusal("its blocks are not a plain nn.Sequential")
     for part in _outside_blocks(model):
         if not calls_own_forward(part):
             return Refusal(f"its {type(part).__name__} has a forward of its own")

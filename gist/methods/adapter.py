@@ -14,8 +14,10 @@ from gist.methods import hooks
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal, new_parameters, unique
 from gist.methods.hooks import Hook
 from gist.methods.linear import CastLinear, is_untouched
+from gist.untouched import is_bare
 from gist.validate import check_activation, check_count, check_finite, check_known
 from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.tracing import watched
 
 PLACEMENTS = ("shared", "parallel", "sequential")
 ALTERED = "its adapter's layers are not as gist made them"
@@ -112,7 +114,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The update A(x) of (B, N, D) tokens, to be added to the residual stream."""
-        if not self.is_untouched:
+        if watched() or not self.is_untouched:
             return self.scale * self.up(ACTIVATIONS[self.activation](self.down(x)))
         parameters = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         return gist_kernels.adapter(
@@ -179,7 +181,7 @@ class Adapters(nn.ModuleList, AttachedMethod):
             return Refusal("its adapters come after the sublayers, not beside them")
         part: Any = self[index]
         bottlenecks = [part] if isinstance(part, Bottleneck) else part.values()
-        if not all(bottleneck.is_untouched for bottleneck in bottlenecks):
+        if not all(is_bare(each) and each.is_untouched for each in bottlenecks):
             return Refusal(ALTERED)
         if isinstance(part, Bottleneck):
             return FusedParts(part.weights(), part.weights())

@@ -13,6 +13,7 @@ from torch import nn
 from gist.backbones.base import BackboneFamily
 from gist.methods.adapter import ALTERED, Bottleneck
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
+from gist.untouched import is_bare
 from gist.validate import check_activation, check_count, check_finite, check_rate
 from gist_kernels.reference.adapter import ACTIVATIONS
 
@@ -87,6 +88,6 @@ class MlpAdapters(nn.ModuleList, AttachedMethod):
         bottleneck: Any = self[index]
         if bottleneck.drops:
             return Refusal("its adapter has dropout")
-        if not bottleneck.is_untouched:
+        if not (is_bare(bottleneck) and bottleneck.is_untouched):
             return Refusal(ALTERED)
         return FusedParts(mlp=bottleneck.weights())

@@ -7,7 +7,7 @@ that fails would leave its graph there. What a later hook needs is kept by threa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,8 +62,16 @@ _thread = _Thread()
 
 
 def hand_on(owner: nn.Module, tensor: torch.Tensor) -> None:
-    """Keep a tensor for the next :func:`taken` by the same owner in this thread."""
-    _thread.handed_on[id(owner)] = tensor
+    """Keep a tensor for the next :func:`taken` by the same owner in this thread.
+
+    Activation checkpointing that runs a part again stops where nothing more is needed, which may be
+    before the taker. What was handed on within a backward pass is dropped at its end.
+    """
+    kept = _thread.handed_on
+    kept[id(owner)] = tensor
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: kept.pop(id(owner), None))
 
 
 def taken(owner: nn.Module) -> torch.Tensor | None:
@@ -111,10 +119,44 @@ def is_owned(hook: object, owners: Collection[int]) -> bool:
     return isinstance(hook, FreeHook) or (isinstance(hook, Hook) and id(hook.owner) in owners)
 
 
-def remove_hooks(backbone: nn.Module, owners: Collection[int]) -> None:
-    """Take gist's hooks, of the modules with these ids, off a backbone."""
+def hooks_on(backbone: nn.Module, owners: Collection[int]) -> list[tuple[str, Hook]]:
+    """The hooks of the modules with these ids on a backbone, each with the name of its place."""
+    return [
+        (name, hook)
+        for name, part in backbone.named_modules()
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+        if isinstance(hook, Hook) and id(hook.owner) in owners
+    ]
+
+
+def lost(
+    backbone: nn.Module, placed: Iterable[tuple[str, Hook]], owners: Collection[int]
+) -> str | None:
+    """What was replaced since :func:`hooks_on` gave ``placed``, so that a hook is lost; or None.
+
+    A module that holds the replaced one, such as a layer of HF PEFT around it, loses nothing.
+    """
+    present: set[int] = set()
+    for part in backbone.modules():
+        for carried in (part._forward_pre_hooks, part._forward_hooks):
+            if carried:
+                present.update(map(id, carried.values()))
+    for name, hook in placed:
+        if id(hook) not in present:
+            return f"backbone.{name} was replaced, or its hooks were removed: {hook} is lost"
+        if id(hook.owner) not in owners:
+            return f"the {type(hook.owner).__name__} with the hook on backbone.{name} was replaced"
+    return None
+
+
+def remove_hooks(backbone: nn.Module, owners: Collection[int], *, free: bool = True) -> None:
+    """Take gist's hooks, of the modules with these ids, off a backbone; free ones if asked."""
     for part in backbone.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if is_owned(hook, owners)]:
+            for key in [
+                key
+                for key, hook in hooks.items()
+                if is_owned(hook, owners) and (free or isinstance(hook, Hook))
+            ]:
                 del hooks[key]
                 part._forward_hooks_always_called.pop(key, None)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gist.untouched import calls_own_forward, hooks_of, is_plain
+from gist.untouched import is_bare, is_plain
 
 
 class CastLinear(nn.Linear):
@@ -24,8 +24,7 @@ def is_untouched(layer: nn.Module) -> bool:
     """Whether a layer is a plain :class:`CastLinear`, whose weights a kernel may read instead."""
     return (
         type(layer) is CastLinear
-        and calls_own_forward(layer)
-        and not any(hooks_of(layer))
+        and is_bare(layer)
         and is_plain(layer.weight)
         and (layer.bias is None or is_plain(layer.bias))
     )

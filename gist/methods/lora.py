@@ -22,6 +22,7 @@ from gist.methods.base import (
     widened,
 )
 from gist.methods.hooks import Hook
+from gist.untouched import is_bare
 from gist.validate import check_count, check_finite, check_known, check_rate
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -131,6 +132,8 @@ class LowRankUpdates(nn.ModuleList, AttachedMethod):
         if self.dropout and self.training:
             return Refusal("its update has dropout")
         of_block: Any = self[index]
+        if not all(is_bare(factors) for factors in of_block.values()):
+            return Refusal("its method's modules are not as gist made them")
         updates = {
             name: LayerUpdate(down=of_block[name].down, up=self.scale * of_block[name].up)
             for name in ("proj", "fc1", "fc2")

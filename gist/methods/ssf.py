@@ -20,6 +20,7 @@ from gist.methods.base import (
     widened,
 )
 from gist.methods.hooks import Hook
+from gist.untouched import is_bare
 
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 
@@ -100,6 +101,8 @@ class Features(nn.ModuleDict, AttachedMethod):
     def fused(self, index: int) -> FusedParts | Refusal:
         names = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
         parts: dict[str, Any] = {name: self[f"{index}_{name}"] for name in names}
+        if not all(is_bare(part) for part in parts.values()):
+            return Refusal("its method's modules are not as gist made them")
         return FusedParts(
             updates={n: LayerUpdate(part.scale, part.shift) for n, part in parts.items()}
         )

@@ -58,6 +58,12 @@ class TimmInterface(nn.Module):
     def attached_methods(self) -> list[AttachedMethod]:
         raise NotImplementedError
 
+    def _note_hooks(self) -> None:
+        raise NotImplementedError
+
+    def _check_hooks(self) -> None:
+        raise NotImplementedError
+
     @property
     def embed_dim(self) -> int:
         return self.family.embed_dim
@@ -103,6 +109,7 @@ class TimmInterface(nn.Module):
             intermediates_only: leave the final features out.
             options: further ones of timm's; masks only if the method and config add no token.
         """
+        self._check_hooks()
         return self.family.model.forward_intermediates(
             x,
             indices=indices,
@@ -116,6 +123,7 @@ class TimmInterface(nn.Module):
 
     def get_intermediate_layers(self, x: torch.Tensor, *args: Any, **options: Any) -> Any:
         """timm's form of DINO's interface; see :meth:`forward_intermediates`."""
+        self._check_hooks()
         return self.family.model.get_intermediate_layers(x, *args, **options)
 
     def prune_intermediate_layers(
@@ -132,7 +140,7 @@ class TimmInterface(nn.Module):
         prune, family = self.family.model.prune_intermediate_layers, self.family
         _take_indices(len(family.blocks), indices)  # its errors come first
         owners = {id(part) for method in self.attached_methods for part in method.modules()}
-        remove_hooks(family.model, owners)
+        remove_hooks(family.model, owners, free=False)
         norm = self.family.model.norm
         taken: list[int] = prune(indices, prune_norm=prune_norm, prune_head=prune_head)
         carry_hooks(norm, self.family.model.norm)
@@ -141,6 +149,7 @@ class TimmInterface(nn.Module):
             assert method is not None
             take_over(method, self.method)
             self.method = method
+        self._note_hooks()
         return taken
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:

@@ -21,7 +21,8 @@ def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
     """A plain copy of the backbone with the logits of ``model`` in evaluation mode, up to rounding.
 
     LoRA, SSF, FacT and RepAdapter fold into the weights; a model may have only one method. Methods
-    that train the backbone's own parameters have nothing to fold. What HF PEFT has put into the
+    that train the backbone's own parameters have nothing to fold. Layers that share a weight get
+    one each. What HF PEFT has put into the
     backbone is merged by its own ``merge_and_unload``. The Gist token stays as one more register
     token of a timm VisionTransformer.
 
@@ -47,6 +48,7 @@ def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
         )
     if len(model.attached_methods) > 1:
         raise ValueError("only one method can be merged; this model has several")
+    model._check_hooks()
     keep_token = model.token is not None and not drop_token
     if keep_token:
         _check_register(model)
@@ -57,6 +59,8 @@ def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
         backbone = _merged_by_peft(backbone)
     family = family_of(backbone)
     with torch.no_grad():
+        if methods:
+            _untie(backbone)
         for method in methods:
             method.merge(family)
         if token is not None and keep_token:
@@ -85,6 +89,16 @@ def _merged_by_peft(backbone: Any) -> Any:
             f"{', '.join(left[:4])}; use the wrapped model"
         )
     return plain
+
+
+def _untie(backbone: nn.Module) -> None:
+    """Give layers that share a parameter one each: what is folded into them differs."""
+    seen: set[int] = set()
+    for module in backbone.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.clone()))
+            seen.add(id(parameter))
 
 
 def _head_in_half(family: BackboneFamily) -> None:

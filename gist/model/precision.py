@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,54 @@ class InputDtype(TorchFunctionMode):
             args = tuple(_converted(value, dtype) for value in args)
             kwargs = {name: _converted(value, dtype) for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def mixes(parameters: Sequence[nn.Parameter], x: torch.Tensor) -> bool:
+    """Whether float32 parameters are trained beside half weights or a half input."""
+    wide = any(p.requires_grad and p.dtype.itemsize >= 4 for p in parameters)
+    return wide and (x.dtype.itemsize < 4 or half_dtype(parameters) is not None)
+
+
+class _Entered(threading.local):
+    def __init__(self) -> None:
+        self.modes: list[InputDtype | None] = []
+
+
+_entered = _Entered()
+
+
+def convert_when_run_again(backbone: nn.Module) -> None:
+    """Convert at use also where activation checkpointing runs a part of the backbone again.
+
+    PyTorch restores autocast for that run, but no TorchFunctionMode. Layers that own trained
+    parameters enter it themselves: a library may checkpoint a block's ``forward``, without hooks.
+    """
+    for layer in backbone.modules():
+        if any(p.requires_grad for p in layer.parameters(recurse=False)):
+            layer.register_forward_pre_hook(_ENTER)
+            layer.register_forward_hook(_LEAVE, always_call=True)
+
+
+def _enter(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    again = torch._C._current_graph_task_id() >= 0  # within a backward pass
+    half = again and isinstance(args[0], torch.Tensor) and args[0].dtype.itemsize < 4
+    mode = InputDtype() if half else None
+    _entered.modes.append(mode)
+    if mode is not None:
+        mode.__enter__()
+
+
+def _leave(layer: nn.Module, args: object, output: object) -> None:
+    if torch.compiler.is_compiling():
+        return
+    mode = _entered.modes.pop()
+    if mode is not None:
+        mode.__exit__(None, None, None)
+
+
+_ENTER, _LEAVE = FreeHook(_enter), FreeHook(_leave)
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:

@@ -21,8 +21,9 @@ import timm
 import torch
 from torch import nn
 
+from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
-from gist.files import write_atomically, write_json
+from gist.files import to_json, write_together
 from gist.model.config import GistConfig
 from gist.model.containers import gist_model_of, is_replicated, is_sharded, whole
 from gist.model.unwrap import unwrap
@@ -36,8 +37,8 @@ CONFIG_FILE = "config.json"
 def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> None:
     """Write the trained parameters and the config into ``directory``, which is made if missing.
 
-    Each file is written beside its final place and then renamed: a full disk or a crash leaves the
-    earlier file whole.
+    Both files are written beside their final places and then renamed: a full disk leaves the
+    earlier ones, which belong together.
 
     Parameters that the config trains are saved in any case, and so are others of the backbone that
     are trained now. :func:`load` restores which are trained. What was trained and then frozen again
@@ -71,7 +72,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> N
     config = {
         "format": FORMAT if beside or frozen else 1,
         "gist": model.config.to_dict(),
-        "num_classes": model.num_classes,
+        "num_classes": _classes(model.family),
         "backbone": _describe(model.backbone, model.config, beside),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
@@ -82,8 +83,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> N
     together = processes.is_available() and processes.is_initialized()
     try:
         if not together or processes.get_rank() == 0 or not (replicated or sharded):
-            write_atomically(directory / WEIGHTS_FILE, weights)
-            write_json(directory / CONFIG_FILE, config)
+            files = {WEIGHTS_FILE: weights, CONFIG_FILE: to_json(config)}
+            write_together({directory / name: content for name, content in files.items()})
     finally:
         if together and sharded:
             processes.barrier()  # the files are there for all
@@ -159,6 +160,12 @@ def load(
     return model.eval()
 
 
+def _classes(family: BackboneFamily) -> int:
+    """The classifier's outputs, also where the user put it in place of the backbone's."""
+    outputs: int = getattr(family.heads[0], "out_features", family.num_classes)
+    return outputs
+
+
 def _fill(
     model: GistModel, state: dict[str, torch.Tensor], beside: Sequence[str], directory: Path
 ) -> None:
@@ -192,8 +199,8 @@ def _fingerprint(backbone: nn.Module, config: GistConfig, beside: Sequence[str])
     trained |= {id(p) for head in family.heads for p in head.parameters()}
     if family.model is not backbone:
         trained |= {id(p) for p in backbone.parameters() if p.requires_grad}
-    own = {id(parameter): name for name, parameter in backbone.named_parameters()}
-    left_out = {own[parameter] for parameter in trained if parameter in own}
+    named = backbone.named_parameters(remove_duplicate=False)  # a shared one has several names
+    left_out = {name for name, parameter in named if id(parameter) in trained}
     left_out |= {name.removeprefix("backbone.") for name in beside}
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):

@@ -21,9 +21,11 @@ from gist.methods.hooks import FreeHook
 from gist.model.attach import Before, attach_methods
 from gist.model.config import GistConfig
 from gist.model.interface import TimmInterface, hide_added_tokens
-from gist.model.precision import IN_OWN_DTYPE, InputDtype, half_dtype, train
+from gist.model.precision import IN_OWN_DTYPE, InputDtype, convert_when_run_again, mixes, train
 from gist.model.scripted import Scripted
 from gist.model.token import GistToken
+from gist.untouched import any_global_hook
+from gist_kernels.tracing import needs_dispatcher
 
 
 class GistOutput(NamedTuple):
@@ -92,10 +94,13 @@ class GistModel(TimmInterface):
         self.backbone: Any = backbone.requires_grad_(False)
         self.gist_head: nn.Module | None = None
         train(trained)
+        if trained:
+            convert_when_run_again(family.model)
         self._trains_backbone = bool(trained)
         self._train_heads()
         hide_added_tokens(family, self.token, self.attached_methods)
         self._known = frozenset(self.state_dict())
+        self._note_hooks()
 
     @property
     def family(self) -> BackboneFamily:
@@ -132,7 +137,7 @@ class GistModel(TimmInterface):
 
     def _by_backbone(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
         """Run the backbone as its library does, by its call: the class token's logits are its."""
-        family, token = self.family, self.token
+        family, token, images = self.family, self.token, self._with_gradient(images)
         if token is None:
             return family.logits(self.backbone(images))
         with hooks.asking(token) as tokens:
@@ -143,6 +148,12 @@ class GistModel(TimmInterface):
         (features,) = tokens
         pooled = family.pool_token(token.pick(features), token.remove(features))
         return GistOutput(logits, family.classify(pooled, self.gist_head))
+
+    def _with_gradient(self, images: torch.Tensor) -> torch.Tensor:
+        """Images that require a gradient where, behind a frozen embedding, nothing else would."""
+        if torch.is_grad_enabled() and self.family.needs_input_gradients:
+            return images if images.requires_grad else images.detach().requires_grad_()
+        return images
 
     def _check_pooling(self) -> None:
         if not self.family.pooling:
@@ -162,32 +173,33 @@ class GistModel(TimmInterface):
             return nullcontext()
         heads = {id(p) for p in _head_parameters(self.family.heads)}
         body = [p for p in self.backbone.parameters() if id(p) not in heads]
-        wide = any(p.requires_grad and p.dtype.itemsize >= 4 for p in body)
-        if wide and (x.dtype.itemsize < 4 or half_dtype(body) is not None):
-            return InputDtype()
-        return nullcontext()
+        return InputDtype() if mixes(body, x) else nullcontext()
 
     def _features(
         self, plan: timm_vit.ModelPlan, images: torch.Tensor, num_read: int | None
     ) -> torch.Tensor:
         """The first ``num_read`` tokens after the final norm; None for all."""
         if plan.refusal is not None:
-            return self.family.features(images)
+            return self.family.features(self._with_gradient(images))
         return timm_vit.features(
             self.family.model, plan, images, self.attached_methods, self.token, num_read
         )
 
     def plan(self) -> timm_vit.ModelPlan:
         """How the backbone runs in the model's present state, see :func:`gist.explain`."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            return timm_vit.plan(self.family.model, self.attached_methods, self.hook_owners)
+        # What is outside of the model decides too: nothing is kept then.
+        if torch.compiler.is_compiling() or needs_dispatcher() or any_global_hook():
+            return self._planned()
         cached = self.__dict__.get("_plan")
         if cached is None or not cached[0].holds():
             parts = (self.backbone, self.method, self.token)
             snapshot = Snapshot(part for part in parts if part is not None)
-            plan = timm_vit.plan(self.family.model, self.attached_methods, self.hook_owners)
-            cached = self.__dict__["_plan"] = snapshot, plan
+            cached = self.__dict__["_plan"] = snapshot, self._planned()
         return cached[1]
+
+    def _planned(self) -> timm_vit.ModelPlan:
+        self._check_hooks()
+        return timm_vit.plan(self.family.model, self.attached_methods, self.hook_owners)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's plan would be of the original's weights.
@@ -206,6 +218,20 @@ class GistModel(TimmInterface):
         """The ids of the modules whose hooks gist has put on the backbone."""
         methods = {id(part) for method in self.attached_methods for part in method.modules()}
         return {id(self.token)} | methods
+
+    def _note_hooks(self) -> None:
+        self._hooks = hooks.hooks_on(self.backbone, self.hook_owners)
+
+    @property
+    def lost_hook(self) -> str | None:
+        """What was replaced after wrap, so that a method or the token has no effect; or None."""
+        return hooks.lost(self.backbone, self._hooks, self.hook_owners)
+
+    def _check_hooks(self) -> None:
+        if self.backbone is not None and (lost := self.lost_hook) is not None:
+            raise RuntimeError(
+                f"{lost}; replace modules before gist.wrap, or call gist.unwrap and wrap again"
+            )
 
     def forward_head(
         self, features: torch.Tensor, pre_logits: bool = False

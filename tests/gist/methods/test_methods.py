@@ -324,6 +324,20 @@ def test_merged_backbones_give_the_same_logits(method, name, use_gist):
         assert not torch.allclose(dropped(images().double()), expected)
 
 
+@pytest.mark.parametrize("method", [gist.LoRA(targets=("q", "fc1")), gist.SSF(), gist.FacT()])
+def test_layers_that_share_a_weight_are_merged_each_by_its_own(method):
+    vit = backbone()
+    for path in ("attn.qkv", "mlp.fc1"):
+        first, third = (block.get_submodule(path) for block in (vit.blocks[0], vit.blocks[2]))
+        third.weight, third.bias = first.weight, first.bias
+    model = gist.wrap(vit, gist.GistConfig(method)).eval()
+    with torch.no_grad():
+        for parameter in model.method.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.testing.assert_close(gist.merge(model)(images()), model(images()), rtol=1e-4, atol=1e-4)
+    assert vit.blocks[2].mlp.fc1.weight is vit.blocks[0].mlp.fc1.weight
+
+
 @pytest.mark.parametrize(
     ("config", "name", "message"),
     [

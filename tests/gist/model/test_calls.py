@@ -12,6 +12,8 @@ import pytest
 import torch
 from models import FAMILIES, METHOD_CONFIGS, ROTARY, images, made, wrapped
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import gist
 from gist.methods import hooks
@@ -193,6 +195,96 @@ def test_what_hangs_on_a_module_runs_as_often_as_on_the_backbone(method, family,
         watch(watched.backbone.get_submodule(name), counts, name)
         torch.testing.assert_close(watched(pixels), logits, rtol=1e-4, atol=1e-4)
         assert counts.get(name, 0) == expected.get(name, 0), name
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ROTARY])
+def test_hooks_of_all_modules_run_as_often_as_on_the_backbone(family):
+    backbone, pixels = made(family)
+    model = gist.wrap(copy.deepcopy(backbone), gist.GistConfig(None, gist=False)).eval()
+    seen: dict[str, list[str]] = {"backbone": [], "model": []}
+
+    def watch(name):
+        return nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen[name].append(type(module).__name__)
+        )
+
+    for name, call in (("backbone", backbone.eval()), ("model", model)):
+        handle = watch(name)
+        try:
+            call(pixels)
+        finally:
+            handle.remove()
+    assert seen["backbone"]
+    assert seen["model"] == [*seen["backbone"], "GistModel"]
+
+
+def operators(call):
+    """The operators that a call runs, by a TorchDispatchMode."""
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Watching():
+        call()
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modes_that_watch_operators_see_the_backbones(family):
+    backbone, pixels = made(family)
+    model = gist.wrap(copy.deepcopy(backbone), gist.GistConfig(None, gist=False)).eval()
+    backbone.eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as own:
+        backbone(pixels)
+    with FlopCounterMode(display=False) as ours:
+        model(pixels)
+    assert ours.get_total_flops() == own.get_total_flops() > 0
+    with torch.no_grad():
+        assert operators(lambda: model(pixels)) == operators(lambda: backbone(pixels))
+
+
+def test_no_operator_of_gists_own_is_seen_by_modes_that_watch():
+    model = wrapped().train()
+    seen = operators(lambda: model(images()))
+    assert "aten.addmm.default" in seen
+    assert not [name for name in seen if not name.startswith("aten.")]
+
+
+@pytest.mark.parametrize("method", ["adapter", "adapter, parallel", "adaptformer", "lora", "ssf"])
+def test_what_hangs_on_a_methods_module_has_the_same_effect_in_fused_blocks(method):
+    model, pixels = model_of(method, "timm ViT-Ti")
+    plain = model(pixels)
+    for module in model.method.modules():
+        handle = module.register_forward_hook(lambda module, args, output: 3 * output)
+        fused = model(pixels)
+        handle.remove()
+        by_own = model.backbone.norm.register_forward_hook(lambda *_: None)
+        handle = module.register_forward_hook(lambda module, args, output: 3 * output)
+        torch.testing.assert_close(fused, model(pixels), rtol=1e-4, atol=1e-4)
+        assert torch.equal(fused, plain) == isinstance(module, nn.ModuleList | nn.ModuleDict)
+        handle.remove()
+        by_own.remove()
+
+
+@every_case
+def test_a_backward_pass_that_runs_blocks_again_leaves_nothing_behind(method, family):
+    model, pixels = model_of(method, family)
+    model.set_grad_checkpointing()
+    model.train()(pixels).gist_logits.square().sum().backward()
+    assert holds_nothing(model)
+
+
+def test_explain_knows_what_is_compiled_in_place():
+    model = wrapped().eval()
+    around = nn.ModuleDict({"module": model})
+    assert "fused" in gist.explain(model)
+    for compiled in (model, around["module"]):
+        compiled.compile(backend="eager")
+        assert "own forward, for it is traced" in gist.explain(model)
+        compiled._compiled_call_impl = None
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ROTARY])

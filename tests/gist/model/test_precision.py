@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from devices import WithoutFloat64
-from models import backbone, images
+from models import FAMILIES, ROTARY, backbone, images, made
 
 import gist
 
@@ -24,7 +24,7 @@ METHODS = [
     gist.SSF(),
     gist.VPT(),
 ]
-TARGET = torch.tensor([3, 5])
+TARGET = torch.tensor([3, 4])
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -95,6 +95,29 @@ def test_other_families_train_in_float32_too(method, name):
     loss, found = gradients(model, images(size=size).bfloat16())
     assert loss.isfinite()
     assert all(g.dtype is torch.float32 and g.isfinite().all() for g in found.values())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ROTARY])
+@pytest.mark.parametrize("method", [gist.BitFit(), gist.LayerNormTuning(), gist.Full()])
+def test_checkpointed_blocks_convert_at_use_when_run_again(method, family):
+    backbone, pixels = made(family)
+    model = gist.wrap(backbone.bfloat16(), config(method))
+    model.family.output_norm.register_forward_hook(lambda *_: None)  # no block is fused
+    _, kept = gradients(model, pixels.bfloat16())
+    model.set_grad_checkpointing()
+    _, found = gradients(model, pixels.bfloat16())
+    assert kept.keys() == found.keys()
+    for name, gradient in kept.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_pruning_keeps_what_converts_to_float32():
+    model = wrapped_half(gist.BitFit(), torch.bfloat16)
+    model.prune_intermediate_layers([0, 1], prune_head=False)
+    model.set_grad_checkpointing()
+    loss, _ = gradients(by_hooks(model), images().bfloat16())
+    assert model(images().bfloat16()).cls_logits.dtype is torch.float32
+    assert loss.isfinite()
 
 
 def test_a_float32_head_gives_float32_logits_and_follows_reset_classifier():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,48 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     assert torch.equal(gist.load(backbone(), tmp_path)(PIXELS), expected)
 
 
+@pytest.mark.parametrize("failing", ["adapter.safetensors", "config.json"])
+def test_a_disk_that_is_full_at_either_file_keeps_the_earlier_pair(tmp_path, monkeypatch, failing):
+    model = trained()
+    gist.save(model, tmp_path)
+    expected = model(PIXELS)
+    with torch.no_grad():
+        model.token.weight.add_(1)
+    write = Path.write_bytes
+
+    def full_disk(path, data):
+        if failing in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left") as raised:
+        gist.save(model, tmp_path)
+    monkeypatch.undo()
+    assert failing in raised.value.filename
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
+    assert torch.equal(gist.load(backbone(), tmp_path)(PIXELS), expected)
+
+
+def test_threads_that_save_into_one_folder_leave_one_of_their_pairs(tmp_path, monkeypatch):
+    models, replace = [trained() for _ in range(4)], Path.replace
+    for index, model in enumerate(models):
+        with torch.no_grad():
+            model.token.weight.add_(index)
+    expected = [model(PIXELS) for model in models]
+
+    def slowly(path, target):
+        time.sleep(0.005)  # for another thread to come between
+        return replace(path, target)
+
+    monkeypatch.setattr("pathlib.Path.replace", slowly)
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(lambda model: gist.save(model, tmp_path), models))
+    loaded = gist.load(backbone(), tmp_path)(PIXELS)
+    assert any(torch.equal(loaded, logits) for logits in expected)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
+
+
 # ---- trained otherwise than the config says ------------------------------------------------------
 
 CONFIG = gist.GistConfig(gist.Adapter(rank=3, scale=0.5))
@@ -190,6 +234,31 @@ def test_what_the_user_trains_or_freezes_is_saved_and_restored(tmp_path, change,
     gist.save(loaded, again)
     for file in ("config.json", "adapter.safetensors"):
         assert (again / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+@pytest.mark.parametrize("method", [gist.Full(), gist.BitFit(), gist.LoRA()])
+def test_shared_weights_are_saved_and_restored(tmp_path, method):
+    def sharing():
+        vit = backbone()
+        vit.blocks[1].mlp.fc1.weight = vit.blocks[0].mlp.fc1.weight
+        vit.blocks[1].mlp.fc1.bias = vit.blocks[0].mlp.fc1.bias
+        return vit
+
+    model = gist.wrap(sharing(), gist.GistConfig(method)).eval()
+    with torch.no_grad():
+        for parameter in model.trainable_state_dict().values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    gist.save(model, tmp_path)
+    assert torch.equal(gist.load(sharing(), tmp_path)(PIXELS), model(PIXELS))
+
+
+def test_a_classifier_that_the_user_put_in_is_saved_and_restored(tmp_path):
+    model = trained()
+    model.backbone.head = torch.nn.Linear(24, 9)
+    gist.save(model, tmp_path)
+    loaded = gist.load(backbone(), tmp_path)
+    assert loaded.num_classes == 9
+    assert torch.equal(loaded(PIXELS), model(PIXELS))
 
 
 def test_the_rest_of_the_backbone_is_still_checked(tmp_path):

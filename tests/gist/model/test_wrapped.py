@@ -284,6 +284,26 @@ def test_activation_checkpointing_gives_the_same_gradients(method):
     assert held_less < held / 2
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_reentrant_checkpoints_train_behind_a_frozen_embedding(fused):
+    def gradients(checkpointing):
+        model = wrapped("vit").train()
+        if not fused:
+            model.backbone.norm.register_forward_hook(lambda *_: None)
+        model.set_grad_checkpointing(checkpointing)
+        gist.GistLoss()(model(images()), torch.tensor([1, 4])).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, before = gradients(False), timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        checkpointed = gradients(True)
+    finally:
+        timm.layers.set_reentrant_ckpt(before)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
+
+
 def test_autocast_and_half_precision_backbones():
     exact = wrapped("vit").train()(images())
     with torch.autocast("cpu", torch.bfloat16):
