@@ -18,7 +18,7 @@ CHANGES = {
     "a pre-hook": lambda model: model.backbone.norm.register_forward_pre_hook(print),
     "a backward hook": lambda model: model.backbone.head.register_full_backward_hook(print),
     "a forward": lambda model: setattr(model.backbone.blocks[0].attn, "forward", print),
-    "a part": lambda model: setattr(model.backbone.blocks[0], "norm1", nn.LayerNorm(48)),
+    "a part": lambda model: setattr(model.backbone.blocks[0].mlp, "drop1", nn.Identity()),
     "a further part": lambda model: model.backbone.blocks[2].add_module("more", nn.Identity()),
     "a parameter": lambda model: setattr(
         model.backbone.blocks[0].mlp.fc1, "weight", nn.Parameter(torch.ones(192, 48))
