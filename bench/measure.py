@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Case:
     """The call in whose times all are also given."""
     images: int | None = None
     """The images per call, to report images per second."""
+    clock: Callable[[], float] = time.perf_counter
+    """Tells seconds, on a CPU. ``time.process_time`` leaves out other processes, for one thread."""
     graphs: tuple[str, ...] = ()
     """The calls that are also timed as CUDA graphs, on a GPU."""
 
@@ -76,7 +79,7 @@ def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
         return found
 
     calls = working(case.calls, lambda call: call, "")
-    results = _table(case, in_turns(calls, device, seconds=seconds), failure)
+    results = _table(case, in_turns(calls, device, seconds=seconds, clock=case.clock), failure)
     for name, call in calls.items():
         results[name]["peak_bytes"] = peak_bytes(call, device)
     if case.graphs and device.type == "cuda":
@@ -124,6 +127,7 @@ def in_turns(
     *,
     seconds: float = 10.0,
     rounds: tuple[int, int] = (5, 300),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call, once per round for each of ``calls``: a disturbance affects all of them.
 
@@ -132,7 +136,7 @@ def in_turns(
     one of ``calls`` leaves memory and caches in its own state. On a GPU the device itself times the
     block, after a write that evicts the inputs from its cache.
     """
-    measure = _on_device if device.type == "cuda" else _on_host
+    measure = _on_device if device.type == "cuda" else partial(_on_host, clock=clock)
     repeats = {}
     for name, call in calls.items():
         for _ in range(3):  # compile, allocate, warm up
@@ -148,13 +152,13 @@ def in_turns(
     return times
 
 
-def _on_host(call: Call, repeats: int) -> float:
+def _on_host(call: Call, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     for _ in range(1 + repeats // 4):
         call()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _on_device(call: Call, repeats: int) -> float:

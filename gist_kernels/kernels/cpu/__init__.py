@@ -16,7 +16,17 @@ if native is None:
         "compiler on the path and without GIST_KERNELS_NATIVE=0",
     )
 else:
-    from gist_kernels.kernels.cpu import activation, adapter, attention, divergence, linear, loss
+    from gist_kernels.kernels.cpu import (
+        activation,
+        adapter,
+        attention,
+        divergence,
+        linear,
+        loss,
+        memory,
+    )
+
+    memory.keep_freed()
 
     BACKEND = Backend(
         "cpu",

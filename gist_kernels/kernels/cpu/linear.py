@@ -111,10 +111,10 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, *, adds: bool) -> bool:
     transposed = weight.stride(1) != 1
     if x.numel() * outputs < _LEAST_MULTIPLICATIONS:
         return False
+    if transposed and 1 < outputs <= _FEW_TRANSPOSED:
+        return True
     if adds and inputs < _rule.inputs_to_add:
         return False
-    if not adds and transposed and 1 < outputs <= _FEW_TRANSPOSED:
-        return True
     return (
         _rule.large
         and outputs > _FEW

@@ -47,6 +47,7 @@ def chosen(rows, inputs, outputs, *, backward=False, adds=False, dtype=torch.flo
         ((1584, 384, 4), {}, False, False, False),
         ((1584, 384, 16), {}, True, True, False),
         ((1584, 4, 384), {"backward": True}, True, True, True),
+        ((1584, 4, 384), {"backward": True, "adds": True}, True, True, True),
         ((16, 384, 384), {}, True, True, False),
         ((16, 64, 384), {}, False, False, False),
         ((0, 384, 384), {}, False, False, False),

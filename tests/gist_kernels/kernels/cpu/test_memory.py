@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -101,3 +105,40 @@ def test_streamed_gradients_whose_cache_lines_do_not_line_up():
     expected = gk.gist_loss_and_grad(*apart, target)
     for x, y in zip(gk.gist_loss_and_grad(*both.unbind(1), target), expected, strict=True):
         assert torch.equal(x, y)
+
+
+# Frees 160 MB in blocks of 8 MB, as the end of a training step does, and takes them again.
+STEPS = """
+import resource, torch, gist_kernels
+def step():
+    blocks = [torch.zeros(2_000_000) for _ in range(20)]
+    while blocks:
+        blocks.pop()
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run_steps(**variables: str) -> subprocess.CompletedProcess:
+    inherited = {k: v for k, v in os.environ.items() if k not in memory._SETTINGS}
+    return subprocess.run(
+        [sys.executable, "-c", STEPS], env=inherited | variables, capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of GNU's C library")
+def test_the_heap_keeps_what_a_step_frees():
+    pages = 20 * 2_000_000 * 4 // os.sysconf("SC_PAGE_SIZE")
+    assert int(run_steps(GIST_KERNELS_KEEP_MIB="1024").stdout) < pages / 100
+    for left_alone in ({"GIST_KERNELS_KEEP_MIB": "0"}, {"MALLOC_TRIM_THRESHOLD_": "65536"}):
+        assert int(run_steps(**left_alone).stdout) > pages / 4
+
+
+@pytest.mark.parametrize("value", ["-1", "2048", "much"])
+def test_a_wrong_number_of_mib_is_an_error(value):
+    error = run_steps(GIST_KERNELS_KEEP_MIB=value).stderr
+    assert (
+        f"ValueError: GIST_KERNELS_KEEP_MIB must be a number from 0 to 2047, not '{value}'" in error
+    )
