@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import timm
 import torch
@@ -121,6 +124,13 @@ ROTARY = {"timm Eva": (eva, 32)}
 
 def made(family):
     """A seeded backbone and images for it."""
-    make, size = (FAMILIES | ROTARY)[family]
+    model, generator = _template(family)
+    torch.set_rng_state(generator)
+    return copy.deepcopy(model), images(size=(FAMILIES | ROTARY)[family][1])
+
+
+@functools.cache
+def _template(family):
+    """A backbone to copy, for its initial values take long, and the generator's state after it."""
     torch.manual_seed(5)
-    return make(), images(size=size)
+    return (FAMILIES | ROTARY)[family][0](), torch.get_rng_state()
