@@ -21,6 +21,7 @@ GIST_LAYERS = (
     ("gist.runs",),
     ("gist.train", "gist.evaluation"),  # their earlier places
     ("gist.training",),
+    ("gist.hf",),
     ("gist.model",),
     ("gist.fusion",),
     ("gist.methods",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import FrozenInstanceError, dataclass, field, fields
 from typing import Any
 
 from gist.methods import Adapter, Method, method_type
@@ -84,3 +84,19 @@ class GistConfig:
             settings = dict(method)
             methods.append(method_type(settings.pop("name"))(**settings))
         return cls(**{**values, "method": methods or None})
+
+
+_set_attribute = GistConfig.__setattr__  # dataclass's, which refuses any change
+
+
+def _refuse_trainer(config: GistConfig, name: str, value: Any) -> None:
+    # Trainer sets it in the config of any model, before it trains.
+    if name == "use_cache":
+        raise FrozenInstanceError(
+            "transformers' Trainer needs a model that returns a loss: after import gist.hf, write "
+            "Trainer(model=gist.hf.ForTrainer(model, gist.GistLoss()), ...)"
+        )
+    _set_attribute(config, name, value)
+
+
+GistConfig.__setattr__ = _refuse_trainer  # type: ignore[method-assign, assignment]

@@ -56,18 +56,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> N
             could not be loaded.
     """
     replicated, directory, model = is_replicated(model), Path(directory), gist_model_of(model)
-    added = model.added_names()
-    if added:
-        raise ValueError(
-            f"gist.load could not make what was added after gist.wrap: {', '.join(added[:4])}; "
-            "add it to the backbone before gist.wrap, or remove it and save it by torch.save"
-        )
+    refuse_added(model)
     values = model.state_dict()  # sharded parameters are sharded again
     parameters = dict(model.named_parameters())
-    adapted = model.adapted_names()
-    beside = [n for n, p in parameters.items() if p.requires_grad and n not in set(adapted)]
+    adapted, beside = model.adapted_names(), _beside(model)
     frozen = [name for name in adapted if not parameters[name].requires_grad]
-    state = {name: whole(values[name]) for name in (*adapted, *beside)}
+    state = {name: whole(values[name]) for name in saved_names(model)}
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
     config = {
         "format": FORMAT if beside or frozen else 1,
@@ -166,6 +160,16 @@ def _classes(family: BackboneFamily) -> int:
     return outputs
 
 
+def refuse_added(model: GistModel) -> None:
+    """Raise :func:`save`'s ValueError for what was added to the model after :func:`gist.wrap`."""
+    added = model.added_names()
+    if added:
+        raise ValueError(
+            f"gist.load could not make what was added after gist.wrap: {', '.join(added[:4])}; "
+            "add it to the backbone before gist.wrap, or remove it and save it by torch.save"
+        )
+
+
 def _fill(
     model: GistModel, state: dict[str, torch.Tensor], beside: Sequence[str], directory: Path
 ) -> None:
@@ -176,6 +180,22 @@ def _fill(
             f"{sorted(state.keys() ^ expected)[:4]}"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _beside(model: GistModel) -> list[str]:
+    """Names of the parameters that are trained, and not by the config."""
+    adapted = set(model.adapted_names())
+    return [n for n, p in model.named_parameters() if p.requires_grad and n not in adapted]
+
+
+def saved_names(model: GistModel) -> list[str]:
+    """Names of the parameters that :func:`save` writes."""
+    return [*model.adapted_names(), *_beside(model)]
+
+
+def fingerprint_of(model: GistModel) -> str:
+    """SHA-256, in hexadecimal, of what the backbone holds beside :func:`saved_names`."""
+    return _fingerprint(model.backbone, model.config, _beside(model))
 
 
 def _describe(backbone: nn.Module, config: GistConfig, beside: Sequence[str]) -> dict[str, Any]:
