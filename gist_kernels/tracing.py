@@ -23,10 +23,12 @@ def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
 def takes_operators(*arguments: Any) -> bool:
     """Whether a call that :func:`needs_dispatcher` may become registered operators.
 
-    Not in a graph for a runtime that has PyTorch's operators only, and not for a tensor subclass
-    that gives PyTorch's operators a meaning of its own.
+    They are unknown to runtimes other than PyTorch, to torch.func's transforms, and to a tensor
+    subclass that gives PyTorch's operators a meaning of its own.
     """
     if torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return False
