@@ -6,8 +6,6 @@ on the call: no hook, no replaced ``forward``, no compiled call, no tensor subcl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -18,15 +16,23 @@ def calls_own_forward(module: nn.Module) -> bool:
     Offloading, compilation in place (``module.compile()``) and experiments give one instance
     another.
     """
-    return "forward" not in module.__dict__ and module._compiled_call_impl is None
+    return is_own(module, "forward") and module._compiled_call_impl is None
 
 
-def hooks_of(module: nn.Module) -> Iterator[object]:
+def is_own(module: nn.Module, method: str) -> bool:
+    """Whether a method is that of the module's class, not one given to this instance."""
+    # To read it is for Dynamo, which guards on that, not on what the dictionary lacks.
+    return callable(getattr(module, method)) and method not in module.__dict__
+
+
+def hooks_of(module: nn.Module) -> list[object]:
     """The hooks that calling the module runs, forward and backward."""
-    yield from module._forward_hooks.values()
-    yield from module._forward_pre_hooks.values()
-    yield from module._backward_hooks.values()
-    yield from module._backward_pre_hooks.values()
+    return [
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    ]
 
 
 def is_plain(tensor: object) -> bool:

@@ -72,10 +72,11 @@ def plan(
             return Refusal("its method's parameters are not plain tensors beside its weights")
         if (attention and parts.attention) or (mlp and parts.mlp):
             return Refusal("it has two adapters beside one sublayer")
-        if updates.keys() & parts.updates.keys():
+        changed = parts.updates or {}
+        if updates.keys() & changed.keys():
             return Refusal("two methods change one of its layers")
         attention, mlp = attention or parts.attention, mlp or parts.mlp
-        updates |= parts.updates
+        updates |= changed
     return Plan(attention, mlp, updates)
 
 
@@ -173,7 +174,8 @@ def _weights_refusal(block: Any) -> str | None:
 
 def _fits(parts: FusedParts, like: torch.Tensor) -> bool:
     """Whether a method's tensors are plain ones on a block's device."""
-    groups = (parts.attention or (), parts.mlp or (), *parts.updates.values())
+    updates = parts.updates or {}
+    groups = (parts.attention or (), parts.mlp or (), *updates.values())
     tensors = [t for group in groups for t in group if isinstance(t, torch.Tensor)]
     return all(is_plain(t) and t.device == like.device for t in tensors)
 

@@ -47,18 +47,16 @@ def explain(model: nn.Module) -> str:
     """Which blocks run as fused sublayers and which by their own forward, and why: a line each.
 
     The answer holds for the state at the call: training or evaluation mode, inside or outside
-    autocast.
+    autocast. It holds under ``torch.compile`` too.
 
     >>> import gist, timm
     >>> model = gist.wrap(timm.create_model("vit_tiny_patch16_224"))
     >>> print(gist.explain(model))
     blocks 0 to 11: fused sublayers, served by 'cpu'
     """
-    outer, model = model, gist_model_of(model)
+    model = gist_model_of(model)
     backbone = model.family.model
     whole = timm_vit.refusal(backbone, model.hook_owners)
-    if any(part is model and "_orig_mod" in name for name, part in outer.named_modules()):
-        whole = Refusal("it is traced by torch.compile or torch.export")
     if whole is not None:
         last = len(model.family.blocks) - 1
         return f"blocks 0 to {last}: the backbone's own forward, for {whole.reason}"
