@@ -115,6 +115,9 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
 
     calls = {
         "ours": step(ours, lambda out: loss(out, target)),
+        "ours, torch.compile": step(
+            torch.compile(ours, dynamic=False), lambda out: loss(out, target)
+        ),
         "released": step(plain, lambda out: released_loss(*out, target)),
         "released, torch.compile": step(
             torch.compile(plain, dynamic=False), lambda out: released_loss(*out, target)

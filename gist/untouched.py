@@ -6,7 +6,7 @@ on the call: no hook, no replaced ``forward``, no compiled call, no tensor subcl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def calls_own_forward(module: nn.Module) -> bool:
     Offloading, compilation in place (``module.compile()``) and experiments give one instance
     another.
     """
-    return "forward" not in module.__dict__ and module._compiled_call_impl is None
+    return is_own(module, "forward") and module._compiled_call_impl is None
 
 
 def written_forward(kind: Any, name: str = "forward") -> Callable[..., Any] | None:
@@ -43,19 +43,27 @@ def any_global_hook() -> bool:
     )
 
 
-def hooks_of(module: nn.Module) -> Iterator[object]:
+def is_own(module: nn.Module, method: str) -> bool:
+    """Whether a method is that of the module's class, not one given to this instance."""
+    # To read it is for Dynamo, which guards on that, not on what the dictionary lacks.
+    return callable(getattr(module, method)) and method not in module.__dict__
+
+
+def hooks_of(module: nn.Module) -> list[object]:
     """The hooks that calling the module runs, forward and backward, those of all modules included.
 
     Those of all modules come from ``torch.nn.modules.module.register_module_forward_hook``.
     """
-    yield from of_all._global_forward_hooks.values()
-    yield from of_all._global_forward_pre_hooks.values()
-    yield from of_all._global_backward_hooks.values()
-    yield from of_all._global_backward_pre_hooks.values()
-    yield from module._forward_hooks.values()
-    yield from module._forward_pre_hooks.values()
-    yield from module._backward_hooks.values()
-    yield from module._backward_pre_hooks.values()
+    return [
+        *of_all._global_forward_hooks.values(),
+        *of_all._global_forward_pre_hooks.values(),
+        *of_all._global_backward_hooks.values(),
+        *of_all._global_backward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    ]
 
 
 def is_bare(module: nn.Module) -> bool:

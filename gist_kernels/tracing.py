@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -21,6 +23,32 @@ def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
 def watched() -> bool:
     """Whether a TorchDispatchMode other than a compiler's sees the operators of this call."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def takes_operators(*arguments: Any) -> bool:
+    """Whether a call that :func:`needs_dispatcher` may become registered operators.
+
+    They are unknown to runtimes other than PyTorch, to torch.func's transforms, and to a tensor
+    subclass that gives PyTorch's operators a meaning of its own.
+    """
+    if torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return False
+    return _known_kinds(arguments)
+
+
+def _known_kinds(arguments: tuple[Any, ...]) -> bool:
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            kind = type(value)
+            if kind not in _PLAIN and not kind.__module__.startswith("torch._subclasses."):
+                return False
+        elif isinstance(value, tuple) and not _known_kinds(value):
+            return False
+    return True
 
 
 def under_transform() -> bool:

@@ -54,7 +54,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def _fits(module: Any, images: torch.Tensor) -> bool:
-    if images.ndim != 4 or images.device.type != "cpu":
+    if torch.compiler.is_compiling() or images.ndim != 4 or images.device.type != "cpu":
         return False
     if torch.is_grad_enabled() or under_transform():  # oneDNN's operator has no derivative
         return False

@@ -99,15 +99,16 @@ def _joined(methods: Sequence[AttachedMethod], index: int) -> FusedParts | Refus
             return parts
         if (attention and parts.attention) or (mlp and parts.mlp):
             return Refusal("it has two adapters beside one sublayer")
-        if updates.keys() & parts.updates.keys():
+        changed = parts.updates or {}
+        if updates.keys() & changed.keys():
             return Refusal("two methods change one of its layers")
         attention, mlp = attention or parts.attention, mlp or parts.mlp
-        updates |= parts.updates
+        updates |= changed
     return FusedParts(attention, mlp, updates)
 
 
 def _weights(block: Any, parts: FusedParts) -> Weights:
-    attn, mlp, updates = block.attn, block.mlp, parts.updates
+    attn, mlp, updates = block.attn, block.mlp, parts.updates or {}
     dtype = attn.qkv.weight.dtype
     qkv, qkv_update = _linear(attn.qkv, updates.get("qkv"))
     proj, proj_update = _linear(attn.proj, updates.get("proj"))
@@ -212,7 +213,7 @@ def _weights_refusal(block: Any) -> str | None:
 
 
 def _tensors(parts: FusedParts) -> list[torch.Tensor]:
-    groups = (parts.attention or (), parts.mlp or (), *parts.updates.values())
+    groups = (parts.attention or (), parts.mlp or (), *(parts.updates or {}).values())
     return [value for group in groups for value in group if isinstance(value, torch.Tensor)]
 
 

@@ -14,7 +14,7 @@ from gist.fusion import timm_block
 from gist.fusion.patch_embedding import embed_patches
 from gist.methods.base import AttachedMethod, Refusal
 from gist.methods.hooks import is_owned
-from gist.untouched import calls_own_forward, hooks_of, written_forward
+from gist.untouched import calls_own_forward, hooks_of, is_own, written_forward
 from gist_kernels.tracing import autocast_enabled, under_transform, watched
 
 _FORWARDS = {
@@ -43,8 +43,8 @@ def refusal(model: Any, hook_owners: Collection[int]) -> Refusal | None:
     ``hook_owners`` is as :func:`gist.fusion.timm_block.plan` takes it. Hooks of others within a
     block concern that block only; any other may read what the fused forward leaves out.
     """
-    if torch.compiler.is_compiling():
-        return Refusal("it is traced by torch.compile or torch.export")
+    if torch.compiler.is_exporting():
+        return Refusal("it is traced by torch.export")
     if torch._C._get_tracing_state() is not None:
         return Refusal("it is traced by torch.jit.trace")
     if watched():
@@ -54,7 +54,7 @@ def refusal(model: Any, hook_owners: Collection[int]) -> Refusal | None:
     for name, own in _FORWARDS.items():
         if getattr(type(model), name) is not own:
             return Refusal(f"{type(model).__name__} has a {name} of its own")
-        if name in model.__dict__:
+        if not is_own(model, name):
             return Refusal(f"its {name} was replaced")
     if model._compiled_call_impl is not None:
         return Refusal("it was compiled in place")

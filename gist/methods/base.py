@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,8 +39,8 @@ class FusedParts(NamedTuple):
     """The adapter beside the attention."""
     mlp: AdapterWeights | None = None
     """The adapter beside the MLP."""
-    updates: Mapping[str, LayerUpdate] = MappingProxyType({})
-    """Updates of the layers, by the names norm1, norm2, qkv, proj, fc1 and fc2."""
+    updates: Mapping[str, LayerUpdate] | None = None
+    """Updates of the layers, by the names norm1, norm2, qkv, proj, fc1 and fc2; None for none."""
 
 
 class Refusal(NamedTuple):

@@ -42,25 +42,18 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return gist_model_of(model).count_parameters()
 
 
-def _is_compiled(outer: nn.Module, model: GistModel) -> bool:
-    """Whether ``torch.compile`` or ``Module.compile`` holds a model, or what stands around it."""
-    path = next(name for name, part in outer.named_modules() if part is model).split(".")
-    around = [outer.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
-    return "_orig_mod" in path or any(part._compiled_call_impl is not None for part in around)
-
-
 def explain(model: nn.Module) -> str:
     """Which blocks run as fused sublayers and which by their own forward, and why: a line each.
 
     The answer holds for the state at the call: training or evaluation mode, inside or outside
-    autocast.
+    autocast. It holds under ``torch.compile`` too.
 
     >>> import gist, timm
     >>> model = gist.wrap(timm.create_model("vit_tiny_patch16_224"))
     >>> print(gist.explain(model))
     blocks 0 to 11: fused sublayers, served by 'cpu'
     """
-    outer, model = model, gist_model_of(model)
+    model = gist_model_of(model)
     backbone = model.family.model
     last = len(model.family.blocks) - 1
     lost = model.lost_hook
@@ -68,8 +61,6 @@ def explain(model: nn.Module) -> str:
         return f"blocks 0 to {last}: none, a call raises an error, for {lost}"
     plan = model.plan()
     whole = plan.refusal
-    if _is_compiled(outer, model):
-        whole = Refusal("it is traced by torch.compile or torch.export")
     if whole is not None:
         return f"blocks 0 to {last}: the backbone's own forward, for {whole.reason}"
     like = next(backbone.parameters())

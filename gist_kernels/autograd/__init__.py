@@ -1,8 +1,13 @@
 """Autograd nodes and registered operators, around kernels that are handed down: no backend is known
 here."""
 
-from gist_kernels.autograd.adapter import adapter
-from gist_kernels.autograd.attention import prefix_attention
+from gist_kernels.autograd.adapter import adapter, adapter_operator, register_adapter
+from gist_kernels.autograd.attention import (
+    prefix_attention,
+    prefix_attention_operator,
+    register_attention,
+    served,
+)
 from gist_kernels.autograd.divergence import jensen_shannon
 from gist_kernels.autograd.divergence import register as register_divergence
 from gist_kernels.autograd.loss import gist_loss, gist_loss_and_grad, register
@@ -12,10 +17,15 @@ __all__ = [
     "adapter",
     "adapter_attention",
     "adapter_mlp",
+    "adapter_operator",
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",
     "prefix_attention",
+    "prefix_attention_operator",
     "register",
+    "register_adapter",
+    "register_attention",
     "register_divergence",
+    "served",
 ]

@@ -1,13 +1,18 @@
-"""Attention as an autograd node: a backend's kernels where they serve, or PyTorch's attention."""
+"""Attention as an autograd node: a backend's kernels where they serve, or PyTorch's attention.
+
+The operators are for calls that kernels serve.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from gist_kernels import reference
+from gist_kernels.autograd import shapes
 from gist_kernels.autograd.derivatives import once_differentiable
+from gist_kernels.autograd.operators import Operation
 from gist_kernels.autograd.tensors import in_memory
 from gist_kernels.kernels.protocols import AttentionKernels
 from gist_kernels.weights import AttentionWeights
@@ -19,6 +24,14 @@ class AttentionGraph(NamedTuple):
 
     out: torch.Tensor
     leaves: tuple[torch.Tensor, ...]
+
+
+def served(
+    kernels: AttentionKernels, x: torch.Tensor, dtype: torch.dtype, num_heads: int, width: int
+) -> bool:
+    """Whether kernels take the attention of x's (B, N, ...) tokens, with ``width`` features."""
+    like = x.new_empty((*x.shape[:2], width), dtype=dtype)
+    return kernels.serves(like, like, num_heads)
 
 
 def attention_forward(
@@ -90,6 +103,20 @@ def prefix_attention(
     return result
 
 
+def prefix_attention_operator(
+    backend: str, qkv: torch.Tensor, num_heads: int, num_queries: int | None, scale: float | None
+) -> torch.Tensor:
+    """As :func:`prefix_attention`, by the registered operator, where kernels serve the call."""
+    scale = None if scale is None else float(scale)
+    out: torch.Tensor = _OPERATORS[backend](qkv, num_heads, num_queries, scale)[0]
+    return out
+
+
+def register_attention(backend: str, kernels: AttentionKernels) -> None:
+    """Define a backend's operators."""
+    _OPERATORS[backend] = _OPERATION.register(backend, kernels, shapes.of_attention(kernels))
+
+
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -101,34 +128,80 @@ class _PrefixAttention(torch.autograd.Function):
         scale: float | None,
         qkv: torch.Tensor,
     ) -> torch.Tensor:
-        if qkv.stride(2) != 1:
-            qkv = qkv.contiguous()
-        q, k, v = qkv.chunk(3, dim=-1)
-        out, lse, ctx.graph = attention_forward(
-            kernels, q[:, :num_queries], k, v, num_heads, scale, need_grad
-        )
-        ctx.options = kernels, num_heads, num_queries, scale
+        qkv = _packed(qkv)
+        ctx.options = num_heads, num_queries, scale
+        out, lse, ctx.graph = _of_packed(kernels, qkv, ctx.options, need_grad)
+        ctx.kernels = kernels
         ctx.save_for_backward(qkv, lse)
         return out
 
     @staticmethod
     @once_differentiable("prefix_attention")
     def backward(ctx: Any, saved: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kernels, num_heads, num_queries, scale = ctx.options
         qkv, lse = saved
-        q, k, v = qkv.chunk(3, dim=-1)
-        d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
-        if num_queries is not None:
-            d_q[:, num_queries:] = 0
-        d_out = in_memory(d_out)
-        if d_out.stride(2) != 1:
-            d_out = d_out.contiguous()
-        attention_backward(
-            kernels, d_out, q[:, :num_queries], k, v, lse, ctx.graph, num_heads, scale,
-            d_q[:, :num_queries], d_k, d_v,
-        )  # fmt: skip
+        d_qkv = _of_packed_backward(ctx.kernels, qkv, ctx.options, lse, ctx.graph, d_out)
         return None, None, None, None, None, d_qkv
+
+
+_Options: TypeAlias = "tuple[int, int | None, float | None]"
+
+
+def _packed(qkv: torch.Tensor) -> torch.Tensor:
+    return qkv if qkv.stride(2) == 1 else qkv.contiguous()
+
+
+def _of_packed(
+    kernels: AttentionKernels, qkv: torch.Tensor, options: _Options, need_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, AttentionGraph | None]:
+    num_heads, num_queries, scale = options
+    q, k, v = qkv.chunk(3, dim=-1)
+    return attention_forward(kernels, q[:, :num_queries], k, v, num_heads, scale, need_grad)
+
+
+def _of_packed_backward(
+    kernels: AttentionKernels,
+    qkv: torch.Tensor,
+    options: _Options,
+    lse: torch.Tensor | None,
+    graph: AttentionGraph | None,
+    d_out: torch.Tensor,
+) -> torch.Tensor:
+    num_heads, num_queries, scale = options
+    q, k, v = qkv.chunk(3, dim=-1)
+    d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
+    if num_queries is not None:
+        d_q[:, num_queries:] = 0
+    d_out = in_memory(d_out)
+    if d_out.stride(2) != 1:
+        d_out = d_out.contiguous()
+    attention_backward(
+        kernels, d_out, q[:, :num_queries], k, v, lse, graph, num_heads, scale,
+        d_q[:, :num_queries], d_k, d_v,
+    )  # fmt: skip
+    return d_qkv
+
+
+def _forward(kernels: AttentionKernels, tensors: Any, options: Any) -> Any:
+    out, lse, _ = _of_packed(kernels, _packed(tensors[0]), options, False)
+    return out, (lse,)
+
+
+def _backward(
+    kernels: AttentionKernels, tensors: Any, options: Any, saved: Any, needs: Any, d_out: Any
+) -> tuple[torch.Tensor]:
+    return (_of_packed_backward(kernels, _packed(tensors[0]), options, saved[0], None, d_out),)
+
+
+_OPERATORS: dict[str, Any] = {}
+_OPERATION = Operation(
+    "prefix_attention",
+    trained=("Tensor qkv",),
+    options=("int num_heads", "SymInt? num_queries", "float? scale"),
+    saved=("lse",),
+    forward=_forward,
+    backward=_backward,
+)
 
 
 def token_gradients(

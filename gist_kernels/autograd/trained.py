@@ -115,7 +115,7 @@ class Sublayer(NamedTuple):
     ) -> tuple[torch.Tensor, LinearSaved]:
         """The sublayer's output: the last layer of (B, N, I) ``inner``, added to ``adapted``."""
         last, rows, factors = self.last, rows_of(inner), self.output_factors()
-        shape = *inner.shape[:2], len(last.weight)
+        shape = *inner.shape[:2], last.weight.shape[0]
         if adapted is not None and not factors and last.parts.scale is None:
             last = last.without_bias()  # which adapted has
             if adapted.dtype is rows.dtype:

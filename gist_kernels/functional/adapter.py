@@ -7,10 +7,14 @@ import torch
 from gist_kernels import autograd, check, reference
 from gist_kernels.activations import ACTIVATIONS, Activation
 from gist_kernels.autograd.tensors import negated
-from gist_kernels.backend import select
+from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.suggest import unknown_name
-from gist_kernels.tracing import autocast_enabled, needs_dispatcher
+from gist_kernels.tracing import autocast_enabled, needs_dispatcher, takes_operators
 from gist_kernels.weights import AdapterWeights
+
+for _backend in BACKENDS:
+    if _backend.adapter is not None:
+        autograd.register_adapter(_backend.name, _backend.adapter)
 
 
 def adapter(
@@ -79,14 +83,15 @@ def adapter(
         raise ValueError(unknown_name("activation", activation, ACTIVATIONS))
     kernels = select("adapter", x)
     weights = AdapterWeights(down_weight, down_bias, up_weight, up_bias, scale, activation)
+    tensors = x, residual, *weights[:4]
+    traced = needs_dispatcher(*tensors)
+    plain = traced or not negated(*tensors)  # an operator's arguments are made so
     # Under autocast the matmuls are in autocast's dtype. The kernels can't do that.
-    if (
-        kernels is None
-        or autocast
-        or needs_dispatcher(x, residual, *weights[:4])
-        or negated(x, residual, *weights[:4])
-    ):
+    if kernels is None or autocast or not plain or (traced and not takes_operators(*tensors)):
         return reference.adapter(
             x, *weights[:4], scale=scale, activation=activation, residual=residual
         )
+    if traced:
+        backend = serving("adapter", x.device.type, x.dtype)
+        return autograd.adapter_operator(backend, x, weights, residual)
     return autograd.adapter(kernels, x, weights, residual)

@@ -6,8 +6,12 @@ import torch
 
 from gist_kernels import autograd, check, reference
 from gist_kernels.autograd.tensors import negated
-from gist_kernels.backend import select
-from gist_kernels.tracing import needs_dispatcher
+from gist_kernels.backend import BACKENDS, select, serving
+from gist_kernels.tracing import needs_dispatcher, takes_operators
+
+for _backend in BACKENDS:
+    if _backend.attention is not None:
+        autograd.register_attention(_backend.name, _backend.attention)
 
 
 def prefix_attention(
@@ -45,6 +49,16 @@ def prefix_attention(
     if scale is not None:
         check.finite("scale", scale)
     kernels = select("attention", qkv)
-    if kernels is None or needs_dispatcher(qkv) or negated(qkv):
+    if needs_dispatcher(qkv):
+        width = qkv.shape[2] // 3
+        if (
+            kernels is None
+            or not takes_operators(qkv)
+            or not autograd.served(kernels, qkv, qkv.dtype, num_heads, width)
+        ):
+            return reference.prefix_attention(qkv, num_heads, num_queries, scale)
+        backend = serving("attention", qkv.device.type, qkv.dtype)
+        return autograd.prefix_attention_operator(backend, qkv, num_heads, num_queries, scale)
+    if kernels is None or negated(qkv):
         return reference.prefix_attention(qkv, num_heads, num_queries, scale)
     return autograd.prefix_attention(kernels, qkv, num_heads, num_queries, scale)

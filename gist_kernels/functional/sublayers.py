@@ -6,10 +6,13 @@ import torch
 
 from gist_kernels import autograd, check, reference
 from gist_kernels.activations import ACTIVATIONS
+from gist_kernels.autograd import sublayer_operators
+from gist_kernels.autograd.attention import served
+from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.autograd.tensors import negated
-from gist_kernels.backend import select
+from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.suggest import unknown_name
-from gist_kernels.tracing import needs_dispatcher
+from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
     AdapterWeights,
     AttentionWeights,
@@ -17,6 +20,10 @@ from gist_kernels.weights import (
     MlpWeights,
     NormWeights,
 )
+
+for _backend in BACKENDS:
+    if _backend.sublayers is not None:
+        sublayer_operators.register(_backend.name, _backend.sublayers)
 
 
 def adapter_attention(
@@ -86,7 +93,16 @@ def adapter_attention(
             )
     arguments = x, norm, attention, adapter, num_queries, drop_path, grad_tokens
     kernels = select("sublayers", x)
-    if kernels is None or needs_dispatcher(x) or negated(*arguments):
+    if needs_dispatcher(x):
+        if (
+            kernels is None
+            or not takes_operators(*arguments)
+            or not served(kernels.attention, x, matmul_dtype(x), heads, inner)
+        ):
+            return reference.adapter_attention(*arguments)
+        backend = serving("sublayers", x.device.type, x.dtype)
+        return sublayer_operators.adapter_attention(backend, *arguments)
+    if kernels is None or negated(*arguments):
         return reference.adapter_attention(*arguments)
     return autograd.adapter_attention(kernels, *arguments)
 
@@ -118,7 +134,12 @@ def adapter_mlp(
     _check_update("mlp.fc2_update", mlp.fc2_update, x, hidden, width)
     arguments = x, norm, mlp, adapter, drop_path
     kernels = select("sublayers", x)
-    if kernels is None or needs_dispatcher(x) or negated(*arguments):
+    if needs_dispatcher(x):
+        if kernels is None or not takes_operators(*arguments):
+            return reference.adapter_mlp(*arguments)
+        backend = serving("sublayers", x.device.type, x.dtype)
+        return sublayer_operators.adapter_mlp(backend, *arguments)
+    if kernels is None or negated(*arguments):
         return reference.adapter_mlp(*arguments)
     return autograd.adapter_mlp(kernels, *arguments)
 

@@ -291,14 +291,14 @@ def test_a_backward_pass_that_runs_blocks_again_leaves_nothing_behind(method, fa
     assert holds_nothing(model)
 
 
-def test_explain_knows_what_is_compiled_in_place():
+def test_a_model_compiled_in_place_stays_fused_and_a_compiled_backbone_runs_by_its_call():
     model = wrapped().eval()
-    around = nn.ModuleDict({"module": model})
-    assert "fused" in gist.explain(model)
-    for compiled in (model, around["module"]):
-        compiled.compile(backend="eager")
-        assert "own forward, for it is traced" in gist.explain(model)
-        compiled._compiled_call_impl = None
+    said = gist.explain(model)
+    assert "fused" in said
+    model.compile(backend="eager")
+    assert gist.explain(model) == said
+    model.backbone.compile(backend="eager")
+    assert "own forward, for it was compiled in place" in gist.explain(model)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ROTARY])

@@ -1,0 +1,76 @@
+"""Kernels that compute only the shapes, dtypes and strides of their results.
+
+With them a forward pass is the fake implementation of its own operator: no shape is written down
+twice. Each function allocates what its protocol names and reads no number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gist_kernels.kernels.protocols import AttentionKernels, SublayerKernels
+from gist_kernels.weights import AdapterWeights, NormWeights
+
+
+class _Adapter:
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        add: torch.Tensor | None,
+        norm: NormWeights | None,
+        adapter: AdapterWeights | None,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        rows = x.shape[0]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = stats = out = z = None
+        if norm is not None:
+            normed, stats = x.new_empty(x.shape), x.new_empty((rows, 2), dtype=wide)
+        if adapter is not None:
+            rank = adapter.down_weight.shape[0]
+            out, z = x.new_empty(x.shape), x.new_empty((rows, rank), dtype=wide)
+        return normed, out, z, stats
+
+
+class _Activation:
+    @staticmethod
+    def forward(u: torch.Tensor, activation: str) -> torch.Tensor:
+        return u.new_empty(u.shape)
+
+
+class _Attention:
+    def __init__(self, kernels: AttentionKernels) -> None:
+        self.serves = kernels.serves
+
+    @staticmethod
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
+        return q.new_empty(q.shape), lse
+
+
+class _Linear:
+    @staticmethod
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    @staticmethod
+    def add_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return out.new_empty(out.shape)
+
+
+def of_adapter() -> Any:
+    return _Adapter
+
+
+def of_attention(kernels: AttentionKernels) -> Any:
+    return _Attention(kernels)
+
+
+def of_sublayers(kernels: SublayerKernels) -> Any:
+    return SublayerKernels(
+        *(_Adapter, _Activation, _Attention(kernels.attention), _Linear)  # type: ignore[arg-type]
+    )
