@@ -444,7 +444,7 @@ def attribute(path, name, value):
     def change(block):
         owner, new = block.get_submodule(path), copy.deepcopy(value)
         if isinstance(new, nn.Module):
-            carry_hooks(getattr(owner, name), new)
+            carry_hooks(getattr(owner, name), new.train(owner.training))
         setattr(owner, name, new)
 
     return change
