@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import FAMILIES, METHOD_CONFIGS, ROTARY, images, made, wrapped
+from timm.layers import DropPath
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,6 +87,34 @@ def test_threads_get_what_calls_in_sequence_get(method, family):
     for results in got:
         for result, alone in zip(results, expected, strict=True):
             assert torch.equal(result, alone)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ROTARY])
+@pytest.mark.parametrize("method", ["adapter", "adaptformer", "adapter, parallel"])
+def test_threads_that_meet_within_a_block_keep_apart(method, family):
+    model, pixels = model_of(method, family)
+    inputs, results = [pixels, pixels + 1], [None, None]
+    meeting = threading.Barrier(2, timeout=30)
+    norm = model.family.parts(0).norms[1]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+
+    def meet(*_):
+        meeting.wait()
+
+    norm.register_forward_hook(meet)
+
+    def call(index):
+        with torch.no_grad():
+            results[index] = model(inputs[index])
+
+    calls = [threading.Thread(target=call, args=(index,)) for index in range(2)]
+    for thread in calls:
+        thread.start()
+    for thread in calls:
+        thread.join()
+    for result, alone in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-4)
 
 
 @every_case
@@ -415,7 +444,7 @@ def attribute(path, name, value):
     def change(block):
         owner, new = block.get_submodule(path), copy.deepcopy(value)
         if isinstance(new, nn.Module):
-            carry_hooks(getattr(owner, name), new)
+            carry_hooks(getattr(owner, name), new.train(owner.training))
         setattr(owner, name, new)
 
     return change
@@ -443,12 +472,16 @@ CHANGES = {
     "another projection dropout": attribute("attn", "proj_drop", Negated(0.0)),
     "another layer scale": attribute("", "ls1", Negated(0.0)),
     "another drop-path": attribute("", "drop_path2", Negated(0.0)),
+    "a drop-path that drops": attribute("", "drop_path2", DropPath(0.5)),
     "another attention norm": attribute("attn", "norm", nn.LayerNorm(48)),
     "a norm without weights": lambda block: (
         setattr(block.norm1, "weight", None), setattr(block.norm1, "bias", None)
     ),
     "a norm with eps 0": attribute("norm2", "eps", 0.0),
     "another scale": attribute("attn", "scale", 0.5),
+    "another scale of unfused attention": lambda block: (
+        setattr(block.attn, "scale", 0.5), setattr(block.attn, "fused_attn", False)
+    ),
     "other heads": lambda block: (
         setattr(block.attn, "num_heads", 4), setattr(block.attn, "head_dim", 12)
     ),
@@ -461,7 +494,10 @@ CHANGES = {
 }  # fmt: skip
 
 
-STILL_FUSED = ("a norm without weights", "another scale", "other heads", "a part more")
+STILL_FUSED = (
+    "a drop-path that drops", "a norm without weights", "another scale",
+    "another scale of unfused attention", "other heads", "a part more",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora", "ssf", "none"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,22 +165,25 @@ def test_a_disk_that_is_full_at_either_file_keeps_the_earlier_pair(tmp_path, mon
     assert torch.equal(gist.load(backbone(), tmp_path)(PIXELS), expected)
 
 
-def test_threads_that_save_into_one_folder_leave_one_of_their_pairs(tmp_path, monkeypatch):
-    models, replace = [trained() for _ in range(4)], Path.replace
-    for index, model in enumerate(models):
-        with torch.no_grad():
-            model.token.weight.add_(index)
-    expected = [model(PIXELS) for model in models]
+def test_threads_that_save_into_one_folder_leave_a_pair(tmp_path, monkeypatch):
+    early, late = trained(), trained()
+    with torch.no_grad():
+        late.token.weight.add_(1)
+    between, replace = threading.Event(), Path.replace
 
     def slowly(path, target):
-        time.sleep(0.005)  # for another thread to come between
+        if target.name == "config.json" and not between.is_set():
+            between.set()
+            time.sleep(0.2)  # for the other to save meanwhile
         return replace(path, target)
 
     monkeypatch.setattr("pathlib.Path.replace", slowly)
-    with ThreadPoolExecutor(len(models)) as pool:
-        list(pool.map(lambda model: gist.save(model, tmp_path), models))
-    loaded = gist.load(backbone(), tmp_path)(PIXELS)
-    assert any(torch.equal(loaded, logits) for logits in expected)
+    thread = threading.Thread(target=gist.save, args=(early, tmp_path))
+    thread.start()
+    assert between.wait(10)
+    gist.save(late, tmp_path)
+    thread.join()
+    assert torch.equal(gist.load(backbone(), tmp_path)(PIXELS), late(PIXELS))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
 
 
