@@ -308,6 +308,7 @@ def test_a_loss_is_its_part_of_the_steps_mean():
     model = gist.hf.ForTrainer(model_of(token_dropout=0.0))
     pixels, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, -100, 4])
     alone = model(pixels, labels).loss
+    assert torch.equal(model(pixels, labels).logits, model.model(pixels).cls_logits)
     for total in (8, torch.tensor(8), torch.tensor([[8]])):  # DataParallel's is the last
         torch.testing.assert_close(model(pixels, labels, None, total).loss, alone * 2 / 8)
 
