@@ -21,6 +21,13 @@ def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def exporting() -> bool:
+    """Whether a call is traced by torch.export."""
+    # What torch.compiler.is_exporting() returns. PyTorch 2.11's Dynamo answers that with True.
+    flag: bool = torch.compiler._is_exporting_flag
+    return flag
+
+
 def takes_operators(*arguments: Any) -> bool:
     """Whether a call that :func:`needs_dispatcher` may become registered operators.
 
@@ -31,7 +38,7 @@ def takes_operators(*arguments: Any) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    if exporting() and torch.onnx.is_in_onnx_export():
         return False
     return _known_kinds(arguments) and (torch.compiler.is_compiling() or not _counts_flops())
 
