@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -25,19 +26,31 @@ def watched() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
+def exporting() -> bool:
+    """Whether a call is traced by torch.export."""
+    # What torch.compiler.is_exporting() returns. PyTorch 2.11's Dynamo answers that with True.
+    flag: bool = torch.compiler._is_exporting_flag
+    return flag
+
+
 def takes_operators(*arguments: Any) -> bool:
     """Whether a call that :func:`needs_dispatcher` may become registered operators.
 
-    They are unknown to runtimes other than PyTorch, to torch.func's transforms, and to a tensor
-    subclass that gives PyTorch's operators a meaning of its own.
+    They are unknown to runtimes other than PyTorch, to torch.func's transforms, to PyTorch's FLOP
+    counter, and to a tensor subclass that gives PyTorch's operators a meaning of its own.
     """
     if torch._C._get_tracing_state() is not None:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    if exporting() and torch.onnx.is_in_onnx_export():
         return False
-    return _known_kinds(arguments)
+    return _known_kinds(arguments) and (torch.compiler.is_compiling() or not _counts_flops())
+
+
+def _counts_flops() -> bool:
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
 
 
 def _known_kinds(arguments: tuple[Any, ...]) -> bool:

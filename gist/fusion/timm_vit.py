@@ -15,7 +15,7 @@ from gist.fusion.patch_embedding import embed_patches
 from gist.methods.base import AttachedMethod, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of, is_own, written_forward
-from gist_kernels.tracing import autocast_enabled, under_transform, watched
+from gist_kernels.tracing import autocast_enabled, exporting, under_transform, watched
 
 _FORWARDS = {
     name: written_forward(VisionTransformer, name)
@@ -43,7 +43,7 @@ def refusal(model: Any, hook_owners: Collection[int]) -> Refusal | None:
     ``hook_owners`` is as :func:`gist.fusion.timm_block.plan` takes it. Hooks of others within a
     block concern that block only; any other may read what the fused forward leaves out.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return Refusal("it is traced by torch.export")
     if torch._C._get_tracing_state() is not None:
         return Refusal("it is traced by torch.jit.trace")

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import gist_kernels as gk
 
@@ -319,6 +320,16 @@ def test_other_kinds_of_tensors_keep_operators_of_pytorch():
         gk.adapter_attention(x.as_subclass(Named), norm, attention, adapter)
     assert seen.names == []
     assert Named.seen == 2
+
+
+def test_the_counter_of_flops_sees_the_matmuls():
+    for name in ("attention", "mlp"):
+        each, totals = case(name), []
+        for backend in ("auto", "reference"):
+            with gk.use_backend(backend), FlopCounterMode(display=False) as counter:
+                each.results()
+            totals.append(counter.get_total_flops())
+        assert totals[0] == totals[1] > 0
 
 
 def test_a_compiled_transform_gives_the_gradient():
