@@ -131,9 +131,10 @@ def run_steps(**variables: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of GNU's C library")
 def test_the_heap_keeps_what_a_step_frees():
     pages = 20 * 2_000_000 * 4 // os.sysconf("SC_PAGE_SIZE")
-    assert int(run_steps(GIST_KERNELS_KEEP_MIB="1024").stdout) < pages / 100
+    # A small allocation may have taken the place of one block of the 20.
+    assert int(run_steps(GIST_KERNELS_KEEP_MIB="1024").stdout) < pages / 10
     for left_alone in ({"GIST_KERNELS_KEEP_MIB": "0"}, {"MALLOC_TRIM_THRESHOLD_": "65536"}):
-        assert int(run_steps(**left_alone).stdout) > pages / 4
+        assert int(run_steps(**left_alone).stdout) > pages / 2
 
 
 @pytest.mark.parametrize("value", ["-1", "2048", "much"])
