@@ -18,6 +18,7 @@ import gist
 import gist_kernels
 from gist.fusion import timm_block
 from gist.methods.base import Refusal
+from gist.model.attach import carry_hooks
 from gist_kernels.functional import sublayers as functional_sublayers
 from gist_kernels.kernels.cpu import BACKEND
 from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED
@@ -222,7 +223,9 @@ def test_hooks_of_others_run():
 def replaced(path, part):
     def change(model):
         owner, _, name = path.rpartition(".")
-        setattr(model.backbone.blocks[0].get_submodule(owner), name, part)
+        owner, new = model.backbone.blocks[0].get_submodule(owner), copy.deepcopy(part)
+        carry_hooks(getattr(owner, name), new)  # without them a call raises
+        setattr(owner, name, new)
 
     return change
 
