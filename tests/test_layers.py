@@ -50,7 +50,7 @@ GIST_KERNELS_LAYERS: tuple[tuple[str, ...], ...] = (
 
 # The two benchmarks that measure gist itself: its training step and its data loader. The others
 # measure gist_kernels, and they and what all benchmarks share need no gist.
-BENCHMARKS_OF_GIST = {"bench.loader", "bench.step"}
+BENCHMARKS_OF_GIST = {"bench.loader", "bench.overhead", "bench.step"}
 
 
 class Import(NamedTuple):

@@ -29,6 +29,7 @@ from gist.training.evaluation import evaluate, processes
 from gist.training.log import Log
 from gist.training.mixup import Mixup
 from gist.training.state import Checkpoint, rng_state, seed_all, set_rng_state
+from gist_kernels.kernels.cpu import memory
 
 # Steps between two reads of the loss. On a GPU, a read waits for the device.
 READ_EVERY = {"cpu": 1, "cuda": 10}
@@ -112,6 +113,8 @@ def fit(
         ValueError: the checkpoint was written by another number of processes, or the optimizer
             needs a library or a device that is not here.
     """
+    if next(model.parameters()).device.type == "cpu":
+        memory.keep_freed()
     training = _Training(model, train, val, config, loss, workers, checkpoint, log)
     training.on_step, training.on_epoch = on_step, on_epoch
     try:

@@ -23,10 +23,7 @@ else:
         divergence,
         linear,
         loss,
-        memory,
     )
-
-    memory.keep_freed()
 
     BACKEND = Backend(
         "cpu",

@@ -5,9 +5,10 @@ pays for each of their pages again the next time. For a gradient of 1024 x 32000
 longer than computing it. So the last two such blocks, a gradient of each head, stay, unused, until
 the next gradient of about that size; one that does not suit the next request is given back.
 
-Smaller blocks lie in the C library's heap, which it shrinks whenever 64 MiB or less of its top are
-free. A training step frees more than that at its end, and pays for each page again in the next
-step: 11 % of a step of ViT-S with 8 images (AVX-512). :func:`keep_freed` has the heap keep more.
+Smaller blocks lie in the C library's heap, which it shrinks when enough of its top is free. A
+training step frees more than that at its end, and pays for each page again in the next step.
+:func:`keep_freed` has the heap keep more. It is a setting of the whole process, so that a training
+asks for it (:func:`gist.training.loop.fit`), and no import.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MOST_UNUSED = 2
 
 KEEP_VARIABLE = "GIST_KERNELS_KEEP_MIB"
 """Environment variable with the MiB of its freed heap that the process keeps, read when
-gist_kernels is imported."""
+:func:`keep_freed` is called."""
 _KEEP_MIB, _MOST_MIB = 1024, 2047  # mallopt takes an int
 # The C library's own settings, which a user chose on purpose.
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")

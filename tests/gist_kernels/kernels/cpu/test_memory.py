@@ -109,7 +109,9 @@ def test_streamed_gradients_whose_cache_lines_do_not_line_up():
 
 # Frees 160 MB in blocks of 8 MB, as the end of a training step does, and takes them again.
 STEPS = """
-import resource, torch, gist_kernels
+import resource, torch
+from gist_kernels.kernels.cpu import memory
+memory.keep_freed()
 def step():
     blocks = [torch.zeros(2_000_000) for _ in range(20)]
     while blocks:
