@@ -5,17 +5,25 @@ from gist_kernels.autograd.adapter import adapter
 from gist_kernels.autograd.attention import prefix_attention
 from gist_kernels.autograd.divergence import jensen_shannon
 from gist_kernels.autograd.divergence import register as register_divergence
+from gist_kernels.autograd.linear_chunks import GistRows, JensenShannonRows, LogitOptions
+from gist_kernels.autograd.linear_loss import linear_loss
+from gist_kernels.autograd.linear_loss import register as register_linear_loss
 from gist_kernels.autograd.loss import gist_loss, gist_loss_and_grad, register
 from gist_kernels.autograd.sublayers import adapter_attention, adapter_mlp
 
 __all__ = [
+    "GistRows",
+    "JensenShannonRows",
+    "LogitOptions",
     "adapter",
     "adapter_attention",
     "adapter_mlp",
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",
+    "linear_loss",
     "prefix_attention",
     "register",
     "register_divergence",
+    "register_linear_loss",
 ]
