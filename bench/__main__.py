@@ -12,7 +12,7 @@ import torch
 from bench import measure, report
 from bench.machine import limits, machine
 
-BENCHMARKS = ("loss", "adapter", "attention", "scaling", "step", "loader")
+BENCHMARKS = ("loss", "adapter", "attention", "scaling", "step", "loader", "linear-loss")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(given.threads)
     about, ceiling = machine(device), limits(device)
     for name in given.what or BENCHMARKS:
-        benchmark = importlib.import_module(f"bench.{name}")
+        benchmark = importlib.import_module(f"bench.{name.replace('-', '_')}")
         run: report.Run = {
             "benchmark": name,
             "machine": about,

@@ -256,7 +256,8 @@ def test_the_chunk_changes_nothing(chunk_rows):
 def test_half_types_are_as_accurate_as_the_whole_whatever_the_chunk(dtype):
     tensors, target = draw(rows=256, dtype=dtype)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
-    exact = torch.autograd.grad(unfused(doubles, target), doubles)
+    with gk.use_backend("reference"):  # some kernels take no float64
+        exact = torch.autograd.grad(unfused(doubles, target), doubles)
     plain = torch.autograd.grad(unfused(tensors, target), tensors)
     for chunk_rows in (1, 16, 256):
         found = torch.autograd.grad(gist_loss(tensors, target, chunk_rows=chunk_rows), tensors)
