@@ -68,7 +68,9 @@ def linear_gist_loss(
         2 chunk_rows C s          while it runs
         4 C D                     to the backward pass, of a trained head
 
-    and twice the first with ``logit_softcap``. A trained head's gradient is summed in float32.
+    and twice the first with ``logit_softcap``. A trained head's gradient is summed in float32, or
+    in float64 for float64 weights. Of half types, a CPU also takes a float32 copy of the chunk's
+    logits, and a GPU one of that gradient. A weight is copied where matmuls have another dtype.
 
     Args:
         cls_features: (..., D) float32, bfloat16, float16 or float64. Under autocast, matmuls are in
