@@ -15,6 +15,7 @@ from bench.machine import limits, machine
 
 BENCHMARKS = (
     "loss", "divergence", "adapter", "attention", "matmul", "scaling", "step", "overhead", "loader",
+    "linear-loss",
 )  # fmt: skip
 CPU_ONLY = ("matmul",)
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     about, ceiling = machine(device), limits(device)
     every = [name for name in BENCHMARKS if device.type == "cpu" or name not in CPU_ONLY]
     for name in given.what or every:
-        benchmark = importlib.import_module(f"bench.{name}")
+        benchmark = importlib.import_module(f"bench.{name.replace('-', '_')}")
         run: report.Run = {
             "benchmark": name,
             "machine": about,

@@ -10,12 +10,18 @@ from gist_kernels.backend import BackendInfo, backends, use_backend
 from gist_kernels.functional.adapter import adapter
 from gist_kernels.functional.attention import prefix_attention
 from gist_kernels.functional.divergence import bidirectional_kl, jensen_shannon
+from gist_kernels.functional.linear_loss import (
+    linear_bidirectional_kl,
+    linear_gist_loss,
+    linear_jensen_shannon,
+)
 from gist_kernels.functional.logits import split_heads
 from gist_kernels.functional.loss import GistLossTerms, gist_loss, gist_loss_and_grad
 from gist_kernels.functional.sublayers import adapter_attention, adapter_mlp
 from gist_kernels.weights import (
     AdapterWeights,
     AttentionWeights,
+    HeadWeights,
     LinearUpdate,
     MlpWeights,
     NormWeights,
@@ -28,6 +34,7 @@ __all__ = [
     "AttentionWeights",
     "BackendInfo",
     "GistLossTerms",
+    "HeadWeights",
     "LinearUpdate",
     "MlpWeights",
     "NormWeights",
@@ -40,6 +47,9 @@ __all__ = [
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",
+    "linear_bidirectional_kl",
+    "linear_gist_loss",
+    "linear_jensen_shannon",
     "prefix_attention",
     "split_heads",
     "use_backend",

@@ -17,6 +17,15 @@ class NormWeights(NamedTuple):
     eps: float
 
 
+class HeadWeights(NamedTuple):
+    """A linear head, D features to C classes."""
+
+    weight: torch.Tensor
+    """(C, D)."""
+    bias: torch.Tensor | None = None
+    """(C,), or None for 0."""
+
+
 class AdapterWeights(NamedTuple):
     """A bottleneck ``scale * (act(x Wd^T + bd) Wu^T + bu)`` of rank r on D features."""
 

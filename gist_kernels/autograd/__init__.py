@@ -10,10 +10,16 @@ from gist_kernels.autograd.attention import (
 )
 from gist_kernels.autograd.divergence import jensen_shannon
 from gist_kernels.autograd.divergence import register as register_divergence
+from gist_kernels.autograd.linear_chunks import GistRows, JensenShannonRows, LogitOptions
+from gist_kernels.autograd.linear_loss import linear_loss
+from gist_kernels.autograd.linear_loss import register as register_linear_loss
 from gist_kernels.autograd.loss import gist_loss, gist_loss_and_grad, register
 from gist_kernels.autograd.sublayers import adapter_attention, adapter_mlp
 
 __all__ = [
+    "GistRows",
+    "JensenShannonRows",
+    "LogitOptions",
     "adapter",
     "adapter_attention",
     "adapter_mlp",
@@ -21,11 +27,13 @@ __all__ = [
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",
+    "linear_loss",
     "prefix_attention",
     "prefix_attention_operator",
     "register",
     "register_adapter",
     "register_attention",
     "register_divergence",
+    "register_linear_loss",
     "served",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -33,14 +33,19 @@ def once_differentiable(
                 return backward(ctx, saved, *upstream)
             with torch.no_grad():
                 gradients = backward(ctx, saved, *upstream)
-            sources = [t for t in (*upstream, *saved) if t is not None and t.requires_grad]
-            return tuple(
-                d if d is None else _NotTwice.apply(operation, d, *sources) for d in gradients
-            )
+            return refusing_second_derivative(operation, gradients, (*upstream, *saved))
 
         return refusing
 
     return decorate
+
+
+def refusing_second_derivative(
+    operation: str, gradients: Iterable[torch.Tensor | None], sources: Iterable[torch.Tensor | None]
+) -> Gradients:
+    """The gradients, which raise if they are differentiated with respect to the sources."""
+    given = [t for t in sources if t is not None and t.requires_grad]
+    return tuple(d if d is None else _NotTwice.apply(operation, d, *given) for d in gradients)
 
 
 def second_derivative(operation: str) -> NotImplementedError:

@@ -29,7 +29,9 @@ void divergence_forward(const DivergenceCall &call, int threads) { run_rows(call
 
 void divergence_backward(DivergenceCall call, int threads) {
   int gradients = 0;
-  for (int k = 0; k < call.sides; ++k) gradients += call.d_logits[k] != nullptr;
+  // Written over the logits, they are in the cache already, and what reads them comes next.
+  for (int k = 0; k < call.sides; ++k)
+    gradients += call.d_logits[k] != nullptr && call.d_logits[k] != call.logits[k];
   call.stream = gradients * call.rows * call.classes * bytes_of(call.dtype) > kStreamedBytes;
   run_rows(call, true, threads);
 }

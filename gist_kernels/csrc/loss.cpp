@@ -83,6 +83,9 @@ int64_t reduce(const LossCall &call, int64_t kept) {
 constexpr int64_t kStreamedBytes = 32 << 20;
 
 bool streams(const LossCall &call) {
+  // Written over the logits, they are in the cache already, and what reads them comes next.
+  for (int s : kHeads)
+    if (call.d_logits[s] != nullptr && call.d_logits[s] == call.logits[s]) return false;
   int gradients = 0;
   for (int s : kHeads) gradients += call.d_logits[s] != nullptr;
   return gradients * call.rows * call.classes * bytes_of(call.dtype) > kStreamedBytes;

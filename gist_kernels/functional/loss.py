@@ -225,16 +225,23 @@ def _check_tensors(
     )
     if not plain:
         check_logits("cls_logits", cls, "gist_logits", gist)
-        _check_target(target, cls)
+        check_target(target, cls)
     check_rows(rows, cls, options.reduction)
+    check_indices_if_asked(target, cls.shape[-1], options, rows)
+
+
+def check_indices_if_asked(
+    target: torch.Tensor, classes: int, options: LossOptions, rows: RowOptions
+) -> None:
+    """What ``GIST_KERNELS_CHECK_TARGETS=1`` asks for on every device."""
     if _CHECK_TARGETS and not (torch.compiler.is_compiling() or batched(target)):
         seen = target.flatten()
         if rows.mask is not None and not target.is_floating_point():
             seen = seen.masked_fill(~rows.mask.flatten(), options.ignore_index)
-        check.class_indices("target", seen, cls.shape[-1], options.ignore_index)
+        check.class_indices("target", seen, classes, options.ignore_index)
 
 
-def _check_target(target: torch.Tensor, logits: torch.Tensor) -> None:
+def check_target(target: torch.Tensor, logits: torch.Tensor) -> None:
     check.tensor("target", target)
     if target.device != logits.device:
         raise ValueError(

@@ -92,8 +92,10 @@ class LossKernels(Protocol):
         need_cls: bool,
         need_gist: bool,
         row_scale: torch.Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradients of both sides, in the logits' dtype; None for a side that needs none."""
+        """Both gradients, in the logits' dtype; None for a side that needs none. ``in_place``
+        writes them over the logits, whose rows then have one stride."""
 
     def forward_backward(
         self,
@@ -102,6 +104,7 @@ class LossKernels(Protocol):
         target: torch.Tensor | None,
         options: LossOptions,
         row_scale: torch.Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """``(loss, d_cls, d_gist)``, none of them None, for an upstream gradient of 1."""
 
@@ -135,9 +138,10 @@ class DivergenceKernels(Protocol):
         stats: torch.Tensor,
         needs: Sequence[bool],
         row_scale: torch.Tensor | None,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor | None, ...]:
         """Each side's gradient in its dtype, ``grad`` being that of the rows; None where none is
-        needed."""
+        needed. ``in_place`` writes them over the logits, which are then contiguous."""
 
 
 class AdapterKernels(Protocol):
@@ -231,6 +235,39 @@ class LinearKernels(Protocol):
         """``out + x weight^T``; may write over ``out``."""
 
 
+class HeadKernels(Protocol):
+    """The matmuls of a linear head (C, D) on a chunk of M rows, and how large a chunk is."""
+
+    SKIPS_ROWS: bool
+    """Whether rows that don't count are left out of the matmuls. To find them, the host reads
+    the mask."""
+
+    def chunk_rows(self, classes: int, itemsize: int) -> int:
+        """Row pairs of a chunk, a function of the logits' classes and bytes each alone."""
+
+    def logits(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``rows weight^T + bias``, a new (M, C) tensor."""
+
+    def rows_gradient(self, d_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``d_logits weight``, (M, D)."""
+
+    def add_weight_gradient(
+        self, total: torch.Tensor, d_logits: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Adds ``d_logits^T rows`` to ``total``, (C, D) in float32 at least."""
+
+
+class LinearLossKernels(NamedTuple):
+    """What a loss of a linear head's logits is made of."""
+
+    NAME: str
+    loss: LossKernels
+    divergence: DivergenceKernels
+    head: HeadKernels
+
+
 class SublayerKernels(NamedTuple):
     """The kernels of a transformer block's sublayers."""
 
@@ -243,6 +280,7 @@ class SublayerKernels(NamedTuple):
 OPERATIONS = {
     "loss": ("bidirectional_kl", "gist_loss", "gist_loss_and_grad"),
     "divergence": ("jensen_shannon",),
+    "linear_loss": ("linear_bidirectional_kl", "linear_gist_loss", "linear_jensen_shannon"),
     "adapter": ("adapter",),
     "attention": ("prefix_attention",),
     "sublayers": ("adapter_attention", "adapter_mlp"),
@@ -264,6 +302,7 @@ class Backend:
     """The hardware and software it runs on here."""
     loss: LossKernels | None = None
     divergence: DivergenceKernels | None = None
+    linear_loss: LinearLossKernels | None = None
     adapter: AdapterKernels | None = None
     attention: AttentionKernels | None = None
     sublayers: SublayerKernels | None = None

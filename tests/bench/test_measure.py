@@ -142,6 +142,21 @@ def test_a_sublayers_case_measures_what_it_says(varied):
         assert (d_x.shape, d_down.shape) == ((2, 5, 128), (3, 128))
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_linear_heads_case_compares_what_computes_the_same(trained):
+    from bench import linear_loss
+
+    others = {name: peer for name, peer in linear_loss.peers().items() if name != "torch.compile"}
+    small = linear_loss.case(200, 6, 11, trained, torch.float32, CPU, others)
+    assert small.parity() is None
+    assert small.calls.pop("matmuls alone")() is None
+    ours = small.calls.pop("ours")()
+    assert len(ours) == (4 if trained else 2)
+    for name, call in small.calls.items():
+        for x, y in zip(call(), ours, strict=True):
+            torch.testing.assert_close(x, y, msg=name)
+
+
 def test_slopes_find_overhead_and_cost():
     cases = [
         {

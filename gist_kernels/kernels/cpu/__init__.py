@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gist_kernels.kernels.cpu.native import import_error, native
-from gist_kernels.kernels.protocols import Backend, SublayerKernels
+from gist_kernels.kernels.protocols import Backend, LinearLossKernels, SublayerKernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -21,6 +21,7 @@ else:
         adapter,
         attention,
         divergence,
+        head,
         linear,
         loss,
     )
@@ -32,6 +33,7 @@ else:
         detail=f"C++, {native.instruction_set()} instructions; {linear.detail()}",
         loss=loss,
         divergence=divergence,
+        linear_loss=LinearLossKernels("cpu", loss, divergence, head),
         adapter=adapter,
         attention=attention,
         sublayers=SublayerKernels(adapter, activation, attention, linear),

@@ -48,8 +48,9 @@ def backward(
     stats: torch.Tensor,
     needs: Sequence[bool],
     row_scale: torch.Tensor | None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients asked for, each a tensor of its own."""
+    """The gradients asked for, each a tensor of its own, or that of the logits."""
     first = sides[0]
     if stats.dtype is not _accumulate(first) or stats.shape != stats_shape(len(first), len(sides)):
         raise ValueError("stats must be what forward returned for these logits")
@@ -58,7 +59,12 @@ def backward(
     if len(needs) != len(sides):
         raise ValueError("needs must have one entry for each side")
     shape = (len(first), first.shape[1])
-    gradients = tuple(memory.empty(shape, first.dtype) if need else None for need in needs)
+    if in_place:
+        if not all(side.is_contiguous() for side in sides):
+            raise ValueError("gradients in place need contiguous logits")
+        gradients = tuple(side if need else None for side, need in zip(sides, needs, strict=True))
+    else:
+        gradients = tuple(memory.empty(shape, first.dtype) if need else None for need in needs)
     _native.divergence_backward(
         *_inputs(sides, weights, temperatures, row_scale),
         stats.data_ptr(),

@@ -75,6 +75,7 @@ def backward(
     need_cls: bool,
     need_gist: bool,
     row_scale: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> Gradients:
     """The gradients asked for, ``grad`` being that of the loss and ``stats`` from forward."""
     logits_group, target_group = _inputs(cls, gist, target)
@@ -83,7 +84,7 @@ def backward(
         raise ValueError("stats must be what forward returned for these logits")
     if grad.dtype is not stats.dtype or (grad.ndim and grad.shape != (rows,)):
         raise ValueError(f"grad must be {stats.dtype}, of the loss's shape")
-    d_cls, d_gist, gradients = _gradients(cls, gist, need_cls, need_gist)
+    d_cls, d_gist, gradients = _gradients(cls, gist, need_cls, need_gist, in_place)
     _native.loss_backward(
         logits_group,
         target_group,
@@ -103,10 +104,11 @@ def forward_backward(
     target: torch.Tensor | None,
     options: LossOptions,
     row_scale: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The loss and both gradients of its sum, each row read from memory once."""
     loss, _, stats = _outputs(cls, options, False)
-    d_cls, d_gist, gradients = _gradients(cls, gist, True, True)
+    d_cls, d_gist, gradients = _gradients(cls, gist, True, True, in_place)
     logits_group, target_group = _inputs(cls, gist, target)
     invalid_row = _native.loss_forward_backward(
         logits_group,
@@ -185,10 +187,17 @@ def _outputs(
 
 
 def _gradients(
-    cls: torch.Tensor, gist: torch.Tensor, need_cls: bool, need_gist: bool
+    cls: torch.Tensor, gist: torch.Tensor, need_cls: bool, need_gist: bool, in_place: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, GradientsGroup]:
-    """New tensors for the gradients. Halves of one (B, 2, C) tensor get the halves of another."""
+    """Tensors for the gradients: the logits themselves, or new ones. Halves of one (B, 2, C) tensor
+    get the halves of another."""
     rows, classes = cls.shape
+    if in_place:
+        if cls.stride(0) != gist.stride(0) or (rows > 1 and cls.stride(0) < classes):
+            raise ValueError("gradients in place need one stride for both logits, of C at least")
+        sides = cls if need_cls else None, gist if need_gist else None
+        at_cls, at_gist = (_NOTHING if side is None else side.data_ptr() for side in sides)
+        return *sides, (at_cls, at_gist, cls.stride(0))
     if need_cls and need_gist and _stacked(cls, gist):
         halves = memory.empty((rows, 2, classes), cls.dtype).unbind(1)
         at_cls, at_gist = halves[0].data_ptr(), halves[1].data_ptr()

@@ -6,7 +6,7 @@ in Triton's interpreter instead, on CPU tensors. That is slow, but tests then ne
 
 from __future__ import annotations
 
-from gist_kernels.kernels.protocols import Backend, SublayerKernels
+from gist_kernels.kernels.protocols import Backend, LinearLossKernels, SublayerKernels
 from gist_kernels.kernels.triton.launch import (
     DEVICE_TYPES,
     DTYPES,
@@ -23,6 +23,7 @@ else:  # import Triton only where it can run
         adapter,
         attention,
         divergence,
+        head,
         linear,
         loss,
     )
@@ -34,6 +35,7 @@ else:  # import Triton only where it can run
         detail=detail(),
         loss=loss,
         divergence=divergence,
+        linear_loss=LinearLossKernels("triton", loss, divergence, head),
         adapter=adapter,
         attention=attention,
         sublayers=SublayerKernels(adapter, activation, attention, linear),

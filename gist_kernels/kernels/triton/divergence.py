@@ -253,14 +253,18 @@ def backward(
     stats: torch.Tensor,
     needs: Sequence[bool],
     row_scale: torch.Tensor | None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients asked for, each a tensor of its own."""
+    """The gradients asked for, each a tensor of its own, or that of the logits."""
     rows, classes = sides[0].shape
     device = sides[0].device
-    found = tuple(
-        torch.empty((rows, classes), dtype=side.dtype, device=device) if need else None
-        for side, need in zip(sides, needs, strict=True)
-    )
+    if in_place and not all(side.is_contiguous() for side in sides):
+        raise ValueError("gradients in place need contiguous logits")
+
+    def gradient(side: torch.Tensor) -> torch.Tensor:
+        return side if in_place else side.new_empty((rows, classes))
+
+    found = tuple(gradient(side) if need else None for side, need in zip(sides, needs, strict=True))
     if rows and any(needs):
         tile = heuristics.divergence_backward(classes, len(sides))
         # Where none is needed, some address that nothing is written to.

@@ -364,10 +364,11 @@ def backward(
     need_cls: bool,
     need_gist: bool,
     row_scale: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the sides that need one; ``grad`` is the gradient of the loss, None for 1."""
     rows, classes = cls.shape
-    d_cls, d_gist = _empty_gradients(cls, gist, need_cls, need_gist)
+    d_cls, d_gist = _empty_gradients(cls, gist, need_cls, need_gist, in_place)
     if rows and (need_cls or need_gist):
         tile = heuristics.backward(classes)
         with launch.on(cls.device):
@@ -387,15 +388,19 @@ def forward_backward(
     target: torch.Tensor | None,
     options: LossOptions,
     row_scale: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The loss and both gradients. A row that fits into registers is read once."""
     rows, classes = cls.shape
     tile = heuristics.kept(classes)
     if tile is None:
         loss, _, stats = forward(cls, gist, target, options, False, row_scale)
-        return loss, *backward(None, cls, gist, target, stats, options, True, True, row_scale)
+        gradients = backward(
+            None, cls, gist, target, stats, options, True, True, row_scale, in_place
+        )
+        return loss, *gradients
     loss, _ = _outputs(cls, options, False)
-    gradients = _empty_gradients(cls, gist, True, True)
+    gradients = _empty_gradients(cls, gist, True, True, in_place)
     if rows:
         with launch.on(cls.device):
             _forward(cls, gist, target, row_scale, options, tile, loss, None, None, *gradients)
@@ -518,10 +523,14 @@ def _cached_settings(
 
 
 def _empty_gradients(
-    cls: torch.Tensor, gist: torch.Tensor, need_cls: bool, need_gist: bool
+    cls: torch.Tensor, gist: torch.Tensor, need_cls: bool, need_gist: bool, in_place: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Tensors for the gradients: halves of one (B, 2, C) tensor if the logits are."""
+    """One tensor where both sides are the halves of one (B, 2, C) tensor; or the logits."""
     rows, classes = cls.shape
+    if in_place:  # a program has read its tile before it writes there
+        if cls.stride(0) != gist.stride(0):
+            raise ValueError("gradients in place need one stride for both logits")
+        return cls if need_cls else None, gist if need_gist else None
     if need_cls and need_gist and cls.dtype is gist.dtype:
         apart = gist.data_ptr() - cls.data_ptr()
         if cls.stride(0) == gist.stride(0) == 2 * classes and apart == classes * cls.itemsize:

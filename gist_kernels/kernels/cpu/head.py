@@ -1,0 +1,39 @@
+"""A linear head's matmuls on a CPU, and the chunks of rows they are computed in.
+
+oneDNN is the faster library where a matrix is multiplied from the right. The weight's gradient is
+MKL's, which alone adds a product to a matrix where it lies.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gist_kernels.kernels.cpu.linear import linear
+
+SKIPS_ROWS = True
+
+# The C library keeps blocks up to this size for the next chunk's logits; the system would have to
+# clear the pages of larger ones anew. Fewer rows than the least leave the matmuls slow.
+_CHUNK_BYTES = 32 << 20
+_LEAST_ROWS, _MOST_ROWS = 64, 256
+
+
+def chunk_rows(classes: int, itemsize: int) -> int:
+    """Row pairs of a chunk: a power of two, so that both sides' logits take at most 32 MiB."""
+    fitting = _CHUNK_BYTES // (2 * classes * itemsize)
+    return min(max(1 << fitting.bit_length() >> 1, _LEAST_ROWS), _MOST_ROWS)
+
+
+def logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``rows weight^T + bias``."""
+    return linear(rows, weight, bias)
+
+
+def rows_gradient(d_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``d_logits weight``."""
+    return linear(d_logits, weight.t(), None)
+
+
+def add_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, rows: torch.Tensor) -> None:
+    """``total += d_logits^T rows``; of half types in total's dtype, for its digits."""
+    total.addmm_(d_logits.t().to(total.dtype), rows.to(total.dtype))
