@@ -473,8 +473,7 @@ NB_MODULE(_native, m) {
         "Choose one of them for the whole process; ValueError names them where there is none "
         "such.");
   m.def("processor_vendor", &gist::processor_vendor, "'amd', 'intel' or 'other'.");
-  m.def("processor_has_avx512", &gist::processor_has_avx512,
-        "Whatever instruction set is in use.");
+  m.def("processor_has_avx512", &gist::processor_has_avx512, "Whatever instruction set is in use.");
   m.def("max_threads", &max_threads,
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
   m.attr("DTYPES") = codes_of(gist::kDtypes);
