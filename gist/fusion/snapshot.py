@@ -51,4 +51,4 @@ class Snapshot:
 
 def _described(parameters: list[nn.Parameter]) -> list[tuple[Any, ...]]:
     # A parameter may get other numbers, class and flags in place.
-    return [(type(p), p.requires_grad, p.dtype, p.device) for p in parameters]
+    return [(type(p), p.requires_grad, p.dtype, p.device, p.is_neg()) for p in parameters]

@@ -19,6 +19,7 @@ import gist_kernels as gk
 from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of, is_plain, written_forward
+from gist_kernels.functional.sublayers import PreparedAttention, PreparedMlp
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -38,22 +39,18 @@ _FORWARDS = {
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class Weights(NamedTuple):
-    """What the fused sublayers of one block take."""
+class Sublayers(NamedTuple):
+    """A block's sublayers, for calls that differ in their tokens only."""
 
-    norm1: gk.NormWeights
-    attention: gk.AttentionWeights
-    attention_adapter: gk.AdapterWeights | None
-    norm2: gk.NormWeights
-    mlp: gk.MlpWeights
-    mlp_adapter: gk.AdapterWeights | None
+    attention: PreparedAttention
+    mlp: PreparedMlp
 
 
 class Plan(NamedTuple):
     """How a block runs as fused sublayers."""
 
-    weights: Callable[[], Weights]
-    """Gives the weights of a call: methods may compute some from their parameters."""
+    sublayers: Callable[[], Sublayers]
+    """Gives those of a call: methods may compute weights from their parameters."""
 
 
 def plan(
@@ -77,13 +74,13 @@ def plan(
     if not _fits(parts, block.attn.qkv.weight):
         return Refusal("its method's parameters are not plain tensors beside its weights")
     if all(type(tensor) is nn.Parameter for tensor in _tensors(parts)) and not parts.updates:
-        weights = _weights(block, parts)
-        return Plan(lambda: weights)
+        sublayers = _sublayers(block, parts)
+        return Plan(lambda: sublayers)
 
-    def computed() -> Weights:
+    def computed() -> Sublayers:
         parts = _joined(methods, index)
         assert not isinstance(parts, Refusal)
-        return _weights(block, parts)
+        return _sublayers(block, parts)
 
     return Plan(computed)
 
@@ -107,7 +104,7 @@ def _joined(methods: Sequence[AttachedMethod], index: int) -> FusedParts | Refus
     return FusedParts(attention, mlp, updates)
 
 
-def _weights(block: Any, parts: FusedParts) -> Weights:
+def _sublayers(block: Any, parts: FusedParts) -> Sublayers:
     attn, mlp, updates = block.attn, block.mlp, parts.updates or {}
     dtype = attn.qkv.weight.dtype
     qkv, qkv_update = _linear(attn.qkv, updates.get("qkv"))
@@ -116,22 +113,25 @@ def _weights(block: Any, parts: FusedParts) -> Weights:
     fc2, fc2_update = _linear(mlp.fc2, updates.get("fc2"))
     activation = _activation(mlp.act)
     assert activation is not None
-    return Weights(
-        _norm(block.norm1, updates.get("norm1"), dtype),
-        gk.AttentionWeights(
-            *qkv,
-            *proj,
-            attn.num_heads,
-            # timm's own call of PyTorch's attention leaves it the default.
-            None if attn.fused_attn else attn.scale,
-            _layer_scale(block.ls1),
-            qkv_update,
-            proj_update,
+    attention = gk.AttentionWeights(
+        *qkv,
+        *proj,
+        attn.num_heads,
+        # timm's own call of PyTorch's attention leaves it the default.
+        None if attn.fused_attn else attn.scale,
+        _layer_scale(block.ls1),
+        qkv_update,
+        proj_update,
+    )
+    return Sublayers(
+        PreparedAttention(
+            _norm(block.norm1, updates.get("norm1"), dtype), attention, parts.attention
         ),
-        parts.attention,
-        _norm(block.norm2, updates.get("norm2"), dtype),
-        gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), fc1_update, fc2_update),
-        parts.mlp,
+        PreparedMlp(
+            _norm(block.norm2, updates.get("norm2"), dtype),
+            gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), fc1_update, fc2_update),
+            parts.mlp,
+        ),
     )
 
 
@@ -150,23 +150,14 @@ def run(
         num_queries: compute only the first tokens of the output; None for all.
         grad_tokens: compute x's gradient only for these tokens: start and count.
     """
-    weights = plan.weights()
-    x = gk.adapter_attention(
+    sublayers = plan.sublayers()
+    x = sublayers.attention.run(
         x,
-        weights.norm1,
-        weights.attention,
-        weights.attention_adapter,
         num_queries=num_queries,
         drop_path=_drop_path(block.drop_path1, x),
         grad_tokens=grad_tokens,
     )
-    return gk.adapter_mlp(
-        x,
-        weights.norm2,
-        weights.mlp,
-        weights.mlp_adapter,
-        drop_path=_drop_path(block.drop_path2, x),
-    )
+    return sublayers.mlp.run(x, drop_path=_drop_path(block.drop_path2, x))
 
 
 def _block_refusal(block: Any, hook_owners: Collection[int]) -> str | None:

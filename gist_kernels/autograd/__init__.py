@@ -14,20 +14,29 @@ from gist_kernels.autograd.linear_chunks import GistRows, JensenShannonRows, Log
 from gist_kernels.autograd.linear_loss import linear_loss
 from gist_kernels.autograd.linear_loss import register as register_linear_loss
 from gist_kernels.autograd.loss import gist_loss, gist_loss_and_grad, register
-from gist_kernels.autograd.sublayers import adapter_attention, adapter_mlp
+from gist_kernels.autograd.sublayers import (
+    adapter_attention,
+    adapter_mlp,
+    attention_sublayer,
+    mlp_sublayer,
+)
+from gist_kernels.autograd.trained import Sublayer
 
 __all__ = [
     "GistRows",
     "JensenShannonRows",
     "LogitOptions",
+    "Sublayer",
     "adapter",
     "adapter_attention",
     "adapter_mlp",
     "adapter_operator",
+    "attention_sublayer",
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",
     "linear_loss",
+    "mlp_sublayer",
     "prefix_attention",
     "prefix_attention_operator",
     "register",

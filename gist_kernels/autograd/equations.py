@@ -64,7 +64,7 @@ def all_attention_forward(
     sublayer: Sublayer, x: torch.Tensor, grad_tokens: tuple[int, int] | None, need_grad: bool
 ) -> tuple[torch.Tensor, AttentionSaved, AttentionGraph | None]:
     """Attention over all tokens."""
-    kernels, norm, weights = sublayer[:3]
+    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
     rows = rows_of(x)
     normed, adapted, z, stats = sublayer.normed_and_adapted(rows, norm)
     qkv, of_qkv = sublayer.first.forward(normed)
@@ -89,7 +89,7 @@ def all_attention_backward(
     d_out: torch.Tensor,
 ) -> Gradients:
     """With ``grad_tokens``, dx is computed for those tokens only and is zero elsewhere."""
-    kernels, _, weights = sublayer[:3]
+    kernels, weights = sublayer.kernels, sublayer.weights
     lse = saved.lse
     rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
     d_attended, d_proj = sublayer.last_backward(
@@ -151,7 +151,7 @@ def few_attention_forward(
 ) -> tuple[torch.Tensor, PrefixSaved, AttentionGraph | None]:
     """Attention of the first tokens only, where nothing else is read afterwards: only they have
     queries, the projection, the residual and the adapter."""
-    kernels, norm, weights = sublayer[:3]
+    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
     read = rows_of(x[:, :num_queries])
     normed, _, _, stats = kernels.adapter.forward(rows_of(x), None, norm, None, None)
     assert normed is not None
@@ -180,7 +180,7 @@ def few_attention_backward(
     needs: Needs,
     d_out: torch.Tensor,
 ) -> Gradients:
-    kernels, norm, weights = sublayer[:3]
+    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
     q, kv = saved.q, saved.kv
     rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
     read = rows_of(x[:, :num_queries])
@@ -239,7 +239,7 @@ class MlpSaved(NamedTuple):
 
 
 def mlp_forward(sublayer: Sublayer, x: torch.Tensor) -> tuple[torch.Tensor, MlpSaved]:
-    kernels, norm, weights = sublayer[:3]
+    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
     rows = rows_of(x)
     normed, adapted, z, stats = sublayer.normed_and_adapted(rows, norm)
     u, of_fc1 = sublayer.first.forward(normed)

@@ -14,7 +14,6 @@ import torch
 from gist_kernels.autograd.tensors import column_sums
 from gist_kernels.kernels.protocols import LinearKernels
 from gist_kernels.tracing import autocast_enabled
-from gist_kernels.weights import LinearUpdate
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
@@ -50,38 +49,34 @@ class FrozenLinear(NamedTuple):
     kernels: LinearKernels
     weight: torch.Tensor
     parts: LinearParts
+    computed: LinearParts
+    """The parts in the weight's dtype."""
 
     @classmethod
-    def of(
-        cls,
-        kernels: LinearKernels,
-        dtype: torch.dtype,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        update: LinearUpdate | None,
-    ) -> FrozenLinear:
-        parts = LinearParts(bias, *(update or LinearUpdate()))
-        # Converted anew by each forward pass: nothing tells that `weight.data` was written to.
-        return cls(kernels, weight.detach().to(dtype), parts)
+    def of(cls, kernels: LinearKernels, weight: torch.Tensor, parts: LinearParts) -> FrozenLinear:
+        dtype = weight.dtype
+        if all(t is None or t.dtype is dtype for t in parts):
+            return cls(kernels, weight, parts, parts)
+        computed = LinearParts(*(None if t is None else t.detach().to(dtype) for t in parts))
+        return cls(kernels, weight, parts, computed)
 
     def outputs(self, chosen: slice) -> FrozenLinear:
         """The layer of some of its outputs."""
         bias, scale, down, up = self.parts
         bias, scale, up = (None if t is None else t[chosen] for t in (bias, scale, up))
-        return self._replace(weight=self.weight[chosen], parts=LinearParts(bias, scale, down, up))
+        return FrozenLinear.of(
+            self.kernels, self.weight[chosen], LinearParts(bias, scale, down, up)
+        )
 
     def without_bias(self) -> FrozenLinear:
-        return self._replace(parts=self.parts._replace(bias=None))
-
-    def computed(self) -> LinearParts:
-        """The parts in the weight's dtype."""
-        dtype = self.weight.dtype
-        return LinearParts(*(None if t is None else t.to(dtype) for t in self.parts))
+        return self._replace(
+            parts=self.parts._replace(bias=None), computed=self.computed._replace(bias=None)
+        )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, LinearSaved]:
         """``y`` (M, O) in the weight's dtype."""
         linear, unscaled, low = self.kernels.linear, None, None
-        bias, scale, down, up = self.computed()
+        bias, scale, down, up = self.computed
         x = x.to(self.weight.dtype)
         if scale is None:
             y = linear(x, self.weight, bias)
@@ -105,7 +100,7 @@ class FrozenLinear(NamedTuple):
         """``d_x`` in the weight's dtype, or None, and the parts' gradients. ``x`` is called only
         where ``down`` is trained."""
         linear, d_x, d_bias, d_scale, d_down, d_up = self.kernels.linear, *(None,) * 5
-        _, scale, down, up = self.computed()
+        _, scale, down, up = self.computed
         if needs.bias and self.parts.bias is not None:
             d_bias = column_sums(d_y, self.parts.bias)
         if needs.scale and self.parts.scale is not None and saved.unscaled is not None:

@@ -119,11 +119,10 @@ def _sublayer(kernels: SublayerKernels, weights: Any, tensors: Any, options: Any
         kernels,
         NormWeights(*trained.norm, eps),
         weights,
-        FrozenLinear(kernels.linear, first, trained.first),
-        FrozenLinear(kernels.linear, last, trained.last),
-        drop_path,
+        FrozenLinear.of(kernels.linear, first, trained.first),
+        FrozenLinear.of(kernels.linear, last, trained.last),
         adapter,
-        [],  # autograd keeps the frozen weights too, and sees to their versions
+        drop_path,
     )
     return sublayer, x
 

@@ -8,6 +8,7 @@ Backends differ in their :class:`~gist_kernels.kernels.protocols.SublayerKernels
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,50 +16,77 @@ import torch
 from gist_kernels.autograd import equations
 from gist_kernels.autograd.derivatives import once_differentiable
 from gist_kernels.autograd.equations import AttentionSaved, MlpSaved, Needs, PrefixSaved
-from gist_kernels.autograd.linear import FrozenLinear, matmul_dtype
-from gist_kernels.autograd.tensors import versions_of
+from gist_kernels.autograd.linear import FrozenLinear, LinearParts
 from gist_kernels.autograd.trained import TRAINED, Sublayer, Trained
 from gist_kernels.kernels.protocols import SublayerKernels
-from gist_kernels.weights import AdapterWeights, AttentionWeights, MlpWeights, NormWeights
+from gist_kernels.weights import (
+    AdapterWeights,
+    AttentionWeights,
+    LinearUpdate,
+    MlpWeights,
+    NormWeights,
+)
 
 
-def adapter_attention(
+def attention_sublayer(
     kernels: SublayerKernels,
-    x: torch.Tensor,
+    dtype: torch.dtype,
     norm: NormWeights,
     weights: AttentionWeights,
     adapter: AdapterWeights | None,
+) -> Sublayer:
+    """What :func:`adapter_attention` takes, for matmuls in ``dtype``."""
+    qkv = _frozen(kernels, dtype, *weights[:2], weights.qkv_update)
+    proj = _frozen(kernels, dtype, *weights[2:4], weights.proj_update)
+    return Sublayer(kernels, norm, weights, qkv, proj, adapter)
+
+
+def mlp_sublayer(
+    kernels: SublayerKernels,
+    dtype: torch.dtype,
+    norm: NormWeights,
+    weights: MlpWeights,
+    adapter: AdapterWeights | None,
+) -> Sublayer:
+    """What :func:`adapter_mlp` takes, for matmuls in ``dtype``."""
+    fc1 = _frozen(kernels, dtype, *weights[:2], weights.fc1_update)
+    fc2 = _frozen(kernels, dtype, *weights[2:4], weights.fc2_update)
+    return Sublayer(kernels, norm, weights, fc1, fc2, adapter)
+
+
+def _frozen(
+    kernels: SublayerKernels,
+    dtype: torch.dtype,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: LinearUpdate | None,
+) -> FrozenLinear:
+    # No detached view of a weight that needs no conversion: `weight.data = ...` would leave it.
+    weight = weight if weight.dtype is dtype else weight.detach().to(dtype)
+    parts = LinearParts(bias) if update is None else LinearParts(bias, *update)
+    return FrozenLinear.of(kernels.linear, weight, parts)
+
+
+def adapter_attention(
+    sublayer: Sublayer,
+    x: torch.Tensor,
     num_queries: int | None,
     drop_path: torch.Tensor | None,
     grad_tokens: tuple[int, int] | None,
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_attention`."""
-    dtype = matmul_dtype(x)
-    qkv = FrozenLinear.of(kernels.linear, dtype, *weights[:2], weights.qkv_update)
-    proj = FrozenLinear.of(kernels.linear, dtype, *weights[2:4], weights.proj_update)
-    versions = versions_of(*norm, *weights, drop_path)
-    sublayer = Sublayer(kernels, norm, weights, qkv, proj, drop_path, adapter, versions)
-    trained, need_grad = sublayer.trained().flat(), torch.is_grad_enabled()
+    sublayer, need_grad = sublayer.with_drop_path(drop_path), torch.is_grad_enabled()
     if num_queries is None or num_queries >= x.shape[1]:
-        return _Attention.apply(sublayer, need_grad, grad_tokens, *trained, x)
-    return _PrefixAttention.apply(sublayer, need_grad, num_queries, *trained, x)
+        return _Attention.apply(sublayer, need_grad, grad_tokens, *sublayer.trained, x)
+    return _PrefixAttention.apply(sublayer, need_grad, num_queries, *sublayer.trained, x)
 
 
 def adapter_mlp(
-    kernels: SublayerKernels,
-    x: torch.Tensor,
-    norm: NormWeights,
-    weights: MlpWeights,
-    adapter: AdapterWeights | None,
-    drop_path: torch.Tensor | None,
+    sublayer: Sublayer, x: torch.Tensor, drop_path: torch.Tensor | None
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""
-    dtype = matmul_dtype(x)
-    fc1 = FrozenLinear.of(kernels.linear, dtype, *weights[:2], weights.fc1_update)
-    fc2 = FrozenLinear.of(kernels.linear, dtype, *weights[2:4], weights.fc2_update)
-    versions = versions_of(*norm, *weights, drop_path)
-    sublayer = Sublayer(kernels, norm, weights, fc1, fc2, drop_path, adapter, versions)
-    return _Mlp.apply(sublayer, *sublayer.trained().flat(), x)
+    sublayer = sublayer.with_drop_path(drop_path)
+    return _Mlp.apply(sublayer, *sublayer.trained, x)
 
 
 class _Attention(torch.autograd.Function):
@@ -73,17 +101,17 @@ class _Attention(torch.autograd.Function):
         result, saved, ctx.graph = equations.all_attention_forward(
             sublayer, tensors[-1], grad_tokens, need_grad
         )
-        ctx.sublayer, ctx.grad_tokens = sublayer, grad_tokens
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.grad_tokens = grad_tokens
+        _keep(ctx, sublayer, tensors, saved)
         return result
 
     @staticmethod
     @once_differentiable("adapter_attention")
     def backward(ctx: Any, kept: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        trained, x, saved = _restored(kept, AttentionSaved)
+        sublayer, x, saved = _restored(ctx, kept, AttentionSaved)
         d_x, grads = equations.all_attention_backward(
-            ctx.sublayer.with_trained(trained), x, ctx.grad_tokens, saved, ctx.graph,
-            _needs(ctx, 3), d_out,
+            sublayer, x, ctx.grad_tokens, saved, ctx.graph,
+            _needs(ctx.needs_input_grad[3:]), d_out,
         )  # fmt: skip
         return None, None, None, *grads.flat(), d_x
 
@@ -96,17 +124,17 @@ class _PrefixAttention(torch.autograd.Function):
         result, saved, ctx.graph = equations.few_attention_forward(
             sublayer, tensors[-1], num_queries, need_grad
         )
-        ctx.sublayer, ctx.num_queries = sublayer, num_queries
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.num_queries = num_queries
+        _keep(ctx, sublayer, tensors, saved)
         return result
 
     @staticmethod
     @once_differentiable("adapter_attention")
     def backward(ctx: Any, kept: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        trained, x, saved = _restored(kept, PrefixSaved)
+        sublayer, x, saved = _restored(ctx, kept, PrefixSaved)
         d_x, grads = equations.few_attention_backward(
-            ctx.sublayer.with_trained(trained), x, ctx.num_queries, saved, ctx.graph,
-            _needs(ctx, 3), d_out,
+            sublayer, x, ctx.num_queries, saved, ctx.graph,
+            _needs(ctx.needs_input_grad[3:]), d_out,
         )  # fmt: skip
         return None, None, None, *grads.flat(), d_x
 
@@ -115,26 +143,32 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sublayer: Sublayer, *tensors: Any) -> torch.Tensor:
         result, saved = equations.mlp_forward(sublayer, tensors[-1])
-        ctx.sublayer = sublayer
-        ctx.save_for_backward(*tensors, *saved)
+        _keep(ctx, sublayer, tensors, saved)
         return result
 
     @staticmethod
     @once_differentiable("adapter_mlp")
     def backward(ctx: Any, kept: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        trained, x, saved = _restored(kept, MlpSaved)
+        sublayer, x, saved = _restored(ctx, kept, MlpSaved)
         d_x, grads = equations.mlp_backward(
-            ctx.sublayer.with_trained(trained), x, saved, _needs(ctx, 1), d_out
+            sublayer, x, saved, _needs(ctx.needs_input_grad[1:]), d_out
         )
         return None, *grads.flat(), d_x
 
 
-def _restored(kept: Any, kind: Any) -> tuple[Trained, torch.Tensor, Any]:
-    """What a node saved: what may be trained, x, and what its equations keep, a ``kind``."""
-    return Trained.from_flat(kept[:TRAINED]), kept[TRAINED], kind._make(kept[TRAINED + 1 :])
+def _keep(ctx: Any, sublayer: Sublayer, tensors: tuple[Any, ...], saved: tuple[Any, ...]) -> None:
+    ctx.sublayer, ctx.versions = sublayer, sublayer.versions()
+    # The trained tensors too, though the sublayer has them: autograd sees to their versions.
+    ctx.save_for_backward(*tensors, *saved)
 
 
-def _needs(ctx: Any, options: int) -> Needs:
-    """Which gradients autograd asks for, after ``options``."""
-    needs = ctx.needs_input_grad[options:]
-    return Needs(needs[TRAINED], Trained.from_flat(needs[:TRAINED]))
+def _restored(ctx: Any, kept: Any, kind: Any) -> tuple[Sublayer, torch.Tensor, Any]:
+    """The sublayer as forward found it, x, and what its equations keep, a ``kind``."""
+    ctx.sublayer.check_versions(ctx.versions)
+    return ctx.sublayer, kept[TRAINED], kind._make(kept[TRAINED + 1 :])
+
+
+@lru_cache(maxsize=256)
+def _needs(flags: tuple[bool, ...]) -> Needs:
+    """Which gradients autograd asks for."""
+    return Needs(flags[TRAINED], Trained.from_flat(flags[:TRAINED]))

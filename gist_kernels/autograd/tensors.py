@@ -12,10 +12,13 @@ _T = TypeVar("_T", torch.Tensor, "torch.Tensor | None")
 def negated(*arguments: Any) -> bool:
     """Whether a tensor's numbers are those in memory with the other sign (``torch._neg_view``,
     the imaginary part of a conjugate), which kernels know nothing of."""
-    return any(
-        t.is_neg() if isinstance(t, torch.Tensor) else isinstance(t, tuple) and negated(*t)
-        for t in arguments
-    )
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            if value.is_neg():
+                return True
+        elif isinstance(value, tuple) and negated(*value):
+            return True
+    return False
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -26,8 +29,9 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """(..., D) as (M, D), features side by side."""
-    rows = in_memory(tensor).reshape(-1, tensor.shape[-1])
-    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
+    tensor = in_memory(tensor)
+    rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[None]
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def dense_rows(tensor: _T) -> _T:
@@ -47,9 +51,9 @@ def as_result(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return result
 
 
-def versions_of(*arguments: Any) -> list[int]:
-    """The version counters of the tensors among the arguments; inference tensors have none."""
-    return [t._version for t in arguments if isinstance(t, torch.Tensor) and not t.is_inference()]
+def watched_tensors(*arguments: Any) -> list[torch.Tensor]:
+    """The tensors among the arguments that have a version counter; inference tensors have none."""
+    return [t for t in arguments if isinstance(t, torch.Tensor) and not t.is_inference()]
 
 
 def column_sums(d: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

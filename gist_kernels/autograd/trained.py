@@ -5,13 +5,14 @@ The holder has one shape for the tensors, for whether each needs a gradient, and
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from gist_kernels.autograd.linear import FrozenLinear, LinearParts, LinearSaved
-from gist_kernels.autograd.tensors import as_result, column_sums, rows_of, versions_of
+from gist_kernels.autograd.tensors import as_result, column_sums, rows_of, watched_tensors
 from gist_kernels.kernels.protocols import SublayerKernels
 from gist_kernels.weights import AdapterWeights, NormWeights
 
@@ -58,46 +59,69 @@ TRAINED = len(Trained().flat())
 """How many values :meth:`Trained.flat` has."""
 
 
-class Sublayer(NamedTuple):
-    """What a node is given beside x."""
+class Sublayer:
+    """What a node is given beside x, for one call or for all calls with the same weights.
 
-    kernels: SublayerKernels
-    norm: NormWeights
-    weights: Any
-    """AttentionWeights or MlpWeights, for what is not in the linear layers."""
-    first: FrozenLinear
-    last: FrozenLinear
-    drop_path: torch.Tensor | None
-    adapter: AdapterWeights | None
-    versions: list[int]
-    """Version counters of what is frozen, as forward found it."""
+    Args:
+        kernels: the backend's.
+        norm: the LayerNorm before the first layer.
+        weights: AttentionWeights or MlpWeights, for what is not in the linear layers.
+        first: the layer that reads the normed x.
+        last: the layer whose output is added to x.
+        adapter: the bottleneck beside them, or None.
+        drop_path: (B, 1, 1) factors on the last layer's output, or None.
+    """
 
-    def trained(self) -> Trained:
-        adapter = AdapterParts() if self.adapter is None else AdapterParts(*self.adapter[:4])
-        return Trained(adapter, NormParts(*self.norm[:2]), self.first.parts, self.last.parts)
+    def __init__(
+        self,
+        kernels: SublayerKernels,
+        norm: NormWeights,
+        weights: Any,
+        first: FrozenLinear,
+        last: FrozenLinear,
+        adapter: AdapterWeights | None,
+        drop_path: torch.Tensor | None = None,
+    ) -> None:
+        self.kernels, self.norm, self.weights = kernels, norm, weights
+        self.first, self.last, self.adapter = first, last, adapter
+        parts = AdapterParts() if adapter is None else AdapterParts(*adapter[:4])
+        self.trained = Trained(parts, NormParts(*norm[:2]), first.parts, last.parts).flat()
+        self._of_call(drop_path)
 
-    def with_trained(self, trained: Trained) -> Sublayer:
-        """The sublayer of tensors that autograd has found unchanged since forward.
+    def _of_call(self, drop_path: torch.Tensor | None) -> None:
+        # What scales the last layer's output, bias included.
+        self.factors = [f for f in (self.weights.layer_scale, drop_path) if f is not None]
+        # Backward reads them, and autograd doesn't save them.
+        self._watched = watched_tensors(*self.norm, *self.weights, drop_path)
 
-        Raises:
-            RuntimeError: a frozen tensor has changed, as autograd raises for those that it saves.
-        """
-        if self.versions != versions_of(*self.norm, *self.weights, self.drop_path):
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether every tensor is the one that was given, so that it shows what is written there
+        later."""
+        weights = self.weights
+        given = weights[0] is self.first.weight and weights[2] is self.last.weight
+        return given and all(layer.parts is layer.computed for layer in (self.first, self.last))
+
+    def with_drop_path(self, drop_path: torch.Tensor | None) -> Sublayer:
+        """The sublayer of one call that has drawn factors."""
+        if drop_path is None:
+            return self
+        found = copy.copy(self)
+        found._of_call(drop_path)
+        return found
+
+    def versions(self) -> list[int]:
+        """The version counters of what is frozen."""
+        return [t._version for t in self._watched]
+
+    def check_versions(self, at_forward: list[int]) -> None:
+        """Raises RuntimeError where a frozen tensor has changed since forward, as autograd raises
+        for those that it saves."""
+        if at_forward != self.versions():
             raise RuntimeError(
                 "a frozen weight of a sublayer, or its drop_path, was modified by an inplace "
                 "operation after forward, which backward needs it for; modify it after backward"
             )
-        adapter = self.adapter
-        return self._replace(
-            adapter=adapter and AdapterWeights(*trained.adapter, *adapter[4:]),
-            norm=NormWeights(*trained.norm, self.norm.eps),
-            first=self.first._replace(parts=trained.first),
-            last=self.last._replace(parts=trained.last),
-        )
-
-    def output_factors(self) -> list[torch.Tensor]:
-        """What scales the last layer's output, bias included."""
-        return [f for f in (self.weights.layer_scale, self.drop_path) if f is not None]
 
     def normed(self, x: torch.Tensor) -> Any:
         """``norm(x)``, which the first layer reads, computed once more."""
@@ -106,7 +130,7 @@ class Sublayer(NamedTuple):
     def normed_and_adapted(self, x: torch.Tensor, norm: NormWeights | None) -> Any:
         """``(norm(x), x + adapter(x), z, stats)``, the second with the last layer's bias where
         nothing scales that."""
-        scaled = self.output_factors() or self.last.parts.scale is not None
+        scaled = self.factors or self.last.parts.scale is not None
         bias = None if scaled else self.last.parts.bias
         return self.kernels.adapter.forward(x, x, norm, self.adapter, bias)
 
@@ -114,18 +138,18 @@ class Sublayer(NamedTuple):
         self, x: torch.Tensor, adapted: torch.Tensor | None, inner: torch.Tensor
     ) -> tuple[torch.Tensor, LinearSaved]:
         """The sublayer's output: the last layer of (B, N, I) ``inner``, added to ``adapted``."""
-        last, rows, factors = self.last, rows_of(inner), self.output_factors()
+        last, rows, factors = self.last, rows_of(inner), self.factors
         shape = *inner.shape[:2], last.weight.shape[0]
         if adapted is not None and not factors and last.parts.scale is None:
-            last = last.without_bias()  # which adapted has
             if adapted.dtype is rows.dtype:
                 linear = self.kernels.linear
                 out, low = linear.add_linear(adapted, rows, last.weight), None
-                _, _, down, up = last.computed()
+                _, _, down, up = last.computed
                 if down is not None:
                     low = linear.linear(rows, down, None)
                     out = linear.add_linear(out, low, up)
                 return as_result(out, shape), LinearSaved(None, low)
+            last = last.without_bias()  # which adapted has
         update, saved = last.forward(rows)
         update = as_result(update, shape)
         for factor in factors:
@@ -143,7 +167,7 @@ class Sublayer(NamedTuple):
     ) -> tuple[Any, LinearParts]:
         """The gradient of the last layer's input, and those of its parts, from that of the
         sublayer's output, (B, N, D)."""
-        for factor in self.output_factors():
+        for factor in self.factors:
             d_out = d_out * factor
         return self.last.backward(rows_of(d_out), inner, saved, needs, need_dx)
 

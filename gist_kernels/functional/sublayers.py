@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gist_kernels import autograd, check, reference
@@ -11,6 +13,7 @@ from gist_kernels.autograd.attention import served
 from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
+from gist_kernels.kernels.protocols import SublayerKernels
 from gist_kernels.suggest import unknown_name
 from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
@@ -91,20 +94,9 @@ def adapter_attention(
                 f"grad_tokens must be (start, count) within x's {x.shape[1]} tokens; "
                 f"it is {grad_tokens}"
             )
-    arguments = x, norm, attention, adapter, num_queries, drop_path, grad_tokens
-    kernels = select("sublayers", x)
-    if needs_dispatcher(x):
-        if (
-            kernels is None
-            or not takes_operators(*arguments)
-            or not served(kernels.attention, x, matmul_dtype(x), heads, inner)
-        ):
-            return reference.adapter_attention(*arguments)
-        backend = serving("sublayers", x.device.type, x.dtype)
-        return sublayer_operators.adapter_attention(backend, *arguments)
-    if kernels is None or negated(*arguments):
-        return reference.adapter_attention(*arguments)
-    return autograd.adapter_attention(kernels, *arguments)
+    return PreparedAttention(norm, attention, adapter).run(
+        x, num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens
+    )
 
 
 def adapter_mlp(
@@ -132,16 +124,95 @@ def adapter_mlp(
     })  # fmt: skip
     _check_update("mlp.fc1_update", mlp.fc1_update, x, width, hidden)
     _check_update("mlp.fc2_update", mlp.fc2_update, x, hidden, width)
-    arguments = x, norm, mlp, adapter, drop_path
-    kernels = select("sublayers", x)
-    if needs_dispatcher(x):
-        if kernels is None or not takes_operators(*arguments):
+    return PreparedMlp(norm, mlp, adapter).run(x, drop_path=drop_path)
+
+
+class _Prepared:
+    """A sublayer's weights, for calls that differ in x only.
+
+    ``run`` checks x's dtype and device and nothing else, which is for who makes it. What it makes
+    of weights that are read where they lie is kept.
+    """
+
+    make: Any
+    """Makes the sublayer of kernels, dtype and weights."""
+
+    def __init__(self, norm: NormWeights, weights: Any, adapter: AdapterWeights | None) -> None:
+        self.weights = norm, weights, adapter
+        self._kept: autograd.Sublayer | None = None
+
+    def check_input(self, x: torch.Tensor) -> None:
+        like = self.weights[1][0]
+        if x.dtype is not like.dtype or x.device != like.device:
+            check.alike("x", x, "the frozen weight", like)
+
+    def sublayer(self, kernels: SublayerKernels, dtype: torch.dtype) -> autograd.Sublayer | None:
+        """For matmuls in ``dtype``; None where kernels can't read the weights."""
+        kept = self._kept
+        if kept is None or kept.kernels is not kernels or kept.first.weight.dtype is not dtype:
+            if negated(*self.weights):
+                return None
+            kept = self.make(kernels, dtype, *self.weights)
+            if kept.reads_in_place:
+                self._kept = kept
+        return kept
+
+
+class PreparedAttention(_Prepared):
+    """:func:`adapter_attention` of given weights."""
+
+    make = staticmethod(autograd.attention_sublayer)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        *,
+        num_queries: int | None,
+        drop_path: torch.Tensor | None,
+        grad_tokens: tuple[int, int] | None,
+    ) -> torch.Tensor:
+        self.check_input(x)
+        kernels = select("sublayers", x)
+        arguments = x, *self.weights, num_queries, drop_path, grad_tokens
+        if needs_dispatcher(x):
+            attention = self.weights[1]
+            heads, inner = attention.num_heads, attention.qkv_weight.shape[0] // 3
+            if (
+                kernels is None
+                or not takes_operators(*arguments)
+                or not served(kernels.attention, x, matmul_dtype(x), heads, inner)
+            ):
+                return reference.adapter_attention(*arguments)
+            backend = serving("sublayers", x.device.type, x.dtype)
+            return sublayer_operators.adapter_attention(backend, *arguments)
+        sublayer = None
+        if kernels is not None and not negated(x, drop_path):
+            sublayer = self.sublayer(kernels, matmul_dtype(x))
+        if sublayer is None:
+            return reference.adapter_attention(*arguments)
+        return autograd.adapter_attention(sublayer, x, num_queries, drop_path, grad_tokens)
+
+
+class PreparedMlp(_Prepared):
+    """:func:`adapter_mlp` of given weights."""
+
+    make = staticmethod(autograd.mlp_sublayer)
+
+    def run(self, x: torch.Tensor, *, drop_path: torch.Tensor | None) -> torch.Tensor:
+        self.check_input(x)
+        kernels = select("sublayers", x)
+        arguments = x, *self.weights, drop_path
+        if needs_dispatcher(x):
+            if kernels is None or not takes_operators(*arguments):
+                return reference.adapter_mlp(*arguments)
+            backend = serving("sublayers", x.device.type, x.dtype)
+            return sublayer_operators.adapter_mlp(backend, *arguments)
+        sublayer = None
+        if kernels is not None and not negated(x, drop_path):
+            sublayer = self.sublayer(kernels, matmul_dtype(x))
+        if sublayer is None:
             return reference.adapter_mlp(*arguments)
-        backend = serving("sublayers", x.device.type, x.dtype)
-        return sublayer_operators.adapter_mlp(backend, *arguments)
-    if kernels is None or negated(*arguments):
-        return reference.adapter_mlp(*arguments)
-    return autograd.adapter_mlp(kernels, *arguments)
+        return autograd.adapter_mlp(sublayer, x, drop_path)
 
 
 def _check_block_input(
