@@ -99,9 +99,9 @@ def nothing() -> Iterator[None]:
 def _adapter_forward(x: Any, add: Any, norm: Any, adapter: Any, bias: Any = None) -> Any:
     normed = stats = out = z = None
     if norm is not None:
-        normed, stats = torch.empty_like(x), x.new_empty((len(x), 2))
+        normed, stats = torch.empty_like(x), x.new_empty((x.shape[0], 2))
     if adapter is not None:
-        out, z = torch.empty_like(x), x.new_empty((len(x), len(adapter.down_weight)))
+        out, z = torch.empty_like(x), x.new_empty((x.shape[0], adapter.down_weight.shape[0]))
     return normed, out, z, stats
 
 
@@ -116,7 +116,7 @@ def _adapter_backward(
 
 
 def _attention_forward(q: Any, k: Any, v: Any, num_heads: int, scale: float) -> Any:
-    return torch.empty_like(q), q.new_empty((len(q), num_heads, q.shape[1]))
+    return torch.empty_like(q), q.new_empty((q.shape[0], num_heads, q.shape[1]))
 
 
 _ADAPTER: Any = SimpleNamespace(forward=_adapter_forward, backward=_adapter_backward)
@@ -130,6 +130,6 @@ _ATTENTION: Any = SimpleNamespace(
     backward=lambda *arguments: None,
 )
 _LINEAR: Any = SimpleNamespace(
-    linear=lambda x, weight, bias: x.new_empty((len(x), len(weight))),
+    linear=lambda x, weight, bias: x.new_empty((x.shape[0], weight.shape[0])),
     add_linear=lambda out, x, weight: out,
 )

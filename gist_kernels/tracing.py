@@ -13,9 +13,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
     """Whether a call is traced, or its tensors have no memory to give a kernel."""
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return True
     return (
         torch.compiler.is_compiling()
-        or any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )

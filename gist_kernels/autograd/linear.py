@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gist_kernels.autograd.tensors import column_sums
+from gist_kernels.autograd.tensors import column_sums, in_dtype
 from gist_kernels.kernels.protocols import LinearKernels
 from gist_kernels.tracing import autocast_enabled
 
@@ -77,7 +77,7 @@ class FrozenLinear(NamedTuple):
         """``y`` (M, O) in the weight's dtype."""
         linear, unscaled, low = self.kernels.linear, None, None
         bias, scale, down, up = self.computed
-        x = x.to(self.weight.dtype)
+        x = in_dtype(x, self.weight.dtype)
         if scale is None:
             y = linear(x, self.weight, bias)
         else:
@@ -105,7 +105,7 @@ class FrozenLinear(NamedTuple):
             d_bias = column_sums(d_y, self.parts.bias)
         if needs.scale and self.parts.scale is not None and saved.unscaled is not None:
             d_scale = column_sums(d_y * saved.unscaled, self.parts.scale)
-        d_y = d_y.to(self.weight.dtype)
+        d_y = in_dtype(d_y, self.weight.dtype)
         if need_dx:
             d_x = linear(d_y if scale is None else d_y * scale, self.weight.t(), None)
         if down is not None and up is not None:

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from gist_kernels.autograd.linear import FrozenLinear, LinearParts, LinearSaved
-from gist_kernels.autograd.tensors import as_result, column_sums, rows_of, watched_tensors
+from gist_kernels.autograd.tensors import (
+    as_result,
+    column_sums,
+    in_dtype,
+    rows_of,
+    watched_tensors,
+)
 from gist_kernels.kernels.protocols import SublayerKernels
 from gist_kernels.weights import AdapterWeights, NormWeights
 
@@ -180,7 +186,7 @@ class Sublayer:
             rows_of(d_first), lambda: self.normed(rows.x), saved, needs.first
         )
         assert d_normed is not None
-        d_normed = d_normed.to(rows.x.dtype)
+        d_normed = in_dtype(d_normed, rows.x.dtype)
         norm = self.norm_grads(d_normed, rows, needs.norm)
         d_x, *adapter = self.kernels.adapter.backward(
             rows.d_out, d_normed, rows.x, self.norm, rows.stats, self.adapter, rows.z,

@@ -14,6 +14,7 @@ from gist_kernels.kernels.cpu.native import native as _native
 from gist_kernels.weights import AdapterWeights, NormWeights
 
 _DTYPE_CODES = {getattr(torch, name): code for name, code in _native.ADAPTER_DTYPES.items()}
+_CPU = torch.device("cpu")  # not the default one
 _NOTHING = 0
 _NO_ROWS = (_NOTHING, 0)
 
@@ -44,10 +45,11 @@ def forward(
     Raises:
         ValueError: a shape, dtype or stride is not as above.
     """
-    rows, width = _check_rows("x", x, x)
     accumulate = _accumulate(x)
-    of_add = _NO_ROWS if add is None else _rows("add", add, x)
-    norm_weights = _norm_weights(norm, width, accumulate)
+    of_x = _rows("x", x, x)
+    of_add = _NO_ROWS if add is None else of_x if add is x else _rows("add", add, x)
+    rows, width = x.shape
+    weight, norm_bias = _norm_weights(norm, width, accumulate)
     adapter_weights = _adapter_weights(adapter, width, accumulate)
     bias = _vector("bias", bias, (width,), accumulate)
 
@@ -55,16 +57,23 @@ def forward(
     norm_group = adapter_group = None
     if norm is not None:
         normed = memory.empty((rows, width), x.dtype)
-        stats = torch.empty((rows, 2), dtype=accumulate, device=x.device)
-        norm_group = (norm.eps, *map(_address, (*norm_weights, normed, stats)))
+        stats = torch.empty((rows, 2), dtype=accumulate, device=_CPU)
+        addresses = _address(weight), _address(norm_bias), normed.data_ptr(), stats.data_ptr()
+        norm_group = (norm.eps, *addresses)
     if adapter is not None:
+        rank = len(adapter[0])
         out = memory.empty((rows, width), x.dtype)
-        z = torch.empty((rows, _rank(adapter)), dtype=accumulate, device=x.device)
-        adapter_group = (*_settings(adapter), *map(_address, (*adapter_weights, out, z)))
+        z = torch.empty((rows, rank), dtype=accumulate, device=_CPU)
+        adapter_group = (
+            *_settings(adapter),
+            *[_address(t) for t in adapter_weights],
+            out.data_ptr(),
+            z.data_ptr(),
+        )
     _native.adapter_forward(
         _DTYPE_CODES[x.dtype],
         (rows, width),
-        _rows("x", x, x),
+        of_x,
         of_add,
         _address(bias),
         norm_group,
@@ -114,8 +123,9 @@ def backward(
     Raises:
         ValueError: a shape, dtype or stride is not as above, or stats or z is missing.
     """
-    rows, width = _check_rows("x", x, x)
     accumulate = _accumulate(x)
+    of_x = _rows("x", x, x)
+    rows, width = x.shape
     if d_out is None:
         adapter, pass_through = None, False
     if d_normed is None:
@@ -124,39 +134,40 @@ def backward(
         raise ValueError("d_normed needs the norm it is the gradient of")
     of_d_out = _NO_ROWS if d_out is None else _rows("d_out", d_out, x)
     of_d_normed = _NO_ROWS if d_normed is None else _rows("d_normed", d_normed, x)
-    norm_weights = _norm_weights(norm, width, accumulate)
-    adapter_weights = _adapter_weights(adapter, width, accumulate)
     norm_group = adapter_group = None
     if norm is not None:
+        norm_weight, _ = _norm_weights(norm, width, accumulate)
         stats = _kept("stats", stats, (rows, 2), accumulate)
-        norm_group = (_address(norm_weights[0]), _address(stats), of_d_normed)
-    if adapter is not None:
-        z = _kept("z", z, (rows, _rank(adapter)), accumulate)
-        down_weight, _, up_weight, _ = adapter_weights
-        adapter_group = (*_settings(adapter), *map(_address, (down_weight, up_weight, z)))
-
-    dx = memory.empty((rows, width), x.dtype) if need_dx else None
+        norm_group = (_address(norm_weight), stats.data_ptr(), of_d_normed)
     gradients: list[torch.Tensor | None] = [None] * 4
     if adapter is not None:
+        z = _kept("z", z, (rows, len(adapter[0])), accumulate)
+        down_weight, _, up_weight, _ = _adapter_weights(adapter, width, accumulate)
+        addresses = _address(down_weight), _address(up_weight), z.data_ptr()
+        adapter_group = (*_settings(adapter), *addresses)
         gradients = [
-            None if weight is None else torch.empty(weight.shape, dtype=accumulate, device=x.device)
+            None if weight is None else torch.empty(weight.shape, dtype=accumulate, device=_CPU)
             for weight in adapter[:4]
         ]
+
+    dx = memory.empty((rows, width), x.dtype) if need_dx else None
     _native.adapter_backward(
         _DTYPE_CODES[x.dtype],
         (rows, width),
-        _rows("x", x, x),
+        of_x,
         of_d_out,
         pass_through,
         norm_group,
         adapter_group,
-        tuple(map(_address, gradients)),
+        tuple([_address(gradient) for gradient in gradients]),
         _address(dx),
         torch.get_num_threads(),
     )
     if adapter is not None:
         gradients = [
-            None if gradient is None or weight is None else gradient.to(weight.dtype)
+            gradient
+            if gradient is None or weight is None or weight.dtype is accumulate
+            else gradient.to(weight.dtype)
             for gradient, weight in zip(gradients, adapter[:4], strict=True)
         ]
     d_down_weight, d_down_bias, d_up_weight, d_up_bias = gradients
@@ -171,21 +182,17 @@ def _address(tensor: torch.Tensor | None) -> int:
     return _NOTHING if tensor is None else tensor.data_ptr()
 
 
-def _check_rows(name: str, tensor: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
-    if tensor.ndim != 2 or tensor.shape != x.shape or x.shape[1] < 1:
+def _rows(name: str, tensor: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
+    """Address and row stride."""
+    shape = x.shape
+    if tensor.shape != shape or len(shape) != 2 or shape[1] < 1:
         raise ValueError(f"{name} must be (M, D), with the shape of x and D at least 1")
     if tensor.dtype is not x.dtype or x.dtype not in _DTYPE_CODES or not tensor.is_cpu:
         raise ValueError(f"{name} must be a floating-point tensor on the CPU, of x's dtype")
-    rows, width = tensor.shape
-    if rows and width != 1 and tensor.stride(1) != 1:
+    stride, step = tensor.stride()
+    if step != 1 and shape[0] and shape[1] != 1:
         raise ValueError(f"the last dimension of {name} must be contiguous")
-    return rows, width
-
-
-def _rows(name: str, tensor: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
-    """Address and row stride."""
-    _check_rows(name, tensor, x)
-    return tensor.data_ptr(), tensor.stride(0)
+    return tensor.data_ptr(), stride
 
 
 def _vector(
@@ -196,6 +203,8 @@ def _vector(
         return None
     if weight.shape != shape or not weight.is_cpu:
         raise ValueError(f"{name} must have shape {shape}, on the CPU")
+    if weight.dtype is dtype and weight.is_contiguous():
+        return weight
     return weight.to(dtype).contiguous()
 
 
@@ -210,16 +219,12 @@ def _norm_weights(
     )
 
 
-def _rank(adapter: AdapterWeights) -> int:
-    return adapter.down_weight.shape[0]
-
-
 def _adapter_weights(
     adapter: AdapterWeights | None, width: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, ...]:
     if adapter is None:
         return None, None, None, None
-    rank = _rank(adapter)
+    rank = len(adapter[0])
     if rank < 1:
         raise ValueError("the adapter must have a rank of at least 1")
     return (
@@ -240,4 +245,4 @@ def _kept(
 
 def _settings(adapter: AdapterWeights) -> tuple[int, int, float]:
     """Rank, activation and scale."""
-    return _rank(adapter), ACTIVATION_CODES[adapter.activation], adapter.scale
+    return len(adapter[0]), ACTIVATION_CODES[adapter.activation], adapter.scale

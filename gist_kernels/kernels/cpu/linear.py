@@ -12,6 +12,7 @@ are PyTorch's own: for bf16 PyTorch calls oneDNN by itself.
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,7 @@ def rule_of(library: str) -> Rule:
     return Rule(everything=library == "onednn")
 
 
+@lru_cache
 def _has_onednn() -> bool:
     return _linear_pointwise is not None and torch.backends.mkldnn.is_available()
 
@@ -103,23 +105,24 @@ def detail() -> str:
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, *, adds: bool) -> bool:
     """Whether ``x weight^T``, to be added onto a tensor or not, is oneDNN's."""
-    if x.dtype is not torch.float32 or not torch.backends.mkldnn.enabled or not _has_onednn():
+    if x.dtype is not torch.float32:
         return False
-    if _rule.everything:
-        return x.numel() > 0
     outputs, inputs = weight.shape
-    transposed = weight.stride(1) != 1
-    if x.numel() * outputs < _LEAST_MULTIPLICATIONS:
+    if not _rule.everything:
+        if x.numel() * outputs < _LEAST_MULTIPLICATIONS:
+            return False
+        transposed = weight.stride(1) != 1
+        fast = (
+            _rule.large
+            and outputs > _FEW
+            and not (transposed and weight.numel() > _rule.transposed_numbers)
+            and not (adds and inputs < _rule.inputs_to_add)
+        )
+        if not fast and not (transposed and 1 < outputs <= _FEW_TRANSPOSED):
+            return False
+    elif not x.numel():
         return False
-    if transposed and 1 < outputs <= _FEW_TRANSPOSED:
-        return True
-    if adds and inputs < _rule.inputs_to_add:
-        return False
-    return (
-        _rule.large
-        and outputs > _FEW
-        and not (transposed and weight.numel() > _rule.transposed_numbers)
-    )
+    return bool(torch.backends.mkldnn.enabled) and _has_onednn()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -22,6 +22,7 @@ import weakref
 
 import torch
 
+_CPU = torch.device("cpu")  # not the default one
 _LEAST_BYTES = 32 << 20
 _MOST_UNUSED = 2
 
@@ -40,7 +41,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < _LEAST_BYTES:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device=_CPU)
     block = _take(size)
     lent = memoryview(block)
     # The tensor's storage holds on to `lent` alone: when both are gone, the block is unused again.
