@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import nn
 
@@ -24,15 +26,21 @@ def embed_patches(module: Any, images: torch.Tensor) -> torch.Tensor:
     """
     if not _is_plain(module) or not _fits(module, images):
         return module(images)
-    from gist_kernels.kernels.cpu.linear import linear
-
     proj, (high, wide) = module.proj, module.patch_size
     batch, channels, height, width = images.shape
     patches = images.reshape(batch, channels, height // high, high, width // wide, wide)
     rows = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * high * wide)
-    embedded = linear(rows, proj.weight.flatten(1), proj.bias)
+    embedded = _linear()(rows, proj.weight.flatten(1), proj.bias)
     patches_each = (height // high) * (width // wide)
     return module.norm(embedded.view(batch, patches_each, proj.out_channels))
+
+
+def _linear() -> Callable[..., torch.Tensor]:
+    if torch.compiler.is_compiling():  # the choice of a library can't be traced
+        return F.linear
+    from gist_kernels.kernels.cpu.linear import linear
+
+    return linear
 
 
 def _is_plain(module: Any) -> bool:
@@ -54,7 +62,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def _fits(module: Any, images: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or images.ndim != 4 or images.device.type != "cpu":
+    if images.ndim != 4 or images.device.type != "cpu":
         return False
     if torch.is_grad_enabled() or under_transform():  # oneDNN's operator has no derivative
         return False

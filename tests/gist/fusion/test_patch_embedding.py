@@ -102,3 +102,20 @@ def test_the_model_embeds_by_it(products, monkeypatch):
     model(images())
     assert calls
     assert products
+
+
+def test_a_compiled_plain_embedding_is_one_product_too():
+    module, images = PatchEmbed(**PLAIN).requires_grad_(False), pixels(24, 24)
+    called = []
+
+    def note(graph, _):
+        called.extend(getattr(node.target, "__name__", "") for node in graph.graph.nodes)
+        return graph.forward
+
+    call = torch.compile(embed_patches, fullgraph=True, backend=note)
+    with torch.no_grad():
+        found, by_timm = call(module, images), module(images)
+        exact = module.double()(images.double())
+    assert "linear" in called
+    assert "conv2d" not in called
+    assert (found - exact).abs().max() <= 2 * (by_timm - exact).abs().max() + 4e-7
