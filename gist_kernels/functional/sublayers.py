@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from gist_kernels import autograd, check, reference
+from gist_kernels import autograd, check
 from gist_kernels.activations import ACTIVATIONS
 from gist_kernels.autograd import sublayer_operators
 from gist_kernels.autograd.attention import served
 from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
-from gist_kernels.suggest import unknown_name
+from gist_kernels.check import unknown_name
 from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
     AdapterWeights,
@@ -99,10 +99,14 @@ def adapter_attention(
             or not takes_operators(*arguments)
             or not served(kernels.attention, x, matmul_dtype(x), heads, inner)
         ):
+            from gist_kernels import reference
+
             return reference.adapter_attention(*arguments)
         backend = serving("sublayers", x.device.type, x.dtype)
         return sublayer_operators.adapter_attention(backend, *arguments)
     if kernels is None or negated(*arguments):
+        from gist_kernels import reference
+
         return reference.adapter_attention(*arguments)
     return autograd.adapter_attention(kernels, *arguments)
 
@@ -136,10 +140,14 @@ def adapter_mlp(
     kernels = select("sublayers", x)
     if needs_dispatcher(x):
         if kernels is None or not takes_operators(*arguments):
+            from gist_kernels import reference
+
             return reference.adapter_mlp(*arguments)
         backend = serving("sublayers", x.device.type, x.dtype)
         return sublayer_operators.adapter_mlp(backend, *arguments)
     if kernels is None or negated(*arguments):
+        from gist_kernels import reference
+
         return reference.adapter_mlp(*arguments)
     return autograd.adapter_mlp(kernels, *arguments)
 
