@@ -1,12 +1,14 @@
 # make demo       fine-tune real weights on real images, print and plot the result
 # make test       every test that needs no GPU
 # make test-avx2  the numerical tests as on a processor without AVX-512
+# make test-portable  the same by the kernels that every processor can run
 # make lint       ruff, mypy and clang-format
 # make docs       the documentation site, into build/docs; fails on a broken link or name
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-quick   the small ones, to compare with a saved run
 # make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
 # make sanitize   the C++ kernels' own tests under the address, undefined and thread sanitizers
+# make aarch64    the same tests, built for 64-bit Arm and run in an emulator
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
   ATEN_CPU_CAPABILITY=avx2
 
-.PHONY: demo test test-avx2 lint bench bench-quick gpu sanitize clean
+.PHONY: demo test test-avx2 test-portable lint bench bench-quick gpu sanitize aarch64 clean
 .PHONY: docs  # a folder has this name too
 
 demo: $(VENV)/.installed-demo
@@ -29,9 +31,14 @@ test: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS)
 
+NUMERICAL := $(PYTEST) -m "not triton" $(or $(ARGS),tests/gist_kernels tests/gist/fusion \
+  --ignore=tests/gist_kernels/kernels/triton)
+
 test-avx2: $(VENV)/.installed-dev
-	$(AVX2) $(PYTEST) -m "not triton" $(or $(ARGS),tests/gist_kernels tests/gist/fusion \
-	  --ignore=tests/gist_kernels/kernels/triton)
+	$(AVX2) $(NUMERICAL)
+
+test-portable: $(VENV)/.installed-dev
+	GIST_KERNELS_INSTRUCTIONS=portable $(NUMERICAL)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -60,6 +67,15 @@ build/sanitize-%: FORCE
 	$(BIN)/cmake --build $@
 	$(BIN)/ctest --test-dir $@ --verbose
 
+# Of the virtual environment it needs CMake only.
+aarch64: $(BIN)/cmake
+	$(BIN)/cmake -S . -B build/aarch64 -DGIST_KERNELS_TESTS=ON -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  '-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu'
+	$(BIN)/cmake --build build/aarch64
+	$(BIN)/ctest --test-dir build/aarch64 --verbose
+
 FORCE:
 
 # One stamp an extra; made again when the build's inputs change, so the native module stays current.
@@ -70,6 +86,9 @@ $(VENV)/.installed-%: $(NATIVE) | $(BIN)/python
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/cmake: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'cmake>=3.18'
 
 clean:
 	rm -rf build runs $(VENV)

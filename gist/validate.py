@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from gist_kernels.reference.adapter import ACTIVATIONS
-from gist_kernels.suggest import unknown_name
+from gist_kernels.activations import ACTIVATIONS
+from gist_kernels.check import unknown_name
 
 
 def check_count(name: str, value: object, at_least: int = 1) -> None:

@@ -5,7 +5,9 @@ oracle in the tests, and is served by the fastest backend that can take the call
 :func:`backends` for what is available here, and :func:`use_backend` to choose.
 """
 
-from gist_kernels import compat
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from gist_kernels.backend import BackendInfo, backends, use_backend
 from gist_kernels.functional.adapter import adapter
 from gist_kernels.functional.attention import prefix_attention
@@ -26,6 +28,10 @@ from gist_kernels.weights import (
     MlpWeights,
     NormWeights,
 )
+
+if TYPE_CHECKING:
+    from gist_kernels import compat
+    from gist_kernels import reference as reference
 
 __version__ = "0.1.0"
 
@@ -54,3 +60,17 @@ __all__ = [
     "split_heads",
     "use_backend",
 ]
+
+# Imported when first asked for. The public functions stay eager: their modules register the
+# operators, which a program saved by torch.export needs before it is loaded.
+_LAZY = ("compat", "reference")
+
+if not TYPE_CHECKING:  # a checker would take any name for an attribute
+
+    def __getattr__(name):
+        if name in _LAZY:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *_LAZY})

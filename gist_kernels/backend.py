@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gist_kernels.check import unknown_name
 from gist_kernels.kernels import cpu, triton
 from gist_kernels.kernels.protocols import OPERATIONS, Backend
-from gist_kernels.suggest import unknown_name
 from gist_kernels.tracing import under_transform
 
 ENVIRONMENT_VARIABLE = "GIST_KERNELS_BACKEND"

@@ -6,7 +6,8 @@ TypeError is for a wrong kind of value or dtype, ValueError for a wrong shape, d
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Real
 
 import torch
@@ -118,3 +119,20 @@ def out_of_range(name: str, row: int, index: int, classes: int, ignore_index: in
         f"{name}[{row}] is {index}, outside the {classes} classes 0 to {classes - 1} "
         f"(ignore_index is {ignore_index})"
     )
+
+
+def unknown_name(argument: str, given: str, known: Iterable[str], hint: str = "") -> str:
+    """The sentence for a name that is not in ``known``: nearest ones first, all when few.
+
+    >>> from gist_kernels.check import unknown_name
+    >>> unknown_name("method", "adaptor", ["adapter", "lora"])
+    "method: 'adaptor' is not known; did you mean 'adapter'? Known: adapter, lora"
+    """
+    names = sorted(known)
+    near = get_close_matches(given, names, n=3, cutoff=0.5)
+    text = f"{argument}: {given!r} is not known"
+    if near:
+        text += "; did you mean " + " or ".join(map(repr, near)) + "?"
+    if len(names) <= 20:
+        text += ("" if near else ".") + " Known: " + ", ".join(names)
+    return f"{text}{hint}"

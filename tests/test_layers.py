@@ -43,7 +43,6 @@ GIST_KERNELS_LAYERS: tuple[tuple[str, ...], ...] = (
         "gist_kernels.weights",
         "gist_kernels.activations",
         "gist_kernels.check",
-        "gist_kernels.suggest",
         "gist_kernels.tracing",
     ),
 )

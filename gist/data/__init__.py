@@ -8,7 +8,7 @@ from pathlib import Path
 from gist.data.base import DataError, ImageData, Preloaded, Transformed, prepare
 from gist.data.folder import load_folder
 from gist.data.offline import SOURCES
-from gist_kernels.suggest import unknown_name
+from gist_kernels.check import unknown_name
 
 DATA_SETS: dict[str, Callable[[], ImageData]] = {n: s.load for n, s in SOURCES.items()}
 

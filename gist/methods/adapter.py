@@ -16,7 +16,7 @@ from gist.methods.hooks import Hook
 from gist.methods.linear import CastLinear, is_untouched
 from gist.untouched import is_bare
 from gist.validate import check_activation, check_count, check_finite, check_known
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.activations import ACTIVATIONS
 from gist_kernels.tracing import watched
 
 PLACEMENTS = ("shared", "parallel", "sequential")

@@ -15,7 +15,7 @@ from gist.methods.adapter import ALTERED, Bottleneck
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
 from gist.untouched import is_bare
 from gist.validate import check_activation, check_count, check_finite, check_rate
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from gist.training.config import TrainConfig
 from gist.training.evaluation import evaluate, processes
 from gist.training.log import Log
 from gist.training.loop import Epoch, fit
-from gist.training.state import Checkpoint, check_same
+from gist.training.state import ResumeFile, check_same
 
 RESULTS_FILE = "results.json"
 RESUME_FILE = "resume.pt"
@@ -148,16 +148,16 @@ def run(
     where = process.device if process.num_processes > 1 else torch.device(device)
     # Through JSON, so that it compares equal to an earlier run's.
     described = json.loads(json.dumps({**config.to_dict(), "data_fingerprint": data.fingerprint}))
-    checkpoint = Checkpoint(directory / RESUME_FILE, described, every=save_every)
+    resume_file = ResumeFile(directory / RESUME_FILE, described, every=save_every)
     log = Log(directory, every=log_every, tensorboard=tensorboard, wandb=wandb)
     (earlier,) = broadcast_object_list([read_results(directory) if main else None])
     if earlier is not None:
         check_same(described, earlier["config"], directory)
     finished = earlier is not None and earlier["complete"]
     if main and not finished:
-        checkpoint.load()  # raises if the state is another run's
+        resume_file.load()  # raises if the state is another run's
     if main and (finished or fresh):
-        checkpoint.remove()
+        resume_file.remove()
     if finished and not fresh:
         return {**earlier, "reused": True}
 
@@ -191,7 +191,7 @@ def run(
         on_step=listener.step,
         on_epoch=listener.epoch,
         on_resume=listener.resumes,
-        checkpoint=checkpoint,
+        resume_file=resume_file,
         log=log,
     )
     if fitted.best_epoch is None:
@@ -219,7 +219,7 @@ def run(
     if fitted.interrupted:
         raise KeyboardInterrupt
     if main:
-        checkpoint.remove()
+        resume_file.remove()
     return {**results, "reused": False}
 
 

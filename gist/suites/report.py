@@ -18,7 +18,7 @@ from gist.model.config import GistConfig
 from gist.suites.interval import Interval
 from gist.suites.run import RECORD_FILE, Record, read_record
 from gist.suites.tasks import SUITES
-from gist_kernels.suggest import unknown_name
+from gist_kernels.check import unknown_name
 
 GIST = " + GIST"  # ends a variant's title
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gist_kernels.suggest import unknown_name
+from gist_kernels.check import unknown_name
 
 
 @dataclass(frozen=True)

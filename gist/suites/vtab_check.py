@@ -21,7 +21,7 @@ SPLITS = ("train800", "val200", "test")  # must be disjoint
 
 
 @dataclass
-class Report:
+class TaskCheck:
     """The result of checking one task.
 
     Attributes:
@@ -53,7 +53,7 @@ def check(
     *,
     allow_duplicates: bool = False,
     counts: Mapping[str, int] = COUNTS,
-) -> Report:
+) -> TaskCheck:
     """Read every list and decode every image of one task.
 
     Checked: the layout, 800 / 200 / 1,000 images, labels in range, images that can't be decoded, an
@@ -65,38 +65,38 @@ def check(
         allow_duplicates: duplicates across splits are warnings. Some tasks' source data have them.
         counts: images expected by list.
     """
-    report = Report(task.name)
-    lists, report.faults = read_lists(root, task)
+    result = TaskCheck(task.name)
+    lists, result.faults = read_lists(root, task)
     if not lists:
-        return report
+        return result
     folder = root / task.name
-    report.images = {name: len(samples) for name, samples in lists.items()}
-    unread = bool(report.faults)
+    result.images = {name: len(samples) for name, samples in lists.items()}
+    unread = bool(result.faults)
     for name in LISTS:
         found, expected = len(lists[name]), counts.get(name)
         if expected is not None and found != expected and (folder / f"{name}.txt").is_file():
-            report.faults.append(
+            result.faults.append(
                 f"{folder / name}.txt has {found:,} usable images; expected {expected:,}"
             )
         elif not found and (folder / f"{name}.txt").is_file():
-            report.faults.append(f"{folder / name}.txt has no usable image")
+            result.faults.append(f"{folder / name}.txt has no usable image")
 
     paths = list(dict.fromkeys(path for samples in lists.values() for path, _ in samples))
     with ThreadPoolExecutor() as pool:
         files = dict(zip(paths, pool.map(_inspect, paths), strict=True))
     broken = [f"{path} can't be read: {file.fault}" for path, file in files.items() if file.fault]
-    report.faults += broken
+    result.faults += broken
     readable = {
         name: [(p, label) for p, label in samples if not files[p].fault]
         for name, samples in lists.items()
     }
     duplicates = list(_duplicates(readable, files))
-    (report.warnings if allow_duplicates else report.faults).extend(duplicates)
-    report.faults += _not_the_union(readable, files, folder)
-    report.warnings += _jpeg(task, files)
+    (result.warnings if allow_duplicates else result.faults).extend(duplicates)
+    result.faults += _not_the_union(readable, files, folder)
+    result.warnings += _jpeg(task, files)
     if not broken and not unread:
-        report.fingerprint = task_fingerprint(lists, lambda path: files[path].content)
-    return report
+        result.fingerprint = task_fingerprint(lists, lambda path: files[path].content)
+    return result
 
 
 def _inspect(path: Path) -> _File:

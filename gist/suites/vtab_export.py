@@ -16,7 +16,7 @@ from gist.data.base import Images
 from gist.data.images import to_rgb
 from gist.data.split import distinct, pixel_digest, stratified
 from gist.suites.vtab_layout import LISTS, Joined
-from gist_kernels.suggest import unknown_name
+from gist_kernels.check import unknown_name
 
 
 def export(

@@ -64,7 +64,7 @@ class Log:
             *whole, _ = path.read_text(encoding="utf-8").split("\n")  # a kill may cut the last row
             rows += [row for row in whole[1:] if int(row.split(",")[0]) <= step]
         write_atomically(path, "".join(row + "\n" for row in rows).encode())
-        # Unbuffered, so that rows from before a checkpoint survive a kill after it.
+        # Unbuffered, so that rows from before a saved state survive a kill after it.
         self._file = path.open("ab", buffering=0)
         if self._writer_type is not None:
             self._writer = self._writer_type(

@@ -28,7 +28,7 @@ from gist.training.ema import Ema
 from gist.training.evaluation import evaluate, processes
 from gist.training.log import Log
 from gist.training.mixup import Mixup
-from gist.training.state import Checkpoint, rng_state, seed_all, set_rng_state
+from gist.training.state import ResumeFile, rng_state, seed_all, set_rng_state
 from gist_kernels.kernels.cpu import memory
 
 # Steps between two reads of the loss. On a GPU, a read waits for the device.
@@ -77,7 +77,7 @@ def fit(
     on_step: Callable[[int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_resume: Callable[[int, list[Epoch]], None] | None = None,
-    checkpoint: Checkpoint | None = None,
+    resume_file: ResumeFile | None = None,
     log: Log | None = None,
 ) -> FitResult:
     """Train what :func:`gist.wrap` left trainable; keep the best epoch on ``val``, or the last.
@@ -96,8 +96,8 @@ def fit(
             late, because each read of a loss waits for the device.
         on_epoch: called with each finished epoch.
         on_resume: called first, with the number of finished steps and the finished epochs, if the
-            training resumes from ``checkpoint``.
-        checkpoint: saved at each epoch's end and every ``checkpoint.every`` steps. If it holds a
+            training resumes from ``resume_file``.
+        resume_file: saved at each epoch's end and every ``resume_file.every`` steps. If it holds a
             state, the training resumes from it. On a CPU the result then has the bits of a training
             that was never stopped, unless ``workers`` load items that are drawn at random. The file
             stays after the last epoch: remove it once the result is safe.
@@ -109,13 +109,13 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite; it names the step.
-        OSError: the checkpoint or the log could not be written; it names the file.
-        ValueError: the checkpoint was written by another number of processes, or the optimizer
+        OSError: the resume file or the log could not be written; it names the file.
+        ValueError: the resume file was written by another number of processes, or the optimizer
             needs a library or a device that is not here.
     """
     if next(model.parameters()).device.type == "cpu":
         memory.keep_freed()
-    training = _Training(model, train, val, config, loss, workers, checkpoint, log)
+    training = _Training(model, train, val, config, loss, workers, resume_file, log)
     training.on_step, training.on_epoch = on_step, on_epoch
     try:
         training.resume(on_resume)
@@ -169,7 +169,7 @@ class _Training:
         config: TrainConfig,
         loss: GistLoss | None,
         workers: int,
-        checkpoint: Checkpoint | None,
+        resume_file: ResumeFile | None,
         log: Log | None,
     ) -> None:
         self.started = time.perf_counter()
@@ -179,7 +179,7 @@ class _Training:
         if loss is not None and config.label_smoothing:
             raise ValueError("label_smoothing is the default loss's; give it to your loss instead")
         self.loss = loss if loss is not None else GistLoss(label_smoothing=config.label_smoothing)
-        self.log, self.checkpoint = log, checkpoint
+        self.log, self.resume_file = log, resume_file
         # A subclass may compute another loss, which has no terms to log.
         known = type(self.loss).forward is GistLoss.forward
         self.with_terms = log is not None and model.token is not None and known
@@ -240,7 +240,7 @@ class _Training:
         parts = iter(self.loader) if steps else iter(())
         for size, own in steps:
             self._step(parts, size, own)
-            due = self.checkpoint is not None and self.checkpoint.every
+            due = self.resume_file is not None and self.resume_file.every
             if due and self.at.step % due == 0:
                 self._read()
                 self.at.epoch_seconds = before + time.perf_counter() - start
@@ -355,7 +355,7 @@ class _Training:
         if self.log is not None and self.processes.is_main_process:
             measured = {"accuracy": accuracy, "loss": loss}
             self.log.epoch(at.step, {k: v for k, v in measured.items() if v is not None})
-        if self.checkpoint is not None:
+        if self.resume_file is not None:
             self.save()
         if self.on_epoch is not None:
             self.on_epoch(finished)
@@ -373,11 +373,11 @@ class _Training:
         return self.at.seconds + time.perf_counter() - self.started
 
     def save(self) -> None:
-        assert self.checkpoint is not None
+        assert self.resume_file is not None
         generators = gather_object([rng_state(self.device)])
         if not self.processes.is_main_process:
             return
-        self.checkpoint.save(
+        self.resume_file.save(
             {
                 "at": {**asdict(self.at), "seconds": self.seconds()},
                 "history": [asdict(epoch) for epoch in self.result.history],
@@ -392,17 +392,17 @@ class _Training:
         )
 
     def resume(self, on_resume: Callable[[int, list[Epoch]], None] | None) -> None:
-        """Resume from the checkpoint, if it holds a state. Only the main process reads it."""
-        if self.checkpoint is None:
+        """Continue from the resume file, if it exists. Only the main process reads it."""
+        if self.resume_file is None:
             return
-        state = self.checkpoint.load() if self.processes.is_main_process else None
+        state = self.resume_file.load() if self.processes.is_main_process else None
         (state,) = broadcast_object_list([state])
         if state is None:
             return
         if len(state["generators"]) != self.processes.num_processes:
             raise ValueError(
-                f"{self.checkpoint.path} was written by {len(state['generators'])} processes; go "
-                f"on with as many (these are {self.processes.num_processes}), or delete it"
+                f"{self.resume_file.path} was written by {len(state['generators'])} processes; "
+                f"resume with as many (these are {self.processes.num_processes}), or delete it"
             )
         self.at = _Position(**state["at"])
         self.result.history = [Epoch(**epoch) for epoch in state["history"]]

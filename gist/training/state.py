@@ -18,7 +18,7 @@ from gist.files import write_atomically
 FORMAT = 1
 
 
-class Checkpoint:
+class ResumeFile:
     """A file, replaced as a whole: a kill or a full disk during a save leaves the earlier state.
 
     Args:
@@ -87,7 +87,7 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of this process's global generators, as :meth:`Checkpoint.save` takes them."""
+    """The states of this process's global generators, as :meth:`ResumeFile.save` takes them."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from gist_kernels import autograd, check, reference
+from gist_kernels import autograd, check
 from gist_kernels.activations import ACTIVATIONS, Activation
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
-from gist_kernels.suggest import unknown_name
+from gist_kernels.check import unknown_name
 from gist_kernels.tracing import autocast_enabled, needs_dispatcher, takes_operators
 from gist_kernels.weights import AdapterWeights
 
@@ -88,6 +88,8 @@ def adapter(
     plain = traced or not negated(*tensors)  # an operator's arguments are made so
     # Under autocast the matmuls are in autocast's dtype. The kernels can't do that.
     if kernels is None or autocast or not plain or (traced and not takes_operators(*tensors)):
+        from gist_kernels import reference
+
         return reference.adapter(
             x, *weights[:4], scale=scale, activation=activation, residual=residual
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gist_kernels import autograd, check, reference
+from gist_kernels import autograd, check
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.tracing import needs_dispatcher, takes_operators
@@ -56,9 +56,13 @@ def prefix_attention(
             or not takes_operators(qkv)
             or not autograd.served(kernels, qkv, qkv.dtype, num_heads, width)
         ):
+            from gist_kernels import reference
+
             return reference.prefix_attention(qkv, num_heads, num_queries, scale)
         backend = serving("attention", qkv.device.type, qkv.dtype)
         return autograd.prefix_attention_operator(backend, qkv, num_heads, num_queries, scale)
     if kernels is None or negated(qkv):
+        from gist_kernels import reference
+
         return reference.prefix_attention(qkv, num_heads, num_queries, scale)
     return autograd.prefix_attention(kernels, qkv, num_heads, num_queries, scale)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gist_kernels import autograd, check, reference
+from gist_kernels import autograd, check
 from gist_kernels.backend import BACKENDS, select
 from gist_kernels.functional.logits import (
     Reduction,
@@ -161,6 +161,8 @@ def jensen_shannon(
     scale = None if options.absent else row_scale(options, sides[0], reduction)
     kernels = select("divergence", sides[0])
     if kernels is None:
+        from gist_kernels import reference
+
         rows = reference.jensen_shannon(sides, shares, temperatures, scale)
     else:
         rows = autograd.jensen_shannon(kernels, sides, shares, temperatures, scale)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gist_kernels import autograd, check, reference
+from gist_kernels import autograd, check
 from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.backend import BACKENDS, select
 from gist_kernels.functional.divergence import _shares
@@ -202,6 +202,8 @@ def linear_jensen_shannon(
         return autograd.JensenShannonRows(kernels.divergence, shares, temperatures)
 
     def by_reference(sides: list[torch.Tensor], scale: torch.Tensor | None) -> Any:
+        from gist_kernels import reference
+
         return reference.jensen_shannon(sides, shares, temperatures, scale), None
 
     loss = _evaluate(call, None, None, by_kernels, by_reference, False)[0]
@@ -298,6 +300,8 @@ def _gist_rows(
         return autograd.GistRows(kernels.loss, options)
 
     def by_reference(sides: list[torch.Tensor], scale: torch.Tensor | None) -> Any:
+        from gist_kernels import reference
+
         cls, gist = sides
         return reference.gist_loss(cls, gist, flat, options, want_terms, scale)
 
@@ -329,6 +333,8 @@ def _evaluate(
     kernels = select("linear_loss", probe)
     first, second = call.heads
     if kernels is None:
+        from gist_kernels import reference
+
         heads = first, second or first
         seen = counted
         if scale is not None:

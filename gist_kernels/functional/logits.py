@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from gist_kernels import autograd, check, reference
+from gist_kernels import autograd, check
 from gist_kernels.backend import select
+from gist_kernels.check import unknown_name
 from gist_kernels.functional.rows import RowOptions, in_rows
 from gist_kernels.kernels.protocols import LossOptions
-from gist_kernels.suggest import unknown_name
 from gist_kernels.tracing import under_transform
 
 Reduction: TypeAlias = Literal["mean", "batchmean", "sum", "none"]
@@ -194,6 +194,8 @@ def evaluate(
     cls, gist, kernels = _served(cls, gist)
     cls, gist, target, options, scale = in_rows(cls, gist, target, options, rows)
     if kernels is None:
+        from gist_kernels import reference
+
         loss, terms = reference.gist_loss(cls, gist, target, options, want_terms, scale)
     else:
         loss, terms = autograd.gist_loss(kernels, cls, gist, target, options, want_terms, scale)
@@ -216,6 +218,8 @@ def evaluate_with_gradients(
     cls, gist, flat, options, scale = in_rows(cls, gist, target, options, rows)
     assert flat is not None
     if kernels is None:
+        from gist_kernels import reference
+
         found = reference.gist_loss_and_grad(cls, gist, flat, options, scale)
     else:
         found = autograd.gist_loss_and_grad(kernels, cls, gist, flat, options, scale)

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from gist_kernels import autograd, check, reference
+from gist_kernels import autograd, check
 from gist_kernels.activations import ACTIVATIONS
 from gist_kernels.autograd import sublayer_operators
 from gist_kernels.autograd.attention import served
 from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
+from gist_kernels.check import unknown_name
 from gist_kernels.kernels.protocols import SublayerKernels
-from gist_kernels.suggest import unknown_name
 from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
     AdapterWeights,
@@ -178,19 +178,19 @@ class PreparedAttention(_Prepared):
             attention = self.weights[1]
             heads, inner = attention.num_heads, attention.qkv_weight.shape[0] // 3
             if (
-                kernels is None
-                or not takes_operators(*arguments)
-                or not served(kernels.attention, x, matmul_dtype(x), heads, inner)
+                kernels is not None
+                and takes_operators(*arguments)
+                and served(kernels.attention, x, matmul_dtype(x), heads, inner)
             ):
-                return reference.adapter_attention(*arguments)
-            backend = serving("sublayers", x.device.type, x.dtype)
-            return sublayer_operators.adapter_attention(backend, *arguments)
-        sublayer = None
-        if kernels is not None and not negated(x, drop_path):
+                backend = serving("sublayers", x.device.type, x.dtype)
+                return sublayer_operators.adapter_attention(backend, *arguments)
+        elif kernels is not None and not negated(x, drop_path):
             sublayer = self.sublayer(kernels, matmul_dtype(x))
-        if sublayer is None:
-            return reference.adapter_attention(*arguments)
-        return autograd.adapter_attention(sublayer, x, num_queries, drop_path, grad_tokens)
+            if sublayer is not None:
+                return autograd.adapter_attention(sublayer, x, num_queries, drop_path, grad_tokens)
+        from gist_kernels import reference
+
+        return reference.adapter_attention(*arguments)
 
 
 class PreparedMlp(_Prepared):
@@ -203,16 +203,16 @@ class PreparedMlp(_Prepared):
         kernels = select("sublayers", x)
         arguments = x, *self.weights, drop_path
         if needs_dispatcher(x):
-            if kernels is None or not takes_operators(*arguments):
-                return reference.adapter_mlp(*arguments)
-            backend = serving("sublayers", x.device.type, x.dtype)
-            return sublayer_operators.adapter_mlp(backend, *arguments)
-        sublayer = None
-        if kernels is not None and not negated(x, drop_path):
+            if kernels is not None and takes_operators(*arguments):
+                backend = serving("sublayers", x.device.type, x.dtype)
+                return sublayer_operators.adapter_mlp(backend, *arguments)
+        elif kernels is not None and not negated(x, drop_path):
             sublayer = self.sublayer(kernels, matmul_dtype(x))
-        if sublayer is None:
-            return reference.adapter_mlp(*arguments)
-        return autograd.adapter_mlp(sublayer, x, drop_path)
+            if sublayer is not None:
+                return autograd.adapter_mlp(sublayer, x, drop_path)
+        from gist_kernels import reference
+
+        return reference.adapter_mlp(*arguments)
 
 
 def _check_block_input(

@@ -76,7 +76,10 @@ def gist_loss_and_grad(
     row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss and both gradients. See :func:`gist_kernels.gist_loss_and_grad`."""
-    if torch._C._are_functorch_transforms_active():  # which take no requires_grad_()
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or torch.compiler.is_compiling():  # both take no requires_grad_()
+        if not transformed:
+            cls_logits, gist_logits = cls_logits.detach(), gist_logits.detach()
 
         def summed(cls: torch.Tensor, gist: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             loss, _ = gist_loss(cls, gist, target, options, False, row_scale)

@@ -19,7 +19,7 @@ import gist
 from gist.training.config import TrainConfig
 from gist.training.log import Log
 from gist.training.loop import FitResult, fit
-from gist.training.state import Checkpoint
+from gist.training.state import ResumeFile
 
 # Its children are forks of a process that has imported what is slow to import, and nothing else.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -92,7 +92,7 @@ def train_in(
     on_epoch: Callable[[Any], None] | None = None,
 ) -> FitResult:
     """A training that keeps its state in ``directory``; ``trained.pt`` is what came out."""
-    checkpoint = Checkpoint(directory / "resume.pt", asdict(config), every=every)
+    resume_file = ResumeFile(directory / "resume.pt", asdict(config), every=every)
     rank = int(os.environ.get("RANK", 0))
     trained = model(config=gist_config, drop_path=drop_path)
     for parameter in trained.trainable_state_dict().values():
@@ -100,7 +100,7 @@ def train_in(
     went_on_after = []
     result = fit(
         trained, stripes(images, 1), stripes(31, 2), config,
-        checkpoint=checkpoint, log=Log(directory), on_step=on_step, on_epoch=on_epoch,
+        resume_file=resume_file, log=Log(directory), on_step=on_step, on_epoch=on_epoch,
         on_resume=lambda step, history: went_on_after.append(step),
     )  # fmt: skip
     (directory / f"seed-{rank}").write_text(str(torch.initial_seed()))

@@ -1,6 +1,7 @@
 // Shared by the kernels' own tests: memory of exactly the right size, numbers in every dtype, and
 // the comparison with plain loops in double. These tests are for sanitizers, which see only code
-// built with them (CMakeLists.txt says how). The Python tests check values more thoroughly.
+// built with them (CMakeLists.txt says how), and for processors that only an emulator has. The
+// Python tests check values more thoroughly.
 #pragma once
 
 #include <sys/mman.h>

@@ -11,7 +11,9 @@ error of the log-sum-exps shifts all l_k alike. Elsewhere b is the largest of th
 divergence is summed as p_k (exp(-l_k) - 1 + l_k), of which no summand is negative.
 
 A program of the forward pass takes a row: in registers, or, where it is too long, block by block,
-twice. The backward pass is element-wise, given three numbers a side of each row.
+twice. The backward pass is element-wise, given three numbers per side of each row.
+
+Shapes: B rows, C classes. An absent ``row_scale`` is None.
 """
 
 from __future__ import annotations
@@ -121,7 +123,11 @@ def _terms(xs, tops, sums, weights, inverse_ts, ratios, SIDES: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    sides, row_scale, loss, stats, strides, scale_stride, classes, weights, inverse_ts, ratios,
+    sides,  # a tuple of SIDES logits (B, C)
+    row_scale,  # (B,)
+    loss, stats,  # written: (B,), (B, SIDES, STATS)
+    strides, scale_stride, classes,
+    weights, inverse_ts, ratios,  # a number per side: w_k, 1 / T_k, T_0 / T_k
     SIDES: tl.constexpr, STATS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row's divergence and statistics."""
@@ -182,9 +188,14 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad, sides, row_scale, stats, gradients, strides, scale_stride, grad_stride, classes, weights,
-    inverse_ts, ratios, SIDES: tl.constexpr, NEEDS: tl.constexpr, STATS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad,  # (B,)
+    sides,  # a tuple of SIDES logits (B, C)
+    row_scale,  # (B,)
+    stats,  # (B, SIDES, STATS)
+    gradients,  # a tuple, written where NEEDS says so: (B, C)
+    strides, scale_stride, grad_stride, classes,
+    weights, inverse_ts, ratios,  # a number per side: w_k, 1 / T_k, T_0 / T_k
+    SIDES: tl.constexpr, NEEDS: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of a row, from the row's statistics; NEEDS has a bit for each side."""
     chunks = tl.cdiv(classes, BLOCK)
@@ -240,7 +251,8 @@ def forward(
             _forward_kernel[(rows,)](
                 tuple(sides), row_scale, loss, stats,
                 **_settings(sides, weights, temperatures, row_scale),
-                WHOLE=classes <= tile.block, **_meta(tile, device),
+                WHOLE=classes <= tile.block,
+                **heuristics.divergence_meta(tile, launch.warp_size(device)),
             )  # fmt: skip
     return loss, stats
 
@@ -273,7 +285,8 @@ def backward(
             _backward_kernel[(rows * tile.chunks(classes),)](
                 grad, tuple(sides), row_scale, stats, to, grad_stride=grad.stride(0),
                 **_settings(sides, weights, temperatures, row_scale),
-                NEEDS=sum(bool(need) << k for k, need in enumerate(needs)), **_meta(tile, device),
+                NEEDS=sum(bool(need) << k for k, need in enumerate(needs)),
+                **heuristics.divergence_meta(tile, launch.warp_size(device)),
             )  # fmt: skip
     return found
 
@@ -294,12 +307,3 @@ def _settings(
         "SIDES": len(sides),
         "STATS": STATS,
     }
-
-
-def _meta(tile: heuristics.Tile, device: torch.device) -> dict[str, Any]:
-    meta = tile.meta(launch.warp_size(device))
-    del meta["ROWS"]
-    if torch.version.hip is None:
-        # All there are: left to itself, ptxas may spill for an occupancy that nothing needs.
-        meta["maxnreg"] = min(255, 65536 // tile.threads)
-    return meta

@@ -26,6 +26,8 @@ _BACKWARD_CHUNK = 2048
 
 # Up to this many rows, each program counts the targets itself; above, one program counts for all.
 COUNT_INLINE = 256
+# Targets that this one program reads at a time.
+COUNT_BLOCK = 4096
 
 
 class Tile(NamedTuple):
@@ -87,6 +89,16 @@ def divergence_backward(classes: int, sides: int) -> Tile:
     """Gradients of several sides: element-wise."""
     block = min(max(16, _power_of_2(classes)), 1024 if sides > 4 else _BACKWARD_CHUNK)
     return Tile(1, block, threads=256 if sides > 4 else max(128, block // 8))
+
+
+def divergence_meta(tile: Tile, warp_size: int) -> dict[str, Any]:
+    """Launch arguments of the divergence's kernels, which take one row per program."""
+    meta = tile.meta(warp_size)
+    del meta["ROWS"]
+    if torch.version.hip is None:
+        # All there are: left to itself, ptxas may spill for an occupancy that nothing needs.
+        meta["maxnreg"] = min(255, 65536 // tile.threads)
+    return meta
 
 
 @lru_cache(maxsize=1024)

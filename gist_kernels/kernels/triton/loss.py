@@ -14,14 +14,18 @@ has a temperature of its own, z is multiplied by T over that one in p, q and d.
 
 Three regimes, by the number of classes alone:
 
-- few classes: many rows a program;
-- up to some thousands: a row a program, both sides held in registers and read once;
+- few classes: many rows per program;
+- up to some thousands: one row per program, both sides held in registers and read once;
 - above: a row is cut into chunks, each treated as a row, and merged by the chain rule
   KL(p || q) = sum_c P_c KL(p | c || q | c) + KL(P || Q), with P and Q the chunks' masses, in which
   again nothing cancels.
 
-The backward pass is element-wise, given nine numbers a row. The batch is summed by the last program
-to finish, in the order of the rows: one launch, no float atomics, the same bits every time.
+The backward pass is element-wise, given nine numbers per row. The last program to finish sums the
+batch, in the order of the rows: one launch, no float atomics, the same bits every time.
+
+Shapes: B rows, C classes, K chunks of a row, P programs that sum up rows. Statistics, terms and
+losses are float32. Optional tensors are None if absent. The number of classes and the row strides
+come in units of ALIGN elements, see :func:`gist_kernels.kernels.triton.launch.alignment`.
 """
 
 from __future__ import annotations
@@ -66,7 +70,14 @@ _SIZES = (
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _count_kernel(target, count, rows, target_stride, ignore_index, BLOCK: tl.constexpr):
+def _count_kernel(
+    target,  # (B,) class indices
+    count,  # written: ()
+    rows,
+    target_stride,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
     """Count the rows that are not ignored, in one program."""
     found = tl.zeros([BLOCK], tl.int32)
     for start in range(0, rows, BLOCK):
@@ -78,9 +89,17 @@ def _count_kernel(target, count, rows, target_stride, ignore_index, BLOCK: tl.co
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    a, b, target, row_scale, loss, terms, stats, sums, counter, partials, d_a, d_b, count,
+    a, b,  # (B, C)
+    target, row_scale,  # (B,) class indices or (B, C) probabilities; (B,)
+    loss, terms, stats,  # written: () or (B,), (4,) or (4, B), (STATS B + 1,)
+    sums, counter,  # of the batch, if it is reduced: (5 P,), ()
+    partials,  # written instead of the five above where K > 1: (PARTIALS K B,)
+    d_a, d_b,  # written: (B, C)
+    count,  # () rows that count; None: all do, or programs count them
     rows, target_stride, scale_stride, class_units, stride_a, stride_b, d_stride,
-    tempered_scale, inverse_t, gist_scale, smoothing, ignore_index, weights, kl_weights,
+    tempered_scale, inverse_t,  # log2(e) / T, 1 / T
+    gist_scale, smoothing, ignore_index,
+    weights, kl_weights,  # of the four terms; of the KL terms' gradients
     ALIGN: tl.constexpr, POWER: tl.constexpr, SCALED: tl.constexpr, SLOPES: tl.constexpr,
     TARGET: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, COUNT_ROWS: tl.constexpr,
@@ -201,7 +220,10 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _combine_kernel(
-    partials, target, row_scale, loss, terms, stats, sums, counter,
+    partials,  # (PARTIALS K B,)
+    target, row_scale,  # (B,) class indices or (B, C) probabilities; (B,)
+    loss, terms, stats,  # written: () or (B,), (4,) or (4, B), (STATS B + 1,)
+    sums, counter,  # of the batch, if it is reduced: (5 P,), ()
     rows, classes, target_stride, scale_stride, inverse_t, gist_scale, ignore_index, weights,
     TARGET: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -276,9 +298,15 @@ def _masses(tops, tempered, plain, inverse_t):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    grad, a, b, target, row_scale, stats, d_a, d_b,
+    grad,  # () or (B,); None for 1
+    a, b,  # (B, C)
+    target, row_scale,  # (B,) class indices or (B, C) probabilities; (B,)
+    stats,  # (STATS B + 1,)
+    d_a, d_b,  # written: (B, C)
     rows, target_stride, scale_stride, grad_stride, class_units, stride_a, stride_b, d_stride,
-    tempered_scale, inverse_t, gist_scale, smoothing, ignore_index, weights, kl_weights,
+    tempered_scale, inverse_t,  # log2(e) / T, 1 / T
+    gist_scale, smoothing, ignore_index,
+    weights, kl_weights,  # of the four terms; of the KL terms' gradients
     ALIGN: tl.constexpr, POWER: tl.constexpr, SCALED: tl.constexpr, SLOPES: tl.constexpr,
     TARGET: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -452,8 +480,9 @@ def _forward(
     if d_cls is not None and counts and rows > heuristics.COUNT_INLINE:
         count = torch.empty((), dtype=torch.float32, device=device)
         _count_kernel[(1,)](
-            target, count, rows, target_stride, options.ignore_index, 4096, enable_fp_fusion=True
-        )
+            target, count, rows, target_stride, options.ignore_index,
+            heuristics.COUNT_BLOCK, enable_fp_fusion=True,
+        )  # fmt: skip
 
     _forward_kernel[(tile.programs(rows, classes),)](
         cls, gist, target, row_scale, loss, terms, stats, sums, counter, partials, d_cls, d_gist,

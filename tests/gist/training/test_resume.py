@@ -1,4 +1,4 @@
-"""A training that was killed goes on and ends with the bits of one that was not."""
+"""A killed training resumes and ends with the bits of one that was not killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training import in_processes, kill_at, model, stripes, train_in, trained_in
 import gist
 from gist.training.config import TrainConfig
 from gist.training.loop import fit
-from gist.training.state import Checkpoint
+from gist.training.state import ResumeFile
 
 # Four steps an epoch, the last of two images; the state is saved at 3, 4, 6, 8, 9, 12, 15, 16.
 PLAIN = TrainConfig(epochs=4, batch_size=16, lr=1e-2, warmup_epochs=0.5, seed=5)
@@ -127,9 +127,9 @@ def test_a_full_disk_loses_no_earlier_state(tmp_path, uninterrupted):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    checkpoint = Checkpoint(tmp_path / "file" / "resume.pt", {})
+    resume_file = ResumeFile(tmp_path / "file" / "resume.pt", {})
     with pytest.raises(OSError, match=r"file"):
-        checkpoint.save({})
+        resume_file.save({})
 
 
 def test_interrupted_and_gone_on_with(tmp_path):
@@ -180,9 +180,15 @@ def test_a_damaged_state_is_named(tmp_path, content):
 
 
 def test_a_state_of_more_processes_is_refused(tmp_path):
-    checkpoint = Checkpoint(tmp_path / "resume.pt", {})
-    fit(model(), stripes(20, 1), stripes(9, 2), replace(PLAIN, epochs=1), checkpoint=checkpoint)
-    state = checkpoint.load()
-    checkpoint.save({**state, "generators": state["generators"] * 2})
+    resume_file = ResumeFile(tmp_path / "resume.pt", {})
+    fit(model(), stripes(20, 1), stripes(9, 2), replace(PLAIN, epochs=1), resume_file=resume_file)
+    state = resume_file.load()
+    resume_file.save({**state, "generators": state["generators"] * 2})
     with pytest.raises(ValueError, match="was written by 2 processes"):
-        fit(model(), stripes(20, 1), stripes(9, 2), replace(PLAIN, epochs=1), checkpoint=checkpoint)
+        fit(
+            model(),
+            stripes(20, 1),
+            stripes(9, 2),
+            replace(PLAIN, epochs=1),
+            resume_file=resume_file,
+        )

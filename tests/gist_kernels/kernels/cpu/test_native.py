@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gist_kernels.reference.adapter import ACTIVATIONS
+from gist_kernels.activations import ACTIVATIONS
 
 if os.environ.get("GIST_KERNELS_NATIVE") == "0":
     pytest.skip("installed without the native module", allow_module_level=True)
