@@ -14,7 +14,13 @@ from bench.measure import Case, mismatch
 
 # Images, tokens, heads, queries: ViT-S and -B at 224 pixels, a longer sequence, a last block.
 SHAPES = {
-    "cpu": ((8, 198, 6, 198), (4, 198, 12, 198), (2, 579, 12, 579), (8, 198, 6, 2)),
+    "cpu": (
+        (4, 198, 6, 198),
+        (8, 198, 6, 198),
+        (4, 198, 12, 198),
+        (2, 579, 12, 579),
+        (8, 198, 6, 2),
+    ),
     "cuda": ((128, 198, 12, 198), (128, 258, 12, 258), (64, 579, 12, 579), (128, 198, 12, 2)),
 }
 HEAD_DIM = 64
