@@ -167,15 +167,14 @@ constexpr int64_t kAhead = 24;
 template <class S>
 class Rows {
  public:
-  Rows(const S *first, int64_t stride, int64_t count)
-      : first_(first), stride_(stride), count_(count) {}
+  Rows(S *first, int64_t stride, int64_t count) : first_(first), stride_(stride), count_(count) {}
 
   int64_t count() const { return count_; }
-  const S *at(int64_t i) const { return first_ + i * stride_; }
+  S *at(int64_t i) const { return first_ + i * stride_; }
   const S *ahead(int64_t i) const { return at(i + kAhead < count_ ? i + kAhead : count_ - 1); }
 
  private:
-  const S *first_;
+  S *first_;
   int64_t stride_, count_;
 };
 
@@ -189,15 +188,20 @@ void pack(Rows<S> from, int64_t columns, Matrix to) {
     });
 }
 
-void fill(float *to, int64_t n, float x) {
-  for (int64_t i = 0; i < n; ++i) to[i] = x;
+// Copies rows of scratch memory to a tensor, row i multiplied by factor(i).
+template <class S, class Factor>
+void unpack(Matrix from, int64_t columns, Factor factor, Rows<S> to) {
+  for (int64_t i = 0; i < to.count(); ++i) {
+    const float by = factor(i);
+    for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
+      __builtin_prefetch(to.ahead(i) + j, 1);
+      store(to.at(i) + j, lanes, by * load(from.at(i) + j, Whole{}));
+    });
+  }
 }
 
-template <class S>
-void unpack_row(const float *from, int64_t columns, float factor, S *to) {
-  for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    store(to + j, lanes, factor * load(from + j, Whole{}));
-  });
+void fill(float *to, int64_t n, float x) {
+  for (int64_t i = 0; i < n; ++i) to[i] = x;
 }
 
 // to(j, i) = from(i, j), in blocks of whole vectors both ways.
@@ -382,8 +386,8 @@ class Head {
       });
       product(count, columns, call_.keys, by_columns(at_.p), at_.values, at_.result, false);
       finish(first, count);
-      for (int64_t i = 0; i < count; ++i)
-        unpack_row(at_.result.at(i), columns, at_.total[i], row(call_.out, first + i));
+      const auto inverse = [&](int64_t i) { return at_.total[i]; };
+      unpack(at_.result, columns, inverse, rows(call_.out, first, count));
     });
   }
 
@@ -392,8 +396,6 @@ class Head {
     const float scale = float(call_.scale);
     pack(rows(call_.k, 0, n), columns, at_.keys);
     pack(rows(call_.v, 0, n), columns, at_.values);
-    const Matrix d_keys = result(call_.d_k, 0, at_.d_keys);
-    const Matrix d_values = result(call_.d_v, 0, at_.d_values);
     for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
       pack_transposed(rows(call_.q, first, count), lanes, at_.queries, at_.queries_t);
       pack_transposed(rows(call_.d_out, first, count), lanes, at_.d_out, at_.d_out_t);
@@ -413,22 +415,21 @@ class Head {
         const float inverse = 1 / at_.total[i];
         at_.delta[i] *= inverse;
         at_.total[i] = scale * inverse;
-        unpack_row(at_.d_out.at(i), round_up(columns, kWide), inverse, at_.d_out.at(i));
+        for (int64_t j = 0; j < columns; j += kWide)
+          store(at_.d_out.at(i) + j, Whole{}, inverse * load(at_.d_out.at(i) + j, Whole{}));
       }
       for_each_chunk([&](int64_t key, int64_t keys) {
         const Scores p = part(at_.p, key, keys, lanes), d_s = part(at_.d_s, key, keys, lanes);
         score_gradients(p, d_s, at_.total, at_.delta);
-        const Matrix of_keys = {d_keys.at(key), d_keys.row};
-        const Matrix of_values = {d_values.at(key), d_values.row};
-        product(keys, columns, count, by_rows(d_s.of), at_.queries, of_keys, first > 0);
-        product(keys, columns, count, by_rows(p.of), at_.d_out, of_values, first > 0);
+        const Matrix d_keys = {at_.d_keys.at(key), at_.d_keys.row};
+        product(keys, columns, count, by_rows(d_s.of), at_.queries, d_keys, first > 0);
       });
-      const Matrix d_queries = result(call_.d_q, first, at_.result);
-      product(count, columns, n, by_columns(at_.d_s), at_.keys, d_queries, false);
-      unpack(d_queries, call_.d_q, first, count);
+      product(n, columns, count, by_rows(at_.p), at_.d_out, at_.d_values, first > 0);
+      product(count, columns, n, by_columns(at_.d_s), at_.keys, at_.result, false);
+      unpack_gradient(at_.result, rows(call_.d_q, first, count));
     });
-    unpack(d_keys, call_.d_k, 0, n);
-    unpack(d_values, call_.d_v, 0, n);
+    unpack_gradient(at_.d_keys, rows(call_.d_k, 0, n));
+    unpack_gradient(at_.d_values, rows(call_.d_v, 0, n));
   }
 
  private:
@@ -456,17 +457,8 @@ class Head {
       body(first, first + kChunkKeys < call_.keys ? kChunkKeys : call_.keys - first);
   }
 
-  // Where a gradient's rows are computed: in the tensor itself if its rows are whole vectors of
-  // floats, else in scratch memory.
-  bool in_place() const { return sizeof(S) == sizeof(float) && call_.head_dim % kWide == 0; }
-  Matrix result(const AttentionTensor &tensor, int64_t first, Matrix scratch) const {
-    if (!in_place()) return scratch;
-    return {reinterpret_cast<float *>(row(tensor, first)), tensor.row_stride};
-  }
-  void unpack(Matrix from, const AttentionTensor &tensor, int64_t first, int64_t count) const {
-    if (in_place()) return;
-    for (int64_t i = 0; i < count; ++i)
-      unpack_row(from.at(i), call_.head_dim, 1, row(tensor, first + i));
+  void unpack_gradient(Matrix from, Rows<S> to) const {
+    unpack(from, call_.head_dim, [](int64_t) { return 1.0f; }, to);
   }
 
   // Copies a block's rows, plain and transposed, with rows of 0 up to a whole vector.
