@@ -33,17 +33,19 @@ constexpr int64_t kWide = kLanes<float>;
 constexpr int64_t kLine = 64 / sizeof(float);
 
 // A matmul's tile stays in registers: its sums, one row of the right matrix, one number. Each load
-// of that row or number should serve several sums, and an instruction's latency needs eight or more
-// sums to hide. With AVX2, two tiles use all 16 registers: 6 rows of 2 vectors, which take 8 loads
-// for 12 sums, and 4 rows of 3, which take an odd vector along.
+// of that row or number should serve several sums, and eight or more sums hide the latency of a
+// multiplication. AVX2 has 16 registers, so that 12 sums fit: 6 rows of 2 vectors, which take the
+// fewest loads, or 4 rows of 3, which take an odd vector along, or 12 rows of 1, for few queries.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVectors = 4, kWidestTile = 4;
+constexpr int kTileRows = 6, kTileVectors = 4, kWidestTile = 4, kTallestTile = 6;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6, kTileVectors = 2, kWidestTile = 3;
+constexpr int kTileRows = 6, kTileVectors = 2, kWidestTile = 3, kTallestTile = 12;
 #else
-constexpr int kTileRows = 4, kTileVectors = 2, kWidestTile = 2;
+constexpr int kTileRows = 4, kTileVectors = 2, kWidestTile = 2, kTallestTile = 4;
 #endif
-constexpr int tile_rows(int vectors) { return vectors > kTileVectors ? 4 : kTileRows; }
+constexpr int tile_rows(int vectors) {
+  return std::min(kTallestTile, kTileRows * kTileVectors / vectors);
+}
 // Rows of the right matrix that tiles take at once, so that they stay in the L1 cache: 32 KiB with
 // AVX-512, else 16 KiB.
 constexpr int64_t kDepth = kVectorBytes == 64 ? 128 : 256;
@@ -126,7 +128,7 @@ constexpr std::array<Tile, sizeof...(kIndex)> all_tiles(std::integer_sequence<in
                 kIndex % kWidestTile + 1>...};
 }
 // Indexed by rows - 1, then by vectors - 1.
-constexpr std::make_integer_sequence<int, kTileRows * kWidestTile> kEveryTile;
+constexpr std::make_integer_sequence<int, kTallestTile * kWidestTile> kEveryTile;
 constexpr auto kTilesAlongRows = all_tiles<true>(kEveryTile);
 constexpr auto kTilesAlongColumns = all_tiles<false>(kEveryTile);
 
