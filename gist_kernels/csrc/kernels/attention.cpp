@@ -7,15 +7,18 @@
 //   dQ = scale dS K                   dK = scale dS^T Q
 //
 // The head's rows are first copied out of the packed tensors into scratch memory, as floats, each
-// row in whole vectors. Keys, and in backward values, are transposed too. One kernel then does
-// every matmul. It multiplies numbers of a left matrix, read in either order, by vectors of rows of
-// a right matrix. Queries are taken a block at a time, so that their scores stay in the L2 cache.
+// row in whole vectors. Queries are taken a block at a time, and scores are kept transposed: a row
+// per key, a lane per query. So the softmax needs no sum across lanes, one row serves every matmul
+// of a block, and only the block's queries and gradients have to be transposed, never keys or
+// values. One kernel does every matmul. It multiplies numbers of a left matrix, read in either
+// order, by vectors of rows of a right matrix.
 // Backward recomputes the sums of exponentials. A log-sum-exp has a rounding error in proportion to
 // the scores, and probabilities computed only from it would not sum to 1. Where values are alike,
 // delta nearly cancels dP. Computed as sum dO O, with a rounded O, delta would be too inexact.
 
 #include "attention.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -29,21 +32,32 @@ using std::int64_t;
 constexpr int64_t kWide = kLanes<float>;
 constexpr int64_t kLine = 64 / sizeof(float);
 
-// A matmul's tile stays in registers: its sums, one row of the right matrix, one number.
+// A matmul's tile stays in registers: its sums, one row of the right matrix, one number. Each load
+// of that row or number should serve several sums, and eight or more sums hide the latency of a
+// multiplication. AVX2 has 16 registers, so that 12 sums fit: 6 rows of 2 vectors, which take the
+// fewest loads, or 4 rows of 3, which take an odd vector along, or 12 rows of 1, for few queries.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kTileRows = 6, kTileVectors = 4, kWidestTile = 4, kTallestTile = 6;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6, kTileVectors = 2;
+constexpr int kTileRows = 6, kTileVectors = 2, kWidestTile = 3, kTallestTile = 12;
 #else
-constexpr int kTileRows = 4, kTileVectors = 2;
+constexpr int kTileRows = 4, kTileVectors = 2, kWidestTile = 2, kTallestTile = 4;
 #endif
-// Rows of the right matrix that tiles take at once, so that they stay in the L1 cache.
-constexpr int64_t kDepth = 128;
+constexpr int tile_rows(int vectors) {
+  return std::min(kTallestTile, kTileRows * kTileVectors / vectors);
+}
+// Rows of the right matrix that tiles take at once, so that they stay in the L1 cache: 32 KiB with
+// AVX-512, else 16 KiB.
+constexpr int64_t kDepth = kVectorBytes == 64 ? 128 : 256;
 // Fewer for scores: these may be large and differ by little, so they need a shorter chain of
 // roundings. Heads of up to 64 columns are taken at once.
 constexpr int64_t kScoreDepth = 64;
-// Scores in a block of queries: 128 KiB, and as much again for their gradients.
-constexpr int64_t kBlockScores = 32 * 1024;
+// Queries in a block: whole tiles and whole vectors. More make matmuls over queries deeper; fewer
+// keep a block's scores, gradients and transposed rows in the L2 cache, beside keys and values.
+constexpr int64_t kBlockStep = kTileRows * kWide / 2;
+constexpr int64_t kBlockQueries = kVectorBytes == 64 ? 144 : 72;
+// Keys whose scores are taken at once, from the matmul on while they are in the L1 cache.
+constexpr int64_t kChunkKeys = 24;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -71,14 +85,16 @@ struct Matrix {
 Left by_rows(Matrix m) { return {m.data, m.row, 1}; }
 Left by_columns(Matrix m) { return {m.data, 1, m.row}; }
 
-using Tile = void (*)(int64_t depth, Left a, const float *b, int64_t b_row, float *c, int64_t c_row,
-                      bool add);
+using Tile = void (*)(int64_t depth, const float *a, int64_t a_stride, const float *b,
+                      int64_t b_row, float *c, int64_t c_row, bool add);
 
 // The sums stay in registers only where the compiler unrolls every loop over them early.
 #define GIST_UNROLL _Pragma("GCC unroll 16")
 
-template <int kRows, int kVectors>
-void tile(int64_t depth, Left a, const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
+// The left matrix is read along its rows, which are a_stride apart, or else along its columns.
+template <bool kAlongRows, int kRows, int kVectors>
+void tile(int64_t depth, const float *a, int64_t a_stride, const float *b, int64_t b_row, float *c,
+          int64_t c_row, bool add) {
   Floats sum[kRows][kVectors];
   GIST_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -91,7 +107,7 @@ void tile(int64_t depth, Left a, const float *b, int64_t b_row, float *c, int64_
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_row + v * kWide, Whole{});
     GIST_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const Floats left = broadcast(a.data[i * a.row + k * a.step]);
+      const Floats left = broadcast(kAlongRows ? a[i * a_stride + k] : a[k * a_stride + i]);
       GIST_UNROLL
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(left, right[v], sum[i][v]);
     }
@@ -106,30 +122,39 @@ void tile(int64_t depth, Left a, const float *b, int64_t b_row, float *c, int64_
   }
 }
 
-template <int... kIndex>
+template <bool kAlongRows, int... kIndex>
 constexpr std::array<Tile, sizeof...(kIndex)> all_tiles(std::integer_sequence<int, kIndex...>) {
-  return {&tile<kIndex / kTileVectors + 1, kIndex % kTileVectors + 1>...};
+  return {&tile<kAlongRows, std::min(kIndex / kWidestTile + 1, tile_rows(kIndex % kWidestTile + 1)),
+                kIndex % kWidestTile + 1>...};
 }
 // Indexed by rows - 1, then by vectors - 1.
-constexpr auto kTiles = all_tiles(std::make_integer_sequence<int, kTileRows * kTileVectors>());
+constexpr std::make_integer_sequence<int, kTallestTile * kWidestTile> kEveryTile;
+constexpr auto kTilesAlongRows = all_tiles<true>(kEveryTile);
+constexpr auto kTilesAlongColumns = all_tiles<false>(kEveryTile);
 
 // c = a b, or c += a b, for `rows` rows of a and c and `columns` of b and c.
 void product(int64_t rows, int64_t columns, int64_t depth, Left a, Matrix b, Matrix c, bool add,
              int64_t at_once = kDepth) {
   const int64_t vectors = (columns + kWide - 1) / kWide;
-  const int64_t groups = (vectors + kTileVectors - 1) / kTileVectors;
-  for (int64_t k = 0; k < depth; k += at_once) {
-    const int64_t some = depth - k < at_once ? depth - k : at_once;
+  const int64_t narrow = kWidestTile > kTileVectors ? vectors / kTileVectors
+                                                    : (vectors + kTileVectors - 1) / kTileVectors;
+  const int64_t groups = narrow < 1 ? 1 : narrow;
+  const auto &tiles = a.step == 1 ? kTilesAlongRows : kTilesAlongColumns;
+  const int64_t stride = a.step == 1 ? a.row : a.step;
+  // Parts of the depth are of equal size, as widths of tiles are: a tile of one vector has too few
+  // sums to keep the processor busy.
+  const int64_t parts = (depth + at_once - 1) / at_once, deep = (depth + parts - 1) / parts;
+  for (int64_t k = 0; k < depth; k += deep) {
+    const int64_t some = depth - k < deep ? depth - k : deep;
     int64_t column = 0;
     for (int64_t group = 0; group < groups; ++group) {
-      // Widths are as even as possible: a tile of one vector has too few sums to keep the processor
-      // busy.
       const int64_t width = vectors / groups + (group < vectors % groups);
-      for (int64_t i = 0; i < rows; i += kTileRows) {
-        const int64_t height = rows - i < kTileRows ? rows - i : kTileRows;
-        const Left from = {a.data + i * a.row + k * a.step, a.row, a.step};
-        kTiles[(height - 1) * kTileVectors + width - 1](some, from, b.at(k) + column, b.row,
-                                                        c.at(i) + column, c.row, add || k > 0);
+      const int64_t most = tile_rows(int(width));
+      for (int64_t i = 0; i < rows; i += most) {
+        const int64_t height = rows - i < most ? rows - i : most;
+        tiles[(height - 1) * kWidestTile + width - 1](some, a.data + i * a.row + k * a.step, stride,
+                                                      b.at(k) + column, b.row, c.at(i) + column,
+                                                      c.row, add || k > 0);
       }
       column += width * kWide;
     }
@@ -144,15 +169,14 @@ constexpr int64_t kAhead = 24;
 template <class S>
 class Rows {
  public:
-  Rows(const S *first, int64_t stride, int64_t count)
-      : first_(first), stride_(stride), count_(count) {}
+  Rows(S *first, int64_t stride, int64_t count) : first_(first), stride_(stride), count_(count) {}
 
   int64_t count() const { return count_; }
-  const S *at(int64_t i) const { return first_ + i * stride_; }
+  S *at(int64_t i) const { return first_ + i * stride_; }
   const S *ahead(int64_t i) const { return at(i + kAhead < count_ ? i + kAhead : count_ - 1); }
 
  private:
-  const S *first_;
+  S *first_;
   int64_t stride_, count_;
 };
 
@@ -166,11 +190,20 @@ void pack(Rows<S> from, int64_t columns, Matrix to) {
     });
 }
 
-template <class S>
-void unpack_row(const float *from, int64_t columns, float factor, S *to) {
-  for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    store(to + j, lanes, factor * load(from + j, Whole{}));
-  });
+// Copies rows of scratch memory to a tensor, row i multiplied by factor(i).
+template <class S, class Factor>
+void unpack(Matrix from, int64_t columns, Factor factor, Rows<S> to) {
+  for (int64_t i = 0; i < to.count(); ++i) {
+    const float by = factor(i);
+    for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
+      __builtin_prefetch(to.ahead(i) + j, 1);
+      store(to.at(i) + j, lanes, by * load(from.at(i) + j, Whole{}));
+    });
+  }
+}
+
+void fill(float *to, int64_t n, float x) {
+  for (int64_t i = 0; i < n; ++i) to[i] = x;
 }
 
 // to(j, i) = from(i, j), in blocks of whole vectors both ways.
@@ -217,57 +250,72 @@ void transpose(Matrix from, int64_t rows, int64_t columns, Matrix to) {
 #endif
 }
 
-// The largest scale * s.
-float row_max(const float *s, int64_t n, float scale) {
-  Floats top = broadcast(scale * s[0]);
-  for_each_vector<float>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    const Floats scaled = scale * load(s + j, lanes, s[0]);
-    top = max(top, scaled);
-  });
-  return largest<float>(top);
-}
+// Scores of some keys: rows of a transposed matrix, and `lanes` queries in whole vectors.
+struct Scores {
+  Matrix of;
+  int64_t keys, lanes;
 
-// Replaces s by exp(scale s - shift) and returns the sum. A large scale s is never rounded: one
-// fused operation subtracts the shift.
-double exponentials(float *s, int64_t n, float scale, float shift, const Exp<float> &exp) {
-  constexpr int abreast = kVectorBytes == 64 ? 4 : 2;
-  Floats total[abreast] = {};
-  int64_t j = 0;
-  const auto next = [&](auto count, auto inside) GIST_LAMBDA {
-    Floats x[count], e[count];
-    for (int i = 0; i < count; ++i)
-      x[i] = fma(load(s + j + i * kWide, Whole{}), broadcast(scale), broadcast(-shift));
-    exp(x, e);
-    for (int i = 0; i < count; ++i) {
-      store(s + j + i * kWide, Whole{}, e[i]);
-      total[i] += inside(e[i]);
+  float *at(int64_t key, int64_t lane) const { return of.at(key) + lane; }
+};
+
+// Keys whose vectors are computed side by side, so that their chains of operations overlap.
+constexpr int kSideBySide = kVectorBytes == 64 ? 4 : 2;
+
+// Raises top to the largest scale * s of each query.
+void raise_tops(Scores s, float scale, float *top) {
+  for (int64_t lane = 0; lane < s.lanes; lane += kWide) {
+    Floats most = load(top + lane, Whole{});
+    for (int64_t key = 0; key < s.keys; ++key) {
+      const Floats scaled = scale * load(s.at(key, lane), Whole{});
+      most = max(most, scaled);
     }
-    j += count * kWide;
-  };
-  const auto all = [](Floats e) GIST_LAMBDA { return e; };
-  const std::integral_constant<int, abreast> several;
-  const std::integral_constant<int, 1> one;
-  while (j + abreast * kWide <= n) next(several, all);
-  while (j + kWide <= n) next(one, all);
-  if (j < n) {
-    const Floats inside = broadcast(float(n - j));
-    next(one, [&](Floats e) GIST_LAMBDA { return lane_numbers<float>() < inside ? e : Floats{}; });
+    store(top + lane, Whole{}, most);
   }
-  for (int i = 1; i < abreast; ++i) total[0] += total[i];
-  return sum<float>(total[0]);
 }
 
-// Replaces p, not yet normalised, by P of its row, and d_p by dS.
-void score_gradients(float *p, int64_t n, float inverse, float *d_p) {
-  Floats products = {};
-  for_each_vector<float>(n, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    products = fma(load(p + j, lanes, 0.0f), load(d_p + j, lanes, 0.0f), products);
-  });
-  const float delta = inverse * float(sum<float>(products));
-  for (int64_t j = 0; j < n; j += kWide) {
-    const Floats normalised = inverse * load(p + j, Whole{});
-    store(p + j, Whole{}, normalised);
-    store(d_p + j, Whole{}, normalised * (load(d_p + j, Whole{}) - delta));
+// Replaces s by exp(scale s - shift) and adds each query's to its total. A large scale s is never
+// rounded: one fused operation subtracts the shift.
+void exponentials(Scores s, float scale, const float *shift, float *total, const Exp<float> &exp) {
+  for (int64_t lane = 0; lane < s.lanes; lane += kWide) {
+    const Floats below = -load(shift + lane, Whole{});
+    Floats sums[kSideBySide] = {};
+    int64_t key = 0;
+    const auto next = [&](auto count) GIST_LAMBDA {
+      Floats x[count], e[count];
+      for (int i = 0; i < count; ++i)
+        x[i] = fma(load(s.at(key + i, lane), Whole{}), broadcast(scale), below);
+      exp(x, e);
+      for (int i = 0; i < count; ++i) {
+        store(s.at(key + i, lane), Whole{}, e[i]);
+        sums[i] += e[i];
+      }
+      key += count;
+    };
+    while (key + kSideBySide <= s.keys) next(std::integral_constant<int, kSideBySide>());
+    while (key < s.keys) next(std::integral_constant<int, 1>());
+    for (int i = 1; i < kSideBySide; ++i) sums[0] += sums[i];
+    store(total + lane, Whole{}, load(total + lane, Whole{}) + sums[0]);
+  }
+}
+
+// Adds each query's sum of p d_p to its total.
+void add_products(Scores p, Scores d_p, float *total) {
+  for (int64_t lane = 0; lane < p.lanes; lane += kWide) {
+    Floats sum = {};
+    for (int64_t key = 0; key < p.keys; ++key)
+      sum = fma(load(p.at(key, lane), Whole{}), load(d_p.at(key, lane), Whole{}), sum);
+    store(total + lane, Whole{}, load(total + lane, Whole{}) + sum);
+  }
+}
+
+// Replaces d_p by factor p (d_p - delta); factor and delta are the queries'.
+void score_gradients(Scores p, Scores d_p, const float *factor, const float *delta) {
+  for (int64_t lane = 0; lane < p.lanes; lane += kWide) {
+    const Floats by = load(factor + lane, Whole{}), less = load(delta + lane, Whole{});
+    for (int64_t key = 0; key < p.keys; ++key) {
+      float *const to = d_p.at(key, lane);
+      store(to, Whole{}, by * load(p.at(key, lane), Whole{}) * (load(to, Whole{}) - less));
+    }
   }
 }
 
@@ -275,23 +323,25 @@ void score_gradients(float *p, int64_t n, float inverse, float *d_p) {
 class Scratch {
  public:
   Scratch(const AttentionCall &call, Direction direction, float *memory) : memory_(memory) {
-    const int64_t n = call.keys, columns = padded(call.head_dim), scores = padded(n);
-    const int64_t whole_n = round_up(n, kWide), whole_dim = round_up(call.head_dim, kWide);
-    // Blocks of equal size, and of whole tiles.
-    const int64_t most = round_up(kBlockScores / scores + 1, kTileRows);
-    const int64_t blocks = (call.queries + most - 1) / most;
-    block = round_up((call.queries + blocks - 1) / blocks, kTileRows);
-    keys = matrix(whole_n, columns);
-    keys_t = matrix(whole_dim, scores);
-    values = matrix(whole_n, columns);
+    const int64_t n = call.keys, columns = padded(call.head_dim);
+    const int64_t whole_dim = round_up(call.head_dim, kWide);
+    // Blocks of nearly equal size.
+    const int64_t blocks = (call.queries + kBlockQueries - 1) / kBlockQueries;
+    block = round_up((call.queries + blocks - 1) / blocks, kBlockStep);
+    const int64_t lanes = padded(block);
+    keys = matrix(n, columns);
+    values = matrix(n, columns);
     queries = matrix(block, columns);
+    queries_t = matrix(whole_dim, lanes);
     result = matrix(block, columns);
-    p = matrix(block, scores);
-    inverse = matrix(1, padded(block)).data;
+    p = matrix(n, lanes);
+    shift = matrix(1, lanes).data;
+    total = matrix(1, lanes).data;
     if (direction == Direction::forward) return;
-    values_t = matrix(whole_dim, scores);
     d_out = matrix(block, columns);
-    d_s = matrix(block, scores);
+    d_out_t = matrix(whole_dim, lanes);
+    d_s = matrix(n, lanes);
+    delta = matrix(1, lanes).data;
     d_keys = matrix(n, columns);
     d_values = matrix(n, columns);
   }
@@ -299,9 +349,10 @@ class Scratch {
   int64_t floats() const { return used_; }
 
   int64_t block;  // queries at a time
-  Matrix keys, keys_t, values, queries, result, p;
-  float *inverse;  // 1 / sum of each row of p
-  Matrix values_t, d_out, d_s, d_keys, d_values;
+  Matrix keys, values, queries, queries_t, result;
+  Matrix p, d_s;                 // transposed: a row per key
+  float *shift, *total, *delta;  // of each query
+  Matrix d_out, d_out_t, d_keys, d_values;
 
  private:
   Matrix matrix(int64_t rows, int64_t row) {
@@ -321,43 +372,66 @@ class Head {
       : call_(call), image_(image), head_(head), at_(call, direction, memory), exp_(1) {}
 
   void forward() {
-    pack_transposed(call_.k, at_.keys, at_.keys_t);
-    pack(rows(call_.v, 0, call_.keys), call_.head_dim, at_.values);
-    for_each_block([&](int64_t first, int64_t count) {
-      scores(first, count);
-      softmax(first, count);
-      product(count, call_.head_dim, call_.keys, by_rows(at_.p), at_.values, at_.result, false);
-      for (int64_t i = 0; i < count; ++i)
-        unpack_row(at_.result.at(i), call_.head_dim, at_.inverse[i], row(call_.out, first + i));
+    const int64_t columns = call_.head_dim;
+    const float scale = float(call_.scale);
+    pack(rows(call_.k, 0, call_.keys), columns, at_.keys);
+    pack(rows(call_.v, 0, call_.keys), columns, at_.values);
+    for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
+      pack_transposed(rows(call_.q, first, count), lanes, at_.queries, at_.queries_t);
+      fill(at_.shift, lanes, -__builtin_inff());
+      for_each_chunk([&](int64_t key, int64_t keys) {
+        raise_tops(scores(key, keys, lanes), scale, at_.shift);
+      });
+      fill(at_.total, lanes, 0);
+      for_each_chunk([&](int64_t key, int64_t keys) {
+        exponentials(part(at_.p, key, keys, lanes), scale, at_.shift, at_.total, exp_);
+      });
+      product(count, columns, call_.keys, by_columns(at_.p), at_.values, at_.result, false);
+      finish(first, count);
+      const auto inverse = [&](int64_t i) { return at_.total[i]; };
+      unpack(at_.result, columns, inverse, rows(call_.out, first, count));
     });
   }
 
   void backward() {
     const int64_t n = call_.keys, columns = call_.head_dim;
     const float scale = float(call_.scale);
-    pack_transposed(call_.k, at_.keys, at_.keys_t);
-    pack_transposed(call_.v, at_.values, at_.values_t);
-    for_each_block([&](int64_t first, int64_t count) {
-      scores(first, count);
+    pack(rows(call_.k, 0, n), columns, at_.keys);
+    pack(rows(call_.v, 0, n), columns, at_.values);
+    for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
+      pack_transposed(rows(call_.q, first, count), lanes, at_.queries, at_.queries_t);
+      pack_transposed(rows(call_.d_out, first, count), lanes, at_.d_out, at_.d_out_t);
+      fill(at_.shift, lanes, 0);
+      std::memcpy(at_.shift, lse() + first, count * sizeof(float));
+      fill(at_.total, lanes, 0);
+      fill(at_.delta, lanes, 0);
+      for_each_chunk([&](int64_t key, int64_t keys) {
+        const Scores p = scores(key, keys, lanes), d_p = part(at_.d_s, key, keys, lanes);
+        exponentials(p, scale, at_.shift, at_.total, exp_);
+        const Left values = {at_.values.at(key), at_.values.row, 1};
+        product(keys, lanes, columns, values, at_.d_out_t, d_p.of, false);
+        add_products(p, d_p, at_.delta);
+      });
+      // The sums normalise what is multiplied by P: dO instead of P itself.
       for (int64_t i = 0; i < count; ++i) {
-        const double total = exponentials(at_.p.at(i), n, scale, lse()[first + i], exp_);
-        at_.inverse[i] = float(1 / total);
+        const float inverse = 1 / at_.total[i];
+        at_.delta[i] *= inverse;
+        at_.total[i] = scale * inverse;
+        for (int64_t j = 0; j < columns; j += kWide)
+          store(at_.d_out.at(i) + j, Whole{}, inverse * load(at_.d_out.at(i) + j, Whole{}));
       }
-      pack(rows(call_.d_out, first, count), columns, at_.d_out);
-      product(count, n, columns, by_rows(at_.d_out), at_.values_t, at_.d_s, false);
-      for (int64_t i = 0; i < count; ++i)
-        score_gradients(at_.p.at(i), n, at_.inverse[i], at_.d_s.at(i));
-      product(count, columns, n, by_rows(at_.d_s), at_.keys, at_.result, false);
-      for (int64_t i = 0; i < count; ++i)
-        unpack_row(at_.result.at(i), columns, scale, row(call_.d_q, first + i));
-      const bool add = first > 0;
-      product(n, columns, count, by_columns(at_.d_s), at_.queries, at_.d_keys, add);
-      product(n, columns, count, by_columns(at_.p), at_.d_out, at_.d_values, add);
+      for_each_chunk([&](int64_t key, int64_t keys) {
+        const Scores p = part(at_.p, key, keys, lanes), d_s = part(at_.d_s, key, keys, lanes);
+        score_gradients(p, d_s, at_.total, at_.delta);
+        const Matrix d_keys = {at_.d_keys.at(key), at_.d_keys.row};
+        product(keys, columns, count, by_rows(d_s.of), at_.queries, d_keys, first > 0);
+      });
+      product(n, columns, count, by_rows(at_.p), at_.d_out, at_.d_values, first > 0);
+      product(count, columns, n, by_columns(at_.d_s), at_.keys, at_.result, false);
+      unpack_gradient(at_.result, rows(call_.d_q, first, count));
     });
-    for (int64_t i = 0; i < n; ++i) {
-      unpack_row(at_.d_keys.at(i), columns, scale, row(call_.d_k, i));
-      unpack_row(at_.d_values.at(i), columns, 1, row(call_.d_v, i));
-    }
+    unpack_gradient(at_.d_keys, rows(call_.d_k, 0, n));
+    unpack_gradient(at_.d_values, rows(call_.d_v, 0, n));
   }
 
  private:
@@ -370,44 +444,54 @@ class Head {
   }
   float *lse() const { return call_.lse + (image_ * call_.heads + head_) * call_.queries; }
 
-  // Calls body(first, count) for each block of queries.
+  // Calls body(first, count, lanes) for each block of queries.
   template <class Body>
   void for_each_block(Body body) const {
-    for (int64_t first = 0; first < call_.queries; first += at_.block)
-      body(first, first + at_.block < call_.queries ? at_.block : call_.queries - first);
+    for (int64_t first = 0; first < call_.queries; first += at_.block) {
+      const int64_t rest = call_.queries - first, count = at_.block < rest ? at_.block : rest;
+      body(first, count, round_up(count, kWide));
+    }
+  }
+  // Calls body(first, count) for each chunk of keys.
+  template <class Body>
+  void for_each_chunk(Body body) const {
+    for (int64_t first = 0; first < call_.keys; first += kChunkKeys)
+      body(first, first + kChunkKeys < call_.keys ? kChunkKeys : call_.keys - first);
   }
 
-  // Copies keys or values, plain and transposed. The padding beyond them, up to a whole vector,
-  // ends in columns of matmuls that nothing reads.
-  void pack_transposed(const AttentionTensor &tensor, Matrix to, Matrix to_t) const {
-    pack(rows(tensor, 0, call_.keys), call_.head_dim, to);
-    transpose(to, round_up(call_.keys, kWide), call_.head_dim, to_t);
+  void unpack_gradient(Matrix from, Rows<S> to) const {
+    unpack(from, call_.head_dim, [](int64_t) { return 1.0f; }, to);
   }
 
-  // Packs a block's queries and computes their scores, before scaling.
-  void scores(int64_t first, int64_t count) const {
-    pack(rows(call_.q, first, count), call_.head_dim, at_.queries);
-    product(count, call_.keys, call_.head_dim, by_rows(at_.queries), at_.keys_t, at_.p, false,
-            kScoreDepth);
+  // Copies a block's rows, plain and transposed, with rows of 0 up to a whole vector.
+  void pack_transposed(Rows<S> from, int64_t lanes, Matrix to, Matrix to_t) const {
+    pack(from, call_.head_dim, to);
+    for (int64_t i = from.count(); i < lanes; ++i) fill(to.at(i), to.row, 0);
+    transpose(to, lanes, call_.head_dim, to_t);
   }
 
-  // Replaces a block's scores by P, not yet normalised.
-  void softmax(int64_t first, int64_t count) const {
-    const float scale = float(call_.scale);
-    // As many rows as a vector of doubles has lanes, for one call of log().
+  static Scores part(Matrix of, int64_t key, int64_t keys, int64_t lanes) {
+    return {{of.at(key), of.row}, keys, lanes};
+  }
+  // Computes a block's scores with some keys, before scaling.
+  Scores scores(int64_t key, int64_t keys, int64_t lanes) const {
+    const Scores s = part(at_.p, key, keys, lanes);
+    const Left of_keys = {at_.keys.at(key), at_.keys.row, 1};
+    product(keys, lanes, call_.head_dim, of_keys, at_.queries_t, s.of, false, kScoreDepth);
+    return s;
+  }
+
+  // Writes a block's log-sum-exps and replaces totals by their inverses.
+  void finish(int64_t first, int64_t count) const {
+    // As many as a vector of doubles has lanes, for one call of log().
     constexpr int64_t group = kLanes<double>;
     for (int64_t i = 0; i < count; i += group) {
-      const int64_t end = i + group < count ? i + group : count;
-      float top[group];
-      Vec<double> total = broadcast(1.0);
-      for (int64_t row = i; row < end; ++row)
-        top[row - i] = row_max(at_.p.at(row), call_.keys, scale);
-      for (int64_t row = i; row < end; ++row)
-        total[row - i] = exponentials(at_.p.at(row), call_.keys, scale, top[row - i], exp_);
+      Vec<double> total;
+      for (int64_t lane = 0; lane < group; ++lane) total[lane] = at_.total[i + lane];
       const Vec<double> logarithm = log(total), inverse = 1 / total;
-      for (int64_t row = i; row < end; ++row) {
-        lse()[first + row] = float(top[row - i] + logarithm[row - i]);
-        at_.inverse[row] = float(inverse[row - i]);
+      for (int64_t lane = 0; lane < group && i + lane < count; ++lane) {
+        lse()[first + i + lane] = float(at_.shift[i + lane] + logarithm[lane]);
+        at_.total[i + lane] = float(inverse[lane]);
       }
     }
   }
