@@ -118,10 +118,13 @@ def matmuls(f: torch.Tensor, g: torch.Tensor, head: gk.HeadWeights) -> None:
     assert weight is not None
     kernels = select("linear_loss", f).head
     total = torch.zeros_like(weight, dtype=torch.float32) if head.weight.requires_grad else None
+    buffer = None
     size = kernels.chunk_rows(len(weight), f.itemsize)
     for pair in zip(f.split(size), g.split(size), strict=True):
         rows = torch.cat(pair)
-        logits = kernels.logits(rows, weight, bias)
+        buffer = kernels.buffer(rows, weight) if buffer is None else buffer
+        out = None if buffer is None else buffer[: len(rows)]
+        logits = kernels.logits(rows, weight, bias, out)
         kernels.rows_gradient(logits, weight)
         if total is not None:
             kernels.add_weight_gradient(total, logits, rows)
