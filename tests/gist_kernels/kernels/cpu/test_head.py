@@ -1,4 +1,4 @@
-"""A linear head's matmuls on a CPU: into memory that chunks share, and what a process then takes."""
+"""A linear head's matmuls on a CPU: into memory that chunks share; what a process then takes."""
 
 from __future__ import annotations
 
