@@ -13,6 +13,7 @@ from bench.measure import Call, Case, mismatch
 
 Divergence = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+HALF = "half of the rows, and zeros"
 SHAPES = {"cpu": ((8, 512, 32000),), "cuda": ((8, 512, 32000), (8, 1024, 128256))}
 
 
@@ -65,7 +66,9 @@ def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Ca
 
 
 def case(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Case:
-    """Ours on half of the rows comes first; on all of them, it shows what masked rows cost."""
+    """Ours with half of the rows masked comes first. Its floor is a call that has the other half
+    only, and writes zeros where the masked rows' gradients are: what masked rows cost beyond that
+    is reading them."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (
         (3 * torch.randn(shape, generator=generator, device=device)).to(dtype).requires_grad_()
@@ -74,9 +77,17 @@ def case(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, device: tor
     mask = torch.arange(shape[0] * shape[1], device=device).reshape(shape[:2]) % 2 == 0
     every = torch.ones_like(mask)
     ours, eager = KINDS[kind]
+    count = mask.numel() // 2
+    halves = [x.detach().flatten(0, 1)[:count].requires_grad_() for x in (a, b)]
+    zeros = [torch.empty_like(half) for half in halves]
 
     def differentiated(divergence: Divergence, counted: torch.Tensor) -> Call:
         return lambda: torch.autograd.grad(divergence(a, b, counted), (a, b))
+
+    def half_and_zeros() -> None:
+        torch.autograd.grad(ours(*halves, None), halves)
+        for gradient in zeros:
+            gradient.zero_()
 
     return Case(
         sizes={"B": shape[0], "T": shape[1], "C": shape[2]},
@@ -84,10 +95,12 @@ def case(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, device: tor
         calls={
             f"{kind}, half masked": differentiated(ours, mask),
             "no row masked": differentiated(ours, every),
+            HALF: half_and_zeros,
             "eager": differentiated(eager, mask),
             "torch.compile": differentiated(torch.compile(eager, dynamic=False), mask),
         },
         parity=lambda: _parity(kind, a, b, mask),
+        floors={f"{kind}, half masked": (HALF, 1.0)},
     )
 
 

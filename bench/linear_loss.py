@@ -15,6 +15,9 @@ from gist_kernels.backend import select
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, gk.HeadWeights], torch.Tensor]
 
+HAS_CROSS_ENTROPY = hasattr(torch.nn, "LinearCrossEntropyOptions")
+# Rows of a chunk of linear_cross_entropy; the best of them counts.
+CHUNKS = (128, 256, 512)
 # Row pairs, features, classes (MiniLM's vocabulary, Llama 3's), and whether the head is trained.
 SHAPES = {
     "cpu": ((512, 384, 30522, True), (512, 384, 30522, False), (192, 768, 128256, False)),
@@ -55,17 +58,39 @@ def checkpointed(
     return total
 
 
+def cross_entropies(chunk: int) -> Loss:
+    """PyTorch's fused head on both sides' rows in one call. It has no KL: it computes less than
+    the others, the mean of both cross-entropies."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
+
+    def loss(
+        f: torch.Tensor, g: torch.Tensor, target: torch.Tensor, head: gk.HeadWeights
+    ) -> torch.Tensor:
+        found: torch.Tensor = F.linear_cross_entropy(
+            torch.cat((f, g)), head.weight, target.repeat(2), linear_bias=head.bias, options=options
+        )
+        return found
+
+    return loss
+
+
 def peers() -> dict[str, Loss]:
-    return {
+    found = {
         "unfused, ours": unfused,
         "log-softmax": eager,
         "torch.compile": torch.compile(eager, dynamic=False),
         "checkpointed chunks": checkpointed,
     }
+    if HAS_CROSS_ENTROPY:
+        for chunk in CHUNKS:
+            found[f"linear_cross_entropy, no KL, {chunk} rows"] = cross_entropies(chunk)
+    return found
 
 
 def absent(device: torch.device) -> dict[str, str]:
-    return {}
+    if HAS_CROSS_ENTROPY:
+        return {}
+    return {"linear_cross_entropy": "not in PyTorch before 2.13"}
 
 
 def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Case]:
@@ -118,10 +143,13 @@ def matmuls(f: torch.Tensor, g: torch.Tensor, head: gk.HeadWeights) -> None:
     assert weight is not None
     kernels = select("linear_loss", f).head
     total = torch.zeros_like(weight, dtype=torch.float32) if head.weight.requires_grad else None
+    buffer = None
     size = kernels.chunk_rows(len(weight), f.itemsize)
     for pair in zip(f.split(size), g.split(size), strict=True):
         rows = torch.cat(pair)
-        logits = kernels.logits(rows, weight, bias)
+        buffer = kernels.buffer(rows, weight) if buffer is None else buffer
+        out = None if buffer is None else buffer[: len(rows)]
+        logits = kernels.logits(rows, weight, bias, out)
         kernels.rows_gradient(logits, weight)
         if total is not None:
             kernels.add_weight_gradient(total, logits, rows)

@@ -80,9 +80,16 @@ def counted() -> Iterator[Traffic]:
 
 
 def measure(
-    rows: int, classes: int, dtype: torch.dtype, row_scale: torch.Tensor | None = None
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    row_scale: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> dict[str, tuple[float, float]]:
-    """Traffic of each operation in logit tensors: of logits and gradients, and of everything."""
+    """Traffic of each operation in logit tensors: of logits and gradients, and of everything.
+
+    With ``in_place``, forward_backward writes over the logits, as a linear head's loss does.
+    """
     options = PUBLISHED if row_scale is None else PUBLISHED._replace(reduction="sum")
     cls, gist = torch.randn(2, rows, classes).to(dtype)
     target = torch.randint(classes, (rows,))
@@ -96,7 +103,7 @@ def measure(
         gradients = loss.backward(one, cls, gist, target, stats, options, True, True, row_scale)
     found["backward"] = traffic, (cls, gist, *gradients)
     with counted() as traffic:
-        gradients = loss.forward_backward(cls, gist, target, options, row_scale)[1:]
+        gradients = loss.forward_backward(cls, gist, target, options, row_scale, in_place)[1:]
     found["forward_backward"] = traffic, (cls, gist, *gradients)
     return {
         name: (traffic.bytes_of(*tensors) / unit, traffic.bytes() / unit)
@@ -105,7 +112,11 @@ def measure(
 
 
 def measure_divergence(
-    rows: int, classes: int, sides: int, row_scale: torch.Tensor | None = None
+    rows: int,
+    classes: int,
+    sides: int,
+    row_scale: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> dict[str, tuple[float, float]]:
     """Traffic of the Jensen-Shannon divergence, as :func:`measure`: in one side's logits."""
     logits = torch.randn(sides, rows, classes).unbind()
@@ -116,7 +127,7 @@ def measure_divergence(
     found["forward"] = traffic, logits
     with counted() as traffic:
         gradients = divergence.backward(
-            torch.ones(rows), logits, *settings, stats, (True,) * sides, row_scale
+            torch.ones(rows), logits, *settings, stats, (True,) * sides, row_scale, in_place
         )
     found["backward"] = traffic, (*logits, *gradients)
     unit = logits[0].numel() * logits[0].itemsize

@@ -12,10 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from gist_kernels.functional.divergence import bidirectional_kl, jensen_shannon
+from gist_kernels.functional.linear_loss import (
+    linear_bidirectional_kl,
+    linear_gist_loss,
+    linear_jensen_shannon,
+)
 from gist_kernels.functional.logits import Reduction
+from gist_kernels.weights import HeadWeights
 
 __all__ = [
     "JsdCrossEntropy",
+    "LigerFusedLinearJSDLoss",
     "LigerJSD",
     "SymmetricKLLoss",
     "compute_kl_loss",
@@ -131,6 +138,105 @@ class LigerJSD(torch.nn.Module):
         return _generalized_jsd(log_q, log_p.detach(), self.beta, 1.0, mask, None, "batchmean")
 
 
+class LigerFusedLinearJSDLoss(torch.nn.Module):
+    """Liger Kernel's distillation of a language model's head, without the logits of all rows:
+    ``weight_hard_loss CE(student, labels) + weight_soft_loss JSD(student / T, teacher / T)``.
+
+    Follows ``liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`` 0.8.5: the divergence is that of
+    :class:`LigerJSD`, both losses are means over the rows with a label, 0 where there are none, and
+    the teacher gets no gradient. It differs so:
+
+    - A frozen head's gradient is not computed. A trained head's is summed in float32.
+    - A teacher with more classes than the student raises. Liger appends logits of 0.
+    - ``compiled`` changes nothing, and nothing waits for the device.
+
+    Each loss computes the student's logits. A weight of 0 saves that of its loss.
+
+    Args:
+        weight_hard_loss, weight_soft_loss: of the two losses.
+        beta: in [0, 1].
+        ignore_index: of ``true_labels``.
+        temperature: T > 0, of the divergence only.
+        compiled: taken for Liger's sake.
+        chunk_size: ``chunk_rows`` of :func:`linear_gist_loss`, whose default it has.
+        return_soft_hard_loss: return ``(loss, soft, hard)``, the last two without gradients.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int | None = None,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_beta(beta)
+        self.weight_hard_loss = weight_hard_loss
+        self.weight_soft_loss = weight_soft_loss
+        self.beta = beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.compiled = compiled
+        self.chunk_size = chunk_size
+        self.return_soft_hard_loss = return_soft_hard_loss
+
+    def forward(
+        self,
+        student_input: torch.Tensor,
+        student_weight: torch.Tensor,
+        teacher_input: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        true_labels: torch.Tensor,
+        student_bias: torch.Tensor | None = None,
+        teacher_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of features (BT, H) and (BT, H'), heads (V, H) and (V, H') with biases (V,), and labels
+        (BT,)."""
+        mask = true_labels != self.ignore_index
+        student = HeadWeights(student_weight, student_bias)
+        soft = hard = student_input.new_zeros((), dtype=torch.float32)
+        if self.weight_soft_loss != 0 or self.return_soft_hard_loss:
+            bias = None if teacher_bias is None else teacher_bias.detach()
+            teacher = HeadWeights(teacher_weight.detach(), bias)
+            sides = teacher_input.detach(), student_input, teacher, student
+            if 0 < self.beta < 1:
+                soft = linear_jensen_shannon(
+                    *sides, beta=self.beta, temperature=self.temperature, mask=mask,
+                    chunk_rows=self.chunk_size,
+                )  # fmt: skip
+            else:
+                soft = linear_bidirectional_kl(
+                    *sides, weights=_one_way(self.beta), temperature=self.temperature, mask=mask,
+                    chunk_rows=self.chunk_size,
+                )  # fmt: skip
+        if self.weight_hard_loss != 0 or self.return_soft_hard_loss:
+            # The second side has no features: its logits of 0 cost no matmul.
+            nothing = HeadWeights(student_weight.detach()[:, :0])
+            found = linear_gist_loss(
+                student_input, student_input.detach()[:, :0], true_labels, student, nothing,
+                gist_weight=0.0, kl_weights=(0.0, 0.0), ignore_index=self.ignore_index, mask=mask,
+                chunk_rows=self.chunk_size,
+            )  # fmt: skip
+            assert isinstance(found, torch.Tensor)
+            hard = found
+        loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
+        return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
+
+
+def _check_beta(beta: float) -> None:
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1]; it is {beta}")
+
+
+def _one_way(beta: float) -> tuple[float, float]:
+    """The weights of KL(teacher || student) and KL(student || teacher), at beta 0 or 1."""
+    return (1.0, 0.0) if beta == 0 else (0.0, 1.0)
+
+
 def _generalized_jsd(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -140,18 +246,16 @@ def _generalized_jsd(
     divisor: float | torch.Tensor | None,
     reduction: str,
 ) -> torch.Tensor:
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1]; it is {beta}")
+    _check_beta(beta)
     kind: Reduction = "sum" if reduction == "sum" else "mean"
     if 0 < beta < 1:
         return jensen_shannon(
             teacher, student, beta=beta, temperature=temperature, mask=mask, divisor=divisor,
             reduction=kind,
         )  # fmt: skip
-    weights = (1.0, 0.0) if beta == 0 else (0.0, 1.0)
     return bidirectional_kl(
-        teacher, student, weights=weights, temperature=temperature, mask=mask, divisor=divisor,
-        reduction=kind,
+        teacher, student, weights=_one_way(beta), temperature=temperature, mask=mask,
+        divisor=divisor, reduction=kind,
     )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def run(
             losses[chunk] = found
             if terms is not None and found_terms is not None:
                 terms[:, chunk] = found_terms
-            del logits  # their memory is the next chunk's
+            del logits  # their memory is the next chunk's, also where each allocates its own
             for head in heads:
                 head.backward(chunk)
     gradients = [side.gradient for side in sides]
@@ -225,6 +225,7 @@ class _Head:
         self.d_weight = None if frozen else torch.zeros_like(weight, dtype=total)
         needs_bias = bias is not None and needs[1]
         self.d_bias = torch.zeros_like(bias, dtype=total) if needs_bias else None
+        self.buffer: torch.Tensor | None = None
         self.differentiated = self._span([side.reached for side in sides])
         self.wanted = self._span([s.reached and s.gradient is not None for s in sides])
         for side in sides:
@@ -243,7 +244,10 @@ class _Head:
             # In the weight's gradient, 0 times what such a row holds may be nan.
             dropped = ~counted[chunk].repeat(len(self.sides))
             self.rows.masked_fill_(dropped[:, None], 0.0)
-        self.outputs = self.kernels.logits(self.rows, self.weight, self.bias)
+        if self.buffer is None:  # no later chunk is larger than the first
+            self.buffer = self.kernels.buffer(self.rows, self.weight)
+        out = None if self.buffer is None else self.buffer[: len(self.rows)]
+        self.outputs = self.kernels.logits(self.rows, self.weight, self.bias, out)
         self.slope = None
         if self.softcap is not None:
             self.outputs.div_(self.softcap).tanh_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ def in_rows(
 
 def flat_rows(logits: torch.Tensor) -> torch.Tensor:
     """(..., C) as (B, C): a view where one stride leads from each row to the next."""
-    return logits.reshape(-1, logits.shape[-1])
+    return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
 
 
 def row_scale(

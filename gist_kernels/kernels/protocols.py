@@ -245,10 +245,17 @@ class HeadKernels(Protocol):
     def chunk_rows(self, classes: int, itemsize: int) -> int:
         """Row pairs of a chunk, a function of the logits' classes and bytes each alone."""
 
+    def buffer(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """(M, C), for the logits of one chunk after the other; None if each has its own."""
+
     def logits(
-        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``rows weight^T + bias``, a new (M, C) tensor."""
+        """``rows weight^T + bias``, (M, C): a new tensor, or ``out``, of :meth:`buffer`."""
 
     def rows_gradient(self, d_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``d_logits weight``, (M, D)."""

@@ -14,9 +14,11 @@ CPU = torch.device("cpu")
 def test_contenders_agree_and_parity_sees_a_wrong_one(kind, monkeypatch):
     case = divergence.case(kind, (2, 3, 50), torch.float32, CPU)
     assert case.parity() is None
-    ours, eager = (list(case.calls.values())[i]() for i in (0, 2))
+    ours, eager = (case.calls[name]() for name in (f"{kind}, half masked", "eager"))
     for x, y in zip(ours, eager, strict=True):
         torch.testing.assert_close(x, y)
+    assert case.floors == {f"{kind}, half masked": (divergence.HALF, 1.0)}
+    case.calls[divergence.HALF]()
     right, other = divergence.KINDS[kind]
     monkeypatch.setitem(
         divergence.KINDS, kind, (lambda a, b, mask: 1.001 * right(a, b, mask), other)

@@ -117,6 +117,65 @@ def test_liger_jsd_is_that_of_the_installed_liger(beta):
     assert_same(compat.LigerJSD(beta)(log_q, log_p, labels), theirs, student)
 
 
+def draw_distillation(labelled=True, ignore_index=-100):
+    """The arguments of :class:`LigerFusedLinearJSDLoss`, and those that get gradients."""
+    student, head, bias = draw(11, 5), draw(13, 5), draw(13)
+    labels = torch.randint(13, (11,))
+    labels[torch.rand(11) < (0.4 if labelled else 2)] = ignore_index
+    teacher, teacher_head, teacher_bias = draw(11, 7), draw(13, 7), draw(13)
+    arguments = student, head, teacher, teacher_head, labels, bias, teacher_bias
+    return arguments, (student, head, bias)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("hard, soft", [(0.5, 0.5), (0.0, 1.0), (2.0, 0.0)])
+def test_liger_fused_linear_jsd_loss_by_its_formula(beta, hard, soft):
+    arguments, inputs = draw_distillation()
+    student, head, teacher, teacher_head, labels, bias, teacher_bias = arguments
+    x = F.linear(student, head, bias)
+    y = F.linear(teacher, teacher_head, teacher_bias).detach()
+    divergence = jsd_by_definition(x / 3, y / 3, beta).sum(-1)[labels != -100].mean().float()
+    entropy = F.cross_entropy(x, labels)
+    loss = compat.LigerFusedLinearJSDLoss(hard, soft, beta, temperature=3.0, chunk_size=4)
+    assert_same(loss(*arguments), hard * entropy + soft * divergence, inputs)
+    loss.return_soft_hard_loss = True
+    combined, *parts = loss(*arguments)
+    torch.testing.assert_close(combined, hard * entropy + soft * divergence)
+    torch.testing.assert_close(parts, [divergence, entropy])
+    assert not any(part.requires_grad for part in parts)
+
+
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_liger_fused_linear_jsd_loss_is_that_of_the_installed_liger(beta, labelled, biased):
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is not installed")
+    for options in (
+        {},
+        {"weight_hard_loss": 0.2, "weight_soft_loss": 3.0, "temperature": 2.0, "chunk_size": 4},
+        {"weight_hard_loss": 0.0, "return_soft_hard_loss": True},
+        {"weight_soft_loss": 0.0, "ignore_index": 3},
+    ):
+        arguments, inputs = draw_distillation(labelled, options.get("ignore_index", -100))
+        if not biased:
+            arguments, inputs = arguments[:5], inputs[:2]
+        theirs = liger.LigerFusedLinearJSDLoss(beta=beta, compiled=False, **options)(*arguments)
+        ours = compat.LigerFusedLinearJSDLoss(beta=beta, compiled=False, **options)(*arguments)
+        if isinstance(theirs, tuple):
+            torch.testing.assert_close(ours[1:], theirs[1:], rtol=2e-5, atol=1e-6)
+            ours, theirs = ours[0], theirs[0]
+        assert_same(ours, theirs, inputs)
+
+
+def test_liger_fused_linear_jsd_loss_leaves_the_teacher_and_a_frozen_head_without_a_gradient():
+    arguments, _ = draw_distillation()
+    frozen = [arguments[0], arguments[1].detach(), *arguments[2:]]
+    compat.LigerFusedLinearJSDLoss()(*frozen).backward()
+    assert [t.grad is not None for t in arguments if t.is_floating_point()] == [
+        True, False, False, False, True, False,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_symmetric_kl_loss_is_torchtunes(ratio, normalize):
@@ -156,6 +215,8 @@ def test_what_is_not_taken_is_named(options, message):
         compat.generalized_jsd_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), **options)
     with pytest.raises(ValueError, match="sym_kd_ratio must be in"):
         compat.SymmetricKLLoss(2.0)
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\]"):
+        compat.LigerFusedLinearJSDLoss(beta=-0.1)
 
 
 def test_padding_may_hold_nan():

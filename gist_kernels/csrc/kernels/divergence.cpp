@@ -194,6 +194,21 @@ int64_t before_line(const S *to, int64_t n) {
   return bytes % sizeof(S) == 0 && before < n ? before : n;
 }
 
+// The gradient of a row that doesn't count: zeros, of which nothing is read.
+template <class S>
+void clear(const DivergenceCall &call, S *to) {
+  using A = Arithmetic<S>;
+  const int64_t cached = call.stream ? before_line(to, call.classes) : call.classes;
+  const auto write = [&](int64_t j, auto lanes) { store(to + j, lanes, Vec<A>{}); };
+  for_each_vector<A>(cached, write);
+  for_each_vector<A>(call.classes - cached, [&](int64_t j, auto lanes) {
+    if constexpr (std::is_same_v<decltype(lanes), Whole>)
+      store_past_cache(to + cached + j, Vec<A>{});
+    else
+      write(cached + j, lanes);
+  });
+}
+
 template <class S, int kSides>
 void rows_of(const DivergenceCall &call, bool backward, int64_t begin, int64_t end) {
   using R = Row<S, kSides>;
@@ -217,18 +232,20 @@ void rows_of(const DivergenceCall &call, bool backward, int64_t begin, int64_t e
       for (int k = 0; k < row.sides; ++k) stats[index * row.sides + k] = row.side[k];
       continue;
     }
-    const double upstream =
-        scale == 0 ? 0
-                   : scale * double(static_cast<const A *>(call.grad)[index * call.grad_stride]);
     S *to[R::kRoom];
+    for (int k = 0; k < row.sides; ++k) {
+      S *const gradient = static_cast<S *>(call.d_logits[k]);
+      to[k] = gradient == nullptr ? nullptr : gradient + index * call.classes;
+      if (scale == 0 && to[k] != nullptr) clear(call, to[k]);
+    }
+    if (scale == 0) continue;
+    const double upstream =
+        scale * double(static_cast<const A *>(call.grad)[index * call.grad_stride]);
     A factor[R::kRoom];
     int64_t cached = 0;
     for (int k = 0; k < row.sides; ++k) {
       row.side[k] = stats[index * row.sides + k];
       factor[k] = A(upstream * call.weights[k] / call.temperatures[k]);
-      to[k] = call.d_logits[k] == nullptr
-                  ? nullptr
-                  : static_cast<S *>(call.d_logits[k]) + index * call.classes;
       if (to[k] == nullptr) continue;
       const int64_t before = before_line(to[k], call.classes);
       // Past the cache only where all gradients' lines begin at the same number.
@@ -240,14 +257,11 @@ void rows_of(const DivergenceCall &call, bool backward, int64_t begin, int64_t e
       for_each_vector<A>(count, [&](int64_t offset, auto lanes) GIST_LAMBDA {
         const int64_t j = from + offset;
         typename R::Vectors p, l;
-        if (scale != 0) row.logarithms(j, lanes, exponentials.of, p, l);
+        row.logarithms(j, lanes, exponentials.of, p, l);
         for (int k = 0; k < row.sides; ++k) {
           if (to[k] == nullptr) continue;
-          Vec<A> g = {};
-          if (scale != 0) {
-            const Vec<A> none = {};
-            g = p[k] != 0 ? p[k] * (l[k] - row.side[k].mean) * factor[k] : none;
-          }
+          const Vec<A> none = {};
+          const Vec<A> g = p[k] != 0 ? p[k] * (l[k] - row.side[k].mean) * factor[k] : none;
           if constexpr (kPastCache && std::is_same_v<decltype(lanes), Whole>)
             store_past_cache(to[k] + j, g);
           else

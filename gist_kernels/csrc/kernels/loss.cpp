@@ -133,7 +133,7 @@ struct Sums {
   double plain[2] = {};       // sum of exp(x)
 };
 
-// `next` is the following row. It is prefetched while `row` keeps the arithmetic busy.
+// `next` is the row that follows. It is prefetched while `row` keeps the arithmetic busy.
 template <class S, int kPower, class A = Arithmetic<S>>
 Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
               Exponentials<A, kPower> exponentials) {
@@ -251,6 +251,14 @@ RowTarget row_target(const LossCall &call, int64_t row) {
                            row * call.target_stride * bytes_of(call.target_dtype);
   }
   return target;
+}
+
+// The first row behind `row` that counts, or `row` if there is none. Of the others nothing is read.
+template <class A>
+int64_t next_kept(const LossCall &call, int64_t row) {
+  for (int64_t next = row + 1; next < call.rows; ++next)
+    if (row_target<A>(call, next).state == RowTarget::kept) return next;
+  return row;
 }
 
 // Converts `from[begin]` and the following n - 1 numbers to A, in `buffer` if necessary.
@@ -563,8 +571,7 @@ void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_
   for (int i = 0; i < rows; ++i) {
     if (targets[i].state != RowTarget::kept) continue;
     const Pair<S> x = row_of<S>(call, begin + i);
-    const bool fetch = fetch_ahead && begin + i + 1 < call.rows;
-    const Pair<S> next = fetch ? row_of<S>(call, begin + i + 1) : x;
+    const Pair<S> next = fetch_ahead ? row_of<S>(call, next_kept<A>(call, begin + i)) : x;
     sums.put(i, peaks[i], row_sums(x, next, call.classes, peaks[i], exponentials),
              call.target_dtype == Dtype::none ? TargetSums()
                                               : target_sums(call, targets[i], x, peaks[i]));

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from gist_kernels.kernels.cpu.linear import linear
+from gist_kernels.kernels.cpu.linear import is_pytorchs, linear
 
 SKIPS_ROWS = True
 
-# The C library keeps blocks up to this size for the next chunk's logits; the system would have to
-# clear the pages of larger ones anew. Fewer rows than the least leave the matmuls slow.
+# Fewer rows than the least leave the matmuls slow.
 _CHUNK_BYTES = 32 << 20
 _LEAST_ROWS, _MOST_ROWS = 64, 256
 
@@ -24,9 +23,27 @@ def chunk_rows(classes: int, itemsize: int) -> int:
     return min(max(1 << fitting.bit_length() >> 1, _LEAST_ROWS), _MOST_ROWS)
 
 
-def logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``rows weight^T + bias``."""
-    return linear(rows, weight, bias)
+def buffer(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """Memory for the logits of these rows or fewer; None where oneDNN allocates them itself.
+
+    Logits that are freed and allocated again take twice the memory: the C library puts the next
+    chunk's rows where they were, and then they no longer fit.
+    """
+    return rows.new_empty(len(rows), len(weight)) if is_pytorchs(rows, weight) else None
+
+
+def logits(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``rows weight^T + bias``, written over ``out`` where there is one."""
+    if out is None:
+        return linear(rows, weight, bias)
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=out)
+    return torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def rows_gradient(d_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

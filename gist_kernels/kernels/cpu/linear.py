@@ -132,6 +132,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(x, weight, bias)
 
 
+def is_pytorchs(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether :func:`linear` is PyTorch's own, which can write into given memory."""
+    return not _by_onednn(x, weight, adds=False)
+
+
 def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """:func:`linear` of float32 tensors by oneDNN, whatever the rule says."""
     # It reads a bias as if it were contiguous, whatever its stride.

@@ -19,7 +19,17 @@ def chunk_rows(classes: int, itemsize: int) -> int:
     return min(max(1 << fitting.bit_length() >> 1, _LEAST_ROWS), _MOST_ROWS)
 
 
-def logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def buffer(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """None: PyTorch's allocator gives a chunk's logits the last one's memory."""
+    return None
+
+
+def logits(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``rows weight^T + bias``."""
     return F.linear(rows, weight, bias)
 

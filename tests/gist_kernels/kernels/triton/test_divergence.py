@@ -35,6 +35,8 @@ def test_traffic(classes, sides):
     masked = traffic.measure_divergence(4, classes, sides, torch.tensor([0.0, 1.0, 0.0, 2.0]))
     assert masked["forward"][0] == sides * (1 if long else 0.5)
     assert masked["backward"][0] == 1.5 * sides
+    # As a linear head's loss calls it: nothing is moved on top.
+    assert traffic.measure_divergence(4, classes, sides, in_place=True) == found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
