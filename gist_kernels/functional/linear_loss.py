@@ -81,10 +81,11 @@ def linear_gist_loss(
         head: weight (C, D), and bias (C,) or None, of the features' dtype. Weights of a sharded or
             wrapped layer (FSDP, ZeRO-3, LoRA) are not whole: gather or merge them first.
         gist_head: of the Gist features; None for the same head.
-        temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction,
-            mask, row_weight, divisor, stop_gradient, scale_by_temperature_squared, return_terms:
-            as of :func:`gist_loss`. Rows that are ignored or masked are left out of the matmuls on
-            a CPU; elsewhere the host would have to wait for the device.
+        temperature, cls_weight, gist_weight, kl_weights, label_smoothing: as of :func:`gist_loss`.
+        ignore_index, mask, row_weight: as of :func:`gist_loss`. Rows that are ignored or masked are
+            left out of the matmuls on a CPU; elsewhere the host would have to wait for the device.
+        reduction, divisor, stop_gradient, scale_by_temperature_squared, return_terms: as of
+            :func:`gist_loss`.
         logit_softcap: c > 0 of ``c tanh(logits / c)`` (Gemma 2, arXiv:2408.00118).
         logits_dtype: compute matmuls and logits in this dtype, for instance float32 for bfloat16
             features and weights, whose rounded logits bias a KL below 1e-4 upward.
@@ -137,9 +138,9 @@ def linear_bidirectional_kl(
     Args:
         features_a, features_b, head, head_b, logit_softcap, logits_dtype, chunk_rows: as of
             :func:`linear_gist_loss`, which says what it costs.
-        temperature, weights, reduction, mask, row_weight, divisor, stop_gradient,
-            scale_by_temperature_squared: as of :func:`bidirectional_kl`. ``stop_gradient="a"``
-            keeps the first side's gradient from its features and from the head.
+        temperature, weights, reduction, mask, row_weight, divisor: as of :func:`bidirectional_kl`.
+        stop_gradient, scale_by_temperature_squared: as of :func:`bidirectional_kl`.
+            ``stop_gradient="a"`` keeps the first side's gradient from its features and the head.
 
     Returns:
         As :func:`bidirectional_kl`.
