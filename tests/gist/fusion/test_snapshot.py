@@ -8,8 +8,10 @@ import weakref
 
 import pytest
 import torch
-from models import images, wrapped
+from models import backbone, images, wrapped
 from torch import nn
+
+import gist
 
 CHANGES = {
     "training mode": lambda model: model.train(not model.training),
@@ -59,6 +61,27 @@ def test_values_make_no_other_plan():
             parameter.data = parameter.data.clone()
     model(images()).cls_logits.sum().backward()
     assert model.plan() is before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", [gist.Adapter(), gist.BitFit(), gist.LoRA(), gist.SSF()])
+@pytest.mark.parametrize("written", ["in place", "in data", "as data"])
+def test_a_kept_plan_reads_what_was_written_since(method, dtype, written):
+    model = gist.wrap(backbone().to(dtype), gist.GistConfig(method=method)).eval()
+    batch = images().to(dtype)
+    before, kept = model(batch), model.plan()
+    for parameter in model.parameters():
+        if written == "in place":
+            with torch.no_grad():
+                parameter.mul_(1.25)
+        elif written == "in data":
+            parameter.data.mul_(1.25)
+        else:
+            parameter.data = 1.25 * parameter.data
+    found = model(batch)
+    assert model.plan() is kept
+    assert torch.equal(found, copy.deepcopy(model)(batch))  # by a plan of its own
+    assert not torch.equal(found, before)
 
 
 def test_a_class_patched_after_a_call_makes_another_plan(monkeypatch):
