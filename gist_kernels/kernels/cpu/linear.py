@@ -12,7 +12,6 @@ are PyTorch's own: for bf16 PyTorch calls oneDNN by itself.
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ imported."""
 LIBRARIES = ("auto", "onednn", "pytorch")
 
 _linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_MKLDNN: bool = torch.backends.mkldnn.is_available()
 
 
 class Rule(NamedTuple):
@@ -84,9 +84,8 @@ def rule_of(library: str) -> Rule:
     return Rule(everything=library == "onednn")
 
 
-@lru_cache
 def _has_onednn() -> bool:
-    return _linear_pointwise is not None and torch.backends.mkldnn.is_available()
+    return _linear_pointwise is not None and _MKLDNN
 
 
 _library = os.environ.get(LIBRARY_VARIABLE) or "auto"
