@@ -14,12 +14,7 @@ from gist_kernels.autograd.linear_chunks import GistRows, JensenShannonRows, Log
 from gist_kernels.autograd.linear_loss import linear_loss
 from gist_kernels.autograd.linear_loss import register as register_linear_loss
 from gist_kernels.autograd.loss import gist_loss, gist_loss_and_grad, register
-from gist_kernels.autograd.sublayers import (
-    adapter_attention,
-    adapter_mlp,
-    attention_sublayer,
-    mlp_sublayer,
-)
+from gist_kernels.autograd.sublayers import adapter_attention, adapter_mlp, sublayer_of
 from gist_kernels.autograd.trained import Sublayer
 
 __all__ = [
@@ -31,12 +26,10 @@ __all__ = [
     "adapter_attention",
     "adapter_mlp",
     "adapter_operator",
-    "attention_sublayer",
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",
     "linear_loss",
-    "mlp_sublayer",
     "prefix_attention",
     "prefix_attention_operator",
     "register",
@@ -45,4 +38,5 @@ __all__ = [
     "register_divergence",
     "register_linear_loss",
     "served",
+    "sublayer_of",
 ]

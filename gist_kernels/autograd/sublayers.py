@@ -28,30 +28,18 @@ from gist_kernels.weights import (
 )
 
 
-def attention_sublayer(
+def sublayer_of(
     kernels: SublayerKernels,
     dtype: torch.dtype,
     norm: NormWeights,
-    weights: AttentionWeights,
+    weights: AttentionWeights | MlpWeights,
     adapter: AdapterWeights | None,
 ) -> Sublayer:
-    """What :func:`adapter_attention` takes, for matmuls in ``dtype``."""
-    qkv = _frozen(kernels, dtype, *weights[:2], weights.qkv_update)
-    proj = _frozen(kernels, dtype, *weights[2:4], weights.proj_update)
-    return Sublayer(kernels, norm, weights, qkv, proj, adapter)
-
-
-def mlp_sublayer(
-    kernels: SublayerKernels,
-    dtype: torch.dtype,
-    norm: NormWeights,
-    weights: MlpWeights,
-    adapter: AdapterWeights | None,
-) -> Sublayer:
-    """What :func:`adapter_mlp` takes, for matmuls in ``dtype``."""
-    fc1 = _frozen(kernels, dtype, *weights[:2], weights.fc1_update)
-    fc2 = _frozen(kernels, dtype, *weights[2:4], weights.fc2_update)
-    return Sublayer(kernels, norm, weights, fc1, fc2, adapter)
+    """What :func:`adapter_attention` or :func:`adapter_mlp` takes, for matmuls in ``dtype``."""
+    first_update, last_update = weights[-2:]
+    first = _frozen(kernels, dtype, *weights[:2], first_update)
+    last = _frozen(kernels, dtype, *weights[2:4], last_update)
+    return Sublayer(kernels, norm, weights, first, last, adapter)
 
 
 def _frozen(

@@ -134,9 +134,6 @@ class _Prepared:
     of weights that are read where they lie is kept.
     """
 
-    make: Any
-    """Makes the sublayer of kernels, dtype and weights."""
-
     def __init__(self, norm: NormWeights, weights: Any, adapter: AdapterWeights | None) -> None:
         self.weights = norm, weights, adapter
         self._kept: autograd.Sublayer | None = None
@@ -152,7 +149,7 @@ class _Prepared:
         if kept is None or kept.kernels is not kernels or kept.first.weight.dtype is not dtype:
             if negated(*self.weights):
                 return None
-            kept = self.make(kernels, dtype, *self.weights)
+            kept = autograd.sublayer_of(kernels, dtype, *self.weights)
             if kept.reads_in_place:
                 self._kept = kept
         return kept
@@ -160,8 +157,6 @@ class _Prepared:
 
 class PreparedAttention(_Prepared):
     """:func:`adapter_attention` of given weights."""
-
-    make = staticmethod(autograd.attention_sublayer)
 
     def run(
         self,
@@ -195,8 +190,6 @@ class PreparedAttention(_Prepared):
 
 class PreparedMlp(_Prepared):
     """:func:`adapter_mlp` of given weights."""
-
-    make = staticmethod(autograd.mlp_sublayer)
 
     def run(self, x: torch.Tensor, *, drop_path: torch.Tensor | None) -> torch.Tensor:
         self.check_input(x)
