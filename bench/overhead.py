@@ -88,7 +88,10 @@ def nothing() -> Iterator[None]:
     before = backend.BACKENDS
     found = next(each for each in before if each.sublayers is not None)
     kernels = SublayerKernels(_ADAPTER, _ACTIVATION, _ATTENTION, _LINEAR)
-    backend.BACKENDS = (dataclasses.replace(found, name=NOTHING, sublayers=kernels), *before)
+    backend.BACKENDS = (
+        dataclasses.replace(found, name=NOTHING, sublayers=lambda: kernels),
+        *before,
+    )
     try:
         with gk.use_backend(NOTHING):
             yield

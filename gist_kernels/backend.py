@@ -53,7 +53,7 @@ def backends() -> dict[str, BackendInfo]:
     found = {
         backend.name: BackendInfo(
             available=backend.unavailable is None,
-            detail=backend.unavailable or backend.detail,
+            detail=backend.unavailable or backend.detail(),
             operations=_operations(backend),
         )
         for backend in BACKENDS
@@ -63,7 +63,7 @@ def backends() -> dict[str, BackendInfo]:
 
 
 def _operations(backend: Backend) -> tuple[str, ...]:
-    served = (names for family, names in OPERATIONS.items() if backend.kernels(family) is not None)
+    served = (names for family, names in OPERATIONS.items() if backend.has(family))
     return tuple(sorted(name for names in served for name in names))
 
 

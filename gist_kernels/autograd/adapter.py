@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ def adapter_operator(
     return out
 
 
-def register_adapter(backend: str, kernels: AdapterKernels) -> None:
+def register(backend: str, load: Callable[[], AdapterKernels]) -> None:
     """Define a backend's operators."""
-    _OPERATORS[backend] = _OPERATION.register(backend, kernels, shapes.of_adapter())
+    _OPERATORS[backend] = _OPERATION.register(backend, load, shapes.of_adapter())
 
 
 class _Adapter(torch.autograd.Function):

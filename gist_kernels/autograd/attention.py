@@ -5,6 +5,7 @@ The operators are for calls that kernels serve.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -113,9 +114,9 @@ def prefix_attention_operator(
     return out
 
 
-def register_attention(backend: str, kernels: AttentionKernels) -> None:
+def register(backend: str, load: Callable[[], AttentionKernels]) -> None:
     """Define a backend's operators."""
-    _OPERATORS[backend] = _OPERATION.register(backend, kernels, shapes.of_attention(kernels))
+    _OPERATORS[backend] = _OPERATION.register(backend, load, shapes.of_attention(load))
 
 
 class _PrefixAttention(torch.autograd.Function):

@@ -3,7 +3,7 @@ registered operator where a call is traced."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,28 +62,26 @@ class _JensenShannon(torch.autograd.Function):
         return None, None, *gradients
 
 
-def register(kernels: DivergenceKernels) -> None:
-    """Register the kernels as ``gist_kernels::{NAME}_jensen_shannon`` and ``..._backward``."""
+def register(backend: str, load: Callable[[], DivergenceKernels]) -> None:
+    """Register ``gist_kernels::{backend}_jensen_shannon`` and ``..._backward``, for tracing."""
 
-    @torch.library.custom_op(f"gist_kernels::{kernels.NAME}_jensen_shannon", mutates_args=())
+    @torch.library.custom_op(f"gist_kernels::{backend}_jensen_shannon", mutates_args=())
     def forward(
         sides: Sequence[torch.Tensor],
         row_scale: torch.Tensor | None,
         weights: Sequence[float],
         temperatures: Sequence[float],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.forward(sides, tuple(weights), tuple(temperatures), row_scale)
+        return load().forward(sides, tuple(weights), tuple(temperatures), row_scale)
 
     @forward.register_fake
     def _(sides, row_scale, weights, temperatures):  # type: ignore[no-untyped-def]
         dtype = torch.promote_types(sides[0].dtype, torch.float32)
         rows = sides[0].shape[0]
-        shapes = (rows,), kernels.stats_shape(rows, len(sides))
+        shapes = (rows,), load().stats_shape(rows, len(sides))
         return tuple(sides[0].new_empty(shape, dtype=dtype) for shape in shapes)
 
-    @torch.library.custom_op(
-        f"gist_kernels::{kernels.NAME}_jensen_shannon_backward", mutates_args=()
-    )
+    @torch.library.custom_op(f"gist_kernels::{backend}_jensen_shannon_backward", mutates_args=())
     def backward(
         grad: torch.Tensor,
         sides: Sequence[torch.Tensor],
@@ -93,7 +91,7 @@ def register(kernels: DivergenceKernels) -> None:
         temperatures: Sequence[float],
         needs: Sequence[bool],
     ) -> list[torch.Tensor]:
-        found = kernels.backward(
+        found = load().backward(
             grad, sides, tuple(weights), tuple(temperatures), stats, needs, row_scale
         )
         return [d for d in found if d is not None]
@@ -118,4 +116,4 @@ def register(kernels: DivergenceKernels) -> None:
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     backward.register_autograd(refuse)
-    _OPERATORS[kernels.NAME] = forward
+    _OPERATORS[backend] = forward

@@ -7,7 +7,7 @@ backward pass computes the logits again, and scales the rows by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -170,8 +170,8 @@ def _in_schema(logits: LogitOptions) -> tuple[torch.dtype, float, int]:
     return logits.dtype, logits.softcap or 0.0, logits.chunk_rows or 0
 
 
-def register(kernels: LinearLossKernels) -> None:
-    """Register ``gist_kernels::{NAME}_linear_loss`` and ``..._gradients``, for tracing.
+def register(backend: str, load: Callable[[], LinearLossKernels]) -> None:
+    """Register ``gist_kernels::{backend}_linear_loss`` and ``..._gradients``, for tracing.
 
     What an operator returns has a fixed number of tensors: an empty one stands for None.
     """
@@ -187,6 +187,7 @@ def register(kernels: LinearLossKernels) -> None:
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         dtype, softcap, chunk_rows = logits
         how = LogitOptions(dtype, softcap or None, chunk_rows or None)
+        kernels = load()
         rows = _rows_of(kernels, *row_loss)
         loss, terms, gradients = run(
             (kernels.head, rows, how), tensors, target, row_scale, needs, want_terms
@@ -206,7 +207,7 @@ def register(kernels: LinearLossKernels) -> None:
                 found.append(tensor.new_empty(tensor.shape, dtype=dtype))
         return found
 
-    @torch.library.custom_op(f"gist_kernels::{kernels.NAME}_linear_loss", mutates_args=())
+    @torch.library.custom_op(f"gist_kernels::{backend}_linear_loss", mutates_args=())
     def forward(
         cls: torch.Tensor,
         gist: torch.Tensor,
@@ -249,7 +250,7 @@ def register(kernels: LinearLossKernels) -> None:
         needs = needs if summed else (False,) * TENSORS
         return loss, terms, *fake_gradients(tensors, needs)
 
-    @torch.library.custom_op(f"gist_kernels::{kernels.NAME}_linear_loss_gradients", mutates_args=())
+    @torch.library.custom_op(f"gist_kernels::{backend}_linear_loss_gradients", mutates_args=())
     def gradients_of(
         cls: torch.Tensor,
         gist: torch.Tensor,
@@ -308,4 +309,4 @@ def register(kernels: LinearLossKernels) -> None:
 
     forward.register_autograd(backward, setup_context=setup_context)
     gradients_of.register_autograd(refuse)
-    _OPERATORS[kernels.NAME] = forward
+    _OPERATORS[backend] = forward

@@ -8,7 +8,7 @@ torch.export, and for tensors without memory of their own, the same kernels appe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,10 +113,10 @@ def _options_of(
 _OPERATORS: dict[str, tuple[Any, Any]] = {}
 
 
-def register(kernels: LossKernels) -> None:
-    """Register the kernels as ``gist_kernels::{NAME}_loss`` and ``..._backward``, for tracing."""
+def register(backend: str, load: Callable[[], LossKernels]) -> None:
+    """Register ``gist_kernels::{backend}_loss`` and ``..._backward``, for tracing."""
 
-    @torch.library.custom_op(f"gist_kernels::{kernels.NAME}_loss", mutates_args=())
+    @torch.library.custom_op(f"gist_kernels::{backend}_loss", mutates_args=())
     def loss_forward(
         cls: torch.Tensor,
         gist: torch.Tensor,
@@ -128,7 +128,7 @@ def register(kernels: LossKernels) -> None:
         stop_gradient: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         options = _options_of(settings, ignore_index, reduction, stop_gradient)
-        loss, terms, stats = kernels.forward(cls, gist, target, options, True, row_scale)
+        loss, terms, stats = load().forward(cls, gist, target, options, True, row_scale)
         assert terms is not None
         return loss, terms, stats
 
@@ -141,10 +141,10 @@ def register(kernels: LossKernels) -> None:
         dtype = torch.promote_types(cls.dtype, torch.float32)
         return tuple(
             torch.empty(shape, dtype=dtype, device=cls.device)
-            for shape in (each, (4, *each), kernels.stats_shape(rows))
+            for shape in (each, (4, *each), load().stats_shape(rows))
         )
 
-    @torch.library.custom_op(f"gist_kernels::{kernels.NAME}_loss_backward", mutates_args=())
+    @torch.library.custom_op(f"gist_kernels::{backend}_loss_backward", mutates_args=())
     def loss_backward(
         grad: torch.Tensor,
         cls: torch.Tensor,
@@ -160,7 +160,7 @@ def register(kernels: LossKernels) -> None:
         need_gist: bool,
     ) -> list[torch.Tensor]:
         options = _options_of(settings, ignore_index, reduction, stop_gradient)
-        d_cls, d_gist = kernels.backward(
+        d_cls, d_gist = load().backward(
             grad, cls, gist, target, stats, options, need_cls, need_gist, row_scale
         )
         found = [d for d in (d_cls, d_gist) if d is not None]
@@ -201,4 +201,4 @@ def register(kernels: LossKernels) -> None:
 
     loss_forward.register_autograd(backward, setup_context=setup_context)
     loss_backward.register_autograd(refuse)
-    _OPERATORS[kernels.NAME] = loss_forward, loss_backward
+    _OPERATORS[backend] = loss_forward, loss_backward

@@ -40,9 +40,9 @@ class Operation(NamedTuple):
     frozen: tuple[str, ...] = ()
     """The other tensors."""
 
-    def register(self, backend: str, kernels: Any, shapes: Any) -> Any:
-        """Define both operators; returns forward's. ``shapes`` are kernels of
-        :mod:`gist_kernels.autograd.shapes`."""
+    def register(self, backend: str, load: Callable[[], Any], shapes: Any) -> Any:
+        """Define both operators; returns forward's. ``load`` returns the backend's kernels,
+        ``shapes`` are kernels of :mod:`gist_kernels.autograd.shapes`."""
         added = () if self.added is None else (self.added,)
         declared = (*self.trained, *added, *self.frozen)
         arguments = ", ".join((*declared, *self.options))
@@ -63,7 +63,7 @@ class Operation(NamedTuple):
         def gradients(d_out: torch.Tensor, *given: Any) -> list[torch.Tensor]:
             needs = given[-1]
             found = self.backward(
-                kernels, given[:tensors], given[tensors:values], given[values:-1], needs, d_out
+                load(), given[:tensors], given[tensors:values], given[values:-1], needs, d_out
             )
             return [d.contiguous() for d, need in zip(found, needs, strict=True) if need]
 
@@ -97,7 +97,7 @@ class Operation(NamedTuple):
         def refuse(ctx: Any, *_: Any) -> None:
             raise second_derivative(self.name)
 
-        _implement(forward, lambda *v: computed(kernels, *v), lambda *v: computed(shapes, *v))
+        _implement(forward, lambda *v: computed(load(), *v), lambda *v: computed(shapes, *v))
         _implement(backward, gradients, gradients_like)
         torch.library.register_autograd(
             _qualified(forward), differentiate, setup_context=setup_context

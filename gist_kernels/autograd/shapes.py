@@ -6,6 +6,7 @@ twice. Each function allocates what its protocol names and reads no number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,8 +42,11 @@ class _Activation:
 
 
 class _Attention:
-    def __init__(self, kernels: AttentionKernels) -> None:
-        self.serves = kernels.serves
+    def __init__(self, load: Callable[[], AttentionKernels]) -> None:
+        self._load = load
+
+    def serves(self, q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
+        return self._load().serves(q, k, num_heads)
 
     @staticmethod
     def forward(
@@ -66,11 +70,10 @@ def of_adapter() -> Any:
     return _Adapter
 
 
-def of_attention(kernels: AttentionKernels) -> Any:
-    return _Attention(kernels)
+def of_attention(load: Callable[[], AttentionKernels]) -> Any:
+    return _Attention(load)
 
 
-def of_sublayers(kernels: SublayerKernels) -> Any:
-    return SublayerKernels(
-        *(_Adapter, _Activation, _Attention(kernels.attention), _Linear)  # type: ignore[arg-type]
-    )
+def of_sublayers(load: Callable[[], SublayerKernels]) -> Any:
+    attention = _Attention(lambda: load().attention)
+    return SublayerKernels(*(_Adapter, _Activation, attention, _Linear))  # type: ignore[arg-type]

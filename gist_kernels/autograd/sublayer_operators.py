@@ -5,7 +5,7 @@ A frozen matrix arrives in the dtype of the matmuls: the tracer sees its convers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,10 +58,10 @@ def adapter_mlp(
     return out
 
 
-def register(backend: str, kernels: SublayerKernels) -> None:
+def register(backend: str, load: Callable[[], SublayerKernels]) -> None:
     """Define a backend's operators."""
     for operation in _OPERATIONS:
-        operator = operation.register(backend, kernels, shapes.of_sublayers(kernels))
+        operator = operation.register(backend, load, shapes.of_sublayers(load))
         _OPERATORS[backend, operation.name] = operator
 
 

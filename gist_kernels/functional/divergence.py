@@ -23,7 +23,7 @@ from gist_kernels.functional.rows import RowOptions, check_rows, flat_rows, row_
 
 for _backend in BACKENDS:
     if _backend.divergence is not None:
-        autograd.register_divergence(_backend.divergence)
+        autograd.register_divergence(_backend.name, _backend.divergence)
 
 _MOST_SIDES = 8
 

@@ -31,7 +31,7 @@ from gist_kernels.weights import HeadWeights
 
 for _backend in BACKENDS:
     if _backend.linear_loss is not None:
-        autograd.register_linear_loss(_backend.linear_loss)
+        autograd.register_linear_loss(_backend.name, _backend.linear_loss)
 
 
 def linear_gist_loss(

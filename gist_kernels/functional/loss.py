@@ -35,7 +35,7 @@ from gist_kernels.tracing import batched
 
 for _backend in BACKENDS:
     if _backend.loss is not None:
-        autograd.register(_backend.loss)
+        autograd.register_loss(_backend.name, _backend.loss)
 
 _CHECK_TARGETS = os.environ.get("GIST_KERNELS_CHECK_TARGETS", "0") not in ("", "0")
 

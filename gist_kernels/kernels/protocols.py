@@ -10,7 +10,7 @@ Q queries, H heads, Dh features per head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -305,24 +305,30 @@ class Backend:
     device_types: tuple[str, ...] = ()
     """Devices it takes, as values of ``tensor.device.type``."""
     dtypes: tuple[torch.dtype, ...] = ()
-    detail: str = ""
-    """The hardware and software it runs on here."""
-    loss: LossKernels | None = None
-    divergence: DivergenceKernels | None = None
-    linear_loss: LinearLossKernels | None = None
-    adapter: AdapterKernels | None = None
-    attention: AttentionKernels | None = None
-    sublayers: SublayerKernels | None = None
+    detail: Callable[[], str] = str
+    """Names the hardware and software it runs on here."""
+    loss: Callable[[], LossKernels] | None = None
+    """Each family is a function that returns its kernels: it imports them at their first use."""
+    divergence: Callable[[], DivergenceKernels] | None = None
+    linear_loss: Callable[[], LinearLossKernels] | None = None
+    adapter: Callable[[], AdapterKernels] | None = None
+    attention: Callable[[], AttentionKernels] | None = None
+    sublayers: Callable[[], SublayerKernels] | None = None
+
+    def has(self, family: str) -> bool:
+        """Whether it has kernels of a family, a key of :data:`OPERATIONS`. Imports none."""
+        return getattr(self, family) is not None
 
     def kernels(self, family: str) -> Any:
         """Its kernels of a family, a key of :data:`OPERATIONS`; None if it has none."""
-        return getattr(self, family)
+        load = getattr(self, family)
+        return None if load is None else load()
 
     def refusal(self, family: str, device_type: str, dtype: torch.dtype) -> str | None:
         """The reason why this backend can't serve such a call; None if it can."""
         if self.unavailable is not None:
             return self.unavailable
-        if self.kernels(family) is None:
+        if not self.has(family):
             return f"it has no {family} kernels"
         if device_type not in self.device_types:
             return f"it takes {' or '.join(self.device_types)} tensors, not {device_type}"

@@ -25,7 +25,7 @@ def fake(monkeypatch):
     """A first, fastest backend that serves the loss of float32 CPU tensors only."""
     served = "served by fast", None, None
     loss = SimpleNamespace(NAME="fast", forward=lambda *arguments: served)
-    fast = Backend("fast", device_types=("cpu",), dtypes=(torch.float32,), loss=loss)
+    fast = Backend("fast", device_types=("cpu",), dtypes=(torch.float32,), loss=lambda: loss)
     broken = Backend("broken", unavailable="it was not built")
     monkeypatch.setattr(backend, "BACKENDS", (fast, broken, *backend.BACKENDS))
     monkeypatch.setitem(autograd_loss._OPERATORS, "fast", (loss.forward, None))

@@ -21,7 +21,7 @@ def serving(family: str, *, device: str | None = None, reference: bool = False) 
     parameters = [pytest.param(REFERENCE)] if reference else []
     for backend in BACKENDS:
         available = backend.unavailable is None
-        if available and backend.kernels(family) is None:
+        if available and not backend.has(family):
             continue
         marks = [getattr(pytest.mark, backend.name)]
         if device is not None and available and device not in backend.device_types:

@@ -5,9 +5,60 @@ from __future__ import annotations
 import torch
 
 from gist_kernels.kernels.cpu.native import import_error, native
-from gist_kernels.kernels.protocols import Backend, LinearLossKernels, SublayerKernels
+from gist_kernels.kernels.protocols import (
+    AdapterKernels,
+    AttentionKernels,
+    Backend,
+    DivergenceKernels,
+    LinearLossKernels,
+    LossKernels,
+    SublayerKernels,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _detail() -> str:
+    from gist_kernels.kernels.cpu import linear
+
+    return f"C++, {native.instruction_set()} instructions; {linear.detail()}"
+
+
+def _loss() -> LossKernels:
+    from gist_kernels.kernels.cpu import loss
+
+    return loss
+
+
+def _divergence() -> DivergenceKernels:
+    from gist_kernels.kernels.cpu import divergence
+
+    return divergence
+
+
+def _linear_loss() -> LinearLossKernels:
+    from gist_kernels.kernels.cpu import head
+
+    return LinearLossKernels("cpu", _loss(), _divergence(), head)
+
+
+def _adapter() -> AdapterKernels:
+    from gist_kernels.kernels.cpu import adapter
+
+    return adapter
+
+
+def _attention() -> AttentionKernels:
+    from gist_kernels.kernels.cpu import attention
+
+    return attention
+
+
+def _sublayers() -> SublayerKernels:
+    from gist_kernels.kernels.cpu import activation, linear
+
+    return SublayerKernels(_adapter(), activation, _attention(), linear)
+
 
 if native is None:
     BACKEND = Backend(
@@ -16,25 +67,15 @@ if native is None:
         "compiler on the path and without GIST_KERNELS_NATIVE=0",
     )
 else:
-    from gist_kernels.kernels.cpu import (
-        activation,
-        adapter,
-        attention,
-        divergence,
-        head,
-        linear,
-        loss,
-    )
-
     BACKEND = Backend(
         "cpu",
         device_types=("cpu",),
         dtypes=DTYPES,
-        detail=f"C++, {native.instruction_set()} instructions; {linear.detail()}",
-        loss=loss,
-        divergence=divergence,
-        linear_loss=LinearLossKernels("cpu", loss, divergence, head),
-        adapter=adapter,
-        attention=attention,
-        sublayers=SublayerKernels(adapter, activation, attention, linear),
+        detail=_detail,
+        loss=_loss,
+        divergence=_divergence,
+        linear_loss=_linear_loss,
+        adapter=_adapter,
+        attention=_attention,
+        sublayers=_sublayers,
     )

@@ -6,7 +6,15 @@ in Triton's interpreter instead, on CPU tensors. That is slow, but tests then ne
 
 from __future__ import annotations
 
-from gist_kernels.kernels.protocols import Backend, LinearLossKernels, SublayerKernels
+from gist_kernels.kernels.protocols import (
+    AdapterKernels,
+    AttentionKernels,
+    Backend,
+    DivergenceKernels,
+    LinearLossKernels,
+    LossKernels,
+    SublayerKernels,
+)
 from gist_kernels.kernels.triton.launch import (
     DEVICE_TYPES,
     DTYPES,
@@ -15,30 +23,57 @@ from gist_kernels.kernels.triton.launch import (
     unavailable,
 )
 
+
+def _loss() -> LossKernels:
+    from gist_kernels.kernels.triton import loss
+
+    return loss
+
+
+def _divergence() -> DivergenceKernels:
+    from gist_kernels.kernels.triton import divergence
+
+    return divergence
+
+
+def _linear_loss() -> LinearLossKernels:
+    from gist_kernels.kernels.triton import head
+
+    return LinearLossKernels("triton", _loss(), _divergence(), head)
+
+
+def _adapter() -> AdapterKernels:
+    from gist_kernels.kernels.triton import adapter
+
+    return adapter
+
+
+def _attention() -> AttentionKernels:
+    from gist_kernels.kernels.triton import attention
+
+    return attention
+
+
+def _sublayers() -> SublayerKernels:
+    from gist_kernels.kernels.triton import activation, linear
+
+    return SublayerKernels(_adapter(), activation, _attention(), linear)
+
+
 if unavailable() is not None:
     BACKEND = Backend("triton", unavailable=unavailable())
-else:  # import Triton only where it can run
-    from gist_kernels.kernels.triton import (
-        activation,
-        adapter,
-        attention,
-        divergence,
-        head,
-        linear,
-        loss,
-    )
-
+else:
     BACKEND = Backend(
         "triton",
         device_types=DEVICE_TYPES,
         dtypes=DTYPES,
-        detail=detail(),
-        loss=loss,
-        divergence=divergence,
-        linear_loss=LinearLossKernels("triton", loss, divergence, head),
-        adapter=adapter,
-        attention=attention,
-        sublayers=SublayerKernels(adapter, activation, attention, linear),
+        detail=detail,
+        loss=_loss,
+        divergence=_divergence,
+        linear_loss=_linear_loss,
+        adapter=_adapter,
+        attention=_attention,
+        sublayers=_sublayers,
     )
 
 __all__ = ["BACKEND", "DEVICE_TYPES", "DTYPES", "INTERPRETED"]

@@ -330,7 +330,7 @@ def test_a_step_needs_7_percent_fewer_operations_than_without_adapter(monkeypatc
         torch.stack(model(pixels)).sum().backward()
 
     counted = []
-    kernels = counting(BACKEND.sublayers, counted)
+    kernels = counting(BACKEND.kernels("sublayers"), counted)
     monkeypatch.setattr(functional_sublayers, "select", lambda *_: kernels)
     step(gist.Adapter(rank=4))
     # Not counted above: the patches' embedding, the head forward and backward, and 24 adapters,

@@ -529,6 +529,6 @@ def test_tensors_on_another_than_the_current_device():
 
 def test_availability_is_told():
     assert gpu.BACKEND.unavailable is None
-    assert "Triton" in gpu.BACKEND.detail
+    assert "Triton" in gpu.BACKEND.detail()
     assert torch.float64 not in gpu.DTYPES
     assert gpu.DEVICE_TYPES == (DEVICE,)
