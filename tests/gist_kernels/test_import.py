@@ -108,6 +108,10 @@ def test_imports_few_modules_in_little_time_and_no_compiler():
     assert [name for name in added if name.split(".")[0] != "gist_kernels"] == []
     assert dynamo == "False"
     assert not {"gist_kernels.reference", "gist_kernels.compat"} & set(added)
+    times = [float(seconds)]
+    while min(times) > 0.3 and len(times) < 3:  # others may use the machine too
+        times.append(float(printed(COST)[0].split()[0]))
+    assert min(times) <= 0.3
 
 
 def test_imports_no_kernels_before_a_call_needs_them():
@@ -115,11 +119,7 @@ def test_imports_no_kernels_before_a_call_needs_them():
     _, _, *added = printed(COST, TRITON_INTERPRET="1")[0].split()
     assert len(added) <= 40, added
     assert "triton" not in added
-    assert not [name for name in added if name.endswith((".loss", ".adapter")) and ".kernels." in name]
-    times = [float(seconds)]
-    while min(times) > 0.3 and len(times) < 3:  # others may use the machine too
-        times.append(float(printed(COST)[0].split()[0]))
-    assert min(times) <= 0.3
+    assert not {f"gist_kernels.kernels.{name}.loss" for name in ("cpu", "triton")} & set(added)
 
 
 def test_what_is_imported_late_is_there_by_name():
