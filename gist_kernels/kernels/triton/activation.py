@@ -110,7 +110,7 @@ def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], kind: str) -> None:
         align = launch.alignment(size)
         tile = heuristics.ELEMENTWISE
         with launch.on(device):
-            kernel[(tile.programs(1, size),)](
+            kernel[(tile.chunks(size),)](
                 *(*tensors, size // align, kind, align, tile.block),
                 num_warps=tile.threads // launch.warp_size(device),
                 enable_fp_fusion=True,

@@ -41,8 +41,8 @@ class Tile(NamedTuple):
         """Programs that share a row."""
         return -(-classes // self.block)
 
-    def programs(self, rows: int, classes: int = 1) -> int:
-        return -(-rows // self.rows) * self.chunks(classes)
+    def programs(self, rows: int) -> int:
+        return -(-rows // self.rows)
 
     def meta(self, warp_size: int) -> dict[str, Any]:
         """Launch arguments. A warp has 32 lanes, or 64 (AMD CDNA); a tile has a fixed number."""
@@ -61,19 +61,19 @@ class Tile(NamedTuple):
 @lru_cache(maxsize=1024)
 def forward(classes: int) -> Tile:
     """The tile of the statistics."""
-    return _tile(classes if classes <= _LONGEST else _FORWARD_CHUNK, 16)
+    return _tile(classes if classes <= _LONGEST else _FORWARD_CHUNK, 32)
 
 
 @lru_cache(maxsize=1024)
 def backward(classes: int) -> Tile:
     """The tile of the gradients from given statistics, which are element-wise."""
-    return _tile(min(classes, _BACKWARD_CHUNK), 8)
+    return _tile(min(classes, _BACKWARD_CHUNK), 16)
 
 
 @lru_cache(maxsize=1024)
 def kept(classes: int) -> Tile | None:
     """The tile of statistics and gradients in one kernel; None if a row doesn't fit registers."""
-    return _tile(classes, 8) if classes <= _LONGEST_KEPT else None
+    return _tile(classes, 16) if classes <= _LONGEST_KEPT else None
 
 
 @lru_cache(maxsize=1024)

@@ -45,6 +45,7 @@ from gist_kernels.kernels.triton.loss_rows import (
     expected,
     gist_exponentials,
     is_skipped,
+    log_ratio,
     means,
     row_targets,
     store_gradients,
@@ -106,16 +107,15 @@ def _forward_kernel(
 ):  # fmt: skip
     """Statistics of a tile of logits; for whole rows also the loss and, if asked, gradients."""
     classes = class_units * ALIGN
-    chunks = tl.cdiv(classes, BLOCK)
     program = tl.program_id(0)
-    chunk = program % chunks
-    row = (program // chunks) * ROWS + tl.arange(0, ROWS)
+    chunk = tl.program_id(1)
+    row = program * ROWS + tl.arange(0, ROWS)
     column = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     index, kept, outside, scale = row_targets(
         target, target_stride, row_scale, scale_stride, row, inside, classes, ignore_index, TARGET
     )
-    if is_skipped(row_scale, scale_stride, program // chunks, ROWS):
+    if is_skipped(row_scale, scale_stride, program, ROWS):
         zero = tl.zeros([ROWS], tl.float32)
         if partials is None:
             close_rows(
@@ -174,11 +174,11 @@ def _forward_kernel(
             picked_a = picked_a * (1 - smoothing) + rest * tl.sum(tl.where(mask, x, 0.0), 1)
             picked_b = picked_b * (1 - smoothing) + rest * tl.sum(tl.where(mask, z, 0.0), 1)
 
-    d = (x - level) * inverse_t - tl.log(sum_p / sum_q)[:, None]
+    d = log_ratio(x, level, sum_p, sum_q, inverse_t)
     mean_p, mean_q, change = means(tempered_a, tempered_b, sum_p, sum_q, d)
     row_stats = (max_a, max_b, sum_p, sum_q, sum_a, sum_b, mean_p, mean_q, total)
     if partials is not None:
-        step = rows.to(tl.int64) * chunks
+        step = rows.to(tl.int64) * tl.num_programs(1)
         at = partials + chunk * rows.to(tl.int64) + row
         for k in tl.static_range(STATS):
             tl.store(at + k * step, row_stats[k], inside)
@@ -206,7 +206,7 @@ def _forward_kernel(
         z += zero
         tempered_a, plain_a = exponentials(x, tempered_scale, POWER)
         level, tempered_b, plain_b = gist_exponentials(z, gist_scale, tempered_scale, POWER, SCALED)
-        d = (x - level) * inverse_t - tl.log(sum_p / sum_q)[:, None]
+        d = log_ratio(x, level, sum_p, sum_q, inverse_t)
         p = tempered_a * (1 / sum_p)[:, None]
         q = tempered_b * (1 / sum_q)[:, None]
         upstream = tl.where(kept, tl.where(outside, float("nan"), upstream * scale), 0.0)
@@ -312,15 +312,14 @@ def _backward_kernel(
 ):  # fmt: skip
     """Gradients of a tile of logits, from the statistics of its rows."""
     classes = class_units * ALIGN
-    chunks = tl.cdiv(classes, BLOCK)
     program = tl.program_id(0)
-    row = (program // chunks) * ROWS + tl.arange(0, ROWS)
-    column = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
+    row = program * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     index, kept, outside, scale = row_targets(
         target, target_stride, row_scale, scale_stride, row, inside, classes, ignore_index, TARGET
     )
-    if is_skipped(row_scale, scale_stride, program // chunks, ROWS):
+    if is_skipped(row_scale, scale_stride, program, ROWS):
         none = tl.zeros([ROWS, BLOCK], tl.float32)
         mask = (column < classes)[None, :]
         store_gradients(d_a, d_b, row, d_stride, column, mask, none, none, ALIGN)
@@ -329,18 +328,17 @@ def _backward_kernel(
     x = load_logits(address(a, row, stride_a, column, ALIGN), mask)
     z = load_logits(address(b, row, stride_b, column, ALIGN), mask)
 
-    step = rows.to(tl.int64)
-    at = stats + row
+    at = stats + row.to(tl.int64) * STATS
     x -= tl.load(at, kept, 1.0)[:, None]
-    z -= tl.load(at + step, kept, 1.0)[:, None]
-    sum_p = tl.load(at + 2 * step, kept, 1.0)
-    sum_q = tl.load(at + 3 * step, kept, 1.0)
-    sum_a = tl.load(at + 4 * step, kept, 1.0)
-    sum_b = tl.load(at + 5 * step, kept, 1.0)
-    mean_p = tl.load(at + 6 * step, kept, 1.0)
-    mean_q = tl.load(at + 7 * step, kept, 1.0)
-    total = tl.load(at + 8 * step, kept, 1.0)
-    upstream = tl.full([ROWS], 1.0, tl.float32) / tl.load(stats + STATS * step)
+    z -= tl.load(at + 1, kept, 1.0)[:, None]
+    sum_p = tl.load(at + 2, kept, 1.0)
+    sum_q = tl.load(at + 3, kept, 1.0)
+    sum_a = tl.load(at + 4, kept, 1.0)
+    sum_b = tl.load(at + 5, kept, 1.0)
+    mean_p = tl.load(at + 6, kept, 1.0)
+    mean_q = tl.load(at + 7, kept, 1.0)
+    total = tl.load(at + 8, kept, 1.0)
+    upstream = tl.full([ROWS], 1.0, tl.float32) / tl.load(stats + STATS * rows.to(tl.int64))
     if grad is not None:
         upstream *= tl.load(grad + row.to(tl.int64) * grad_stride, kept, 0.0)
     upstream = tl.where(kept, tl.where(outside, float("nan"), upstream * scale), 0.0)
@@ -350,7 +348,7 @@ def _backward_kernel(
     rest = smoothing / classes
     grad_a, grad_b = tile_gradients(
         tempered_a * (1 / sum_p)[:, None], tempered_b * (1 / sum_q)[:, None],
-        (x - z) * inverse_t - tl.log(sum_p / sum_q)[:, None], plain_a, plain_b,
+        log_ratio(x, z, sum_p, sum_q, inverse_t), plain_a, plain_b,
         expected(target, target_stride, row, index, column, mask, rest, smoothing, TARGET),
         mean_p, mean_q, total / sum_a, total / sum_b, upstream, inverse_t, weights, kl_weights,
         TARGET, SLOPES,
@@ -400,7 +398,7 @@ def backward(
     if rows and (need_cls or need_gist):
         tile = heuristics.backward(classes)
         with launch.on(cls.device):
-            _backward_kernel[(tile.programs(rows, classes),)](
+            _backward_kernel[(tile.programs(rows), tile.chunks(classes))](
                 grad, cls, gist, target, row_scale, stats, d_cls, d_gist, rows,
                 0 if target is None else target.stride(0),
                 0 if row_scale is None else row_scale.stride(0),
@@ -484,7 +482,7 @@ def _forward(
             heuristics.COUNT_BLOCK, enable_fp_fusion=True,
         )  # fmt: skip
 
-    _forward_kernel[(tile.programs(rows, classes),)](
+    _forward_kernel[(tile.programs(rows), chunks)](
         cls, gist, target, row_scale, loss, terms, stats, sums, counter, partials, d_cls, d_gist,
         count, rows, target_stride, scale_stride, REDUCTION=reduction,
         COUNT_ROWS=heuristics.COUNT_INLINE, **settings,

@@ -26,7 +26,8 @@ def row_targets(
         index = tl.load(target + index * stride, inside, 0)
         kept = kept & (index != ignore_index)
         outside = kept & ((index < 0) | (index >= classes))
-    return index, kept, outside, scale
+    # Of an index within the classes nothing is lost, and comparing 32 bits costs half.
+    return index.to(tl.int32), kept, outside, scale
 
 
 @triton.jit
@@ -63,6 +64,12 @@ def gist_exponentials(z, gist_scale, tempered_scale, POWER: tl.constexpr, SCALED
 
 
 @triton.jit
+def log_ratio(x, z, sum_p, sum_q, inverse_t):
+    """log(p / q) of each class, for p = exp(x / T) / sum_p and q = exp(z / T) / sum_q."""
+    return tl.fma(x - z, inverse_t, -tl.log(sum_p / sum_q)[:, None])
+
+
+@triton.jit
 def means(u, v, sum_u, sum_v, d):
     """E_p[d], E_q[d] and a correction, for p = u / sum_u, q = v / sum_v and d = log(p / q).
 
@@ -70,12 +77,13 @@ def means(u, v, sum_u, sum_v, d):
     """
     # sum p phi(d) = sum p d + sum (q - p). The second sum is 0 but for rounding, and cancels the
     # rounding of the first. Near d = 0 the difference q - p has lost its digits: use p expm1(-d).
-    series = d * (-1 + d * (1 / 2 + d * (-1 / 6 + d * (1 / 24))))
-    change = tl.where(tl.abs(d) < 0.0625, u * series, v * (sum_u / sum_v)[:, None] - u)
+    series = tl.fma(d, tl.fma(d, tl.fma(d, 1 / 24, -1 / 6), 1 / 2), -1.0)
     # Probability 0 adds 0, whatever d is: infinite for a class that one side masks, nan for both.
-    mean_p = tl.sum(u * tl.where(u > 0, d, 0.0), 1) / sum_u
-    mean_q = tl.sum(v * tl.where(v > 0, d, 0.0), 1) / sum_v
-    return mean_p, mean_q, tl.sum(change, 1) / sum_u
+    u_d = u * tl.where(u > 0, d, 0.0)
+    v_d = v * tl.where(v > 0, d, 0.0)
+    change = tl.where(tl.abs(d) < 0.0625, u_d * series, tl.fma(v, (sum_u / sum_v)[:, None], -u))
+    inverse_u = 1 / sum_u
+    return tl.sum(u_d, 1) * inverse_u, tl.sum(v_d, 1) * (1 / sum_v), tl.sum(change, 1) * inverse_u
 
 
 @triton.jit
@@ -96,13 +104,13 @@ def tile_gradients(
         # A direction of scale 0 may be infinite: it is left out, not multiplied by 0.
         pull_p = tl.where((p > 0) & (scale_pq != 0), scale_pq * (d - mean_p[:, None]), 0.0)
         pull_q = tl.where((q > 0) & (scale_qp != 0), scale_qp * (mean_q[:, None] - d), 0.0)
-        grad_a = p * pull_p + grad_a
-        grad_b = q * pull_q + grad_b
+        grad_a = tl.fma(p, pull_p, grad_a)
+        grad_b = tl.fma(q, pull_q, grad_b)
     if TARGET is not None:
         scale_a = upstream * weights[0]
         scale_b = upstream * weights[1]
-        grad_a += plain_a * (scale_a * share_a)[:, None] - scale_a[:, None] * y
-        grad_b += plain_b * (scale_b * share_b)[:, None] - scale_b[:, None] * y
+        grad_a += tl.fma(plain_a, (scale_a * share_a)[:, None], -scale_a[:, None] * y)
+        grad_b += tl.fma(plain_b, (scale_b * share_b)[:, None], -scale_b[:, None] * y)
     return grad_a, grad_b
 
 
@@ -130,8 +138,9 @@ def close_rows(
         cls_ce = total * tl.log(sum_a) - picked_a
         gist_ce = total * tl.log(sum_b) - picked_b
     if stats is not None:
+        at = stats + row.to(tl.int64) * STATS
         for k in tl.static_range(STATS):
-            tl.store(stats + k * rows + row, row_stats[k], inside)
+            tl.store(at + k, row_stats[k], inside)
 
     row_terms = (cls_ce, gist_ce, kl_pq, kl_qp)
     row_loss = tl.zeros_like(kl_pq)
@@ -143,13 +152,13 @@ def close_rows(
             # A weight of 0 leaves its term out: the term may be infinite.
             row_loss += tl.where(weights[k] != 0, weights[k] * term, 0.0)
         else:
-            tl.store(sums + k * programs + program, tl.sum(term))
+            tl.store(sums + program.to(tl.int64) * 5 + k, tl.sum(term))
     if REDUCTION == "none":
         tl.store(loss + row, row_loss, inside)
         if stats is not None:
             tl.store(stats + STATS * rows, 1.0)
     else:
-        tl.store(sums + 4 * programs + program, tl.sum(kept.to(tl.float32)))
+        tl.store(sums + program.to(tl.int64) * 5 + 4, tl.sum(kept.to(tl.float32)))
         divisor = stats if stats is None else stats + STATS * rows
         reduce_batch(sums, programs, counter, loss, terms, divisor, weights, REDUCTION)
 
@@ -169,7 +178,7 @@ def reduce_batch(
         for start in range(0, programs, 128):
             other = start + tl.arange(0, 128)
             mask = (k < 5)[:, None] & (other < programs)[None, :]
-            at = sums + k[:, None] * programs + other[None, :]
+            at = sums + other.to(tl.int64)[None, :] * 5 + k[:, None]
             batch += tl.load(at, mask, 0.0, cache_modifier=".cg")
         batch = tl.sum(batch, 1)
         over = 1.0
