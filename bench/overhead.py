@@ -99,10 +99,13 @@ def nothing() -> Iterator[None]:
         backend.BACKENDS = before
 
 
-def _adapter_forward(x: Any, add: Any, norm: Any, adapter: Any, bias: Any = None) -> Any:
+def _adapter_forward(
+    x: Any, add: Any, norm: Any, adapter: Any, bias: Any = None, matmul_dtype: Any = None
+) -> Any:
     normed = stats = out = z = None
     if norm is not None:
-        normed, stats = torch.empty_like(x), x.new_empty((x.shape[0], 2))
+        normed = torch.empty_like(x, dtype=matmul_dtype)
+        stats = x.new_empty((x.shape[0], 2))
     if adapter is not None:
         out, z = torch.empty_like(x), x.new_empty((x.shape[0], adapter.down_weight.shape[0]))
     return normed, out, z, stats

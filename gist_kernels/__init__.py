@@ -8,6 +8,7 @@ oracle in the tests, and is served by the fastest backend that can take the call
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gist_kernels.autograd.casts import cached_casts
 from gist_kernels.backend import BackendInfo, backends, use_backend
 from gist_kernels.functional.adapter import adapter
 from gist_kernels.functional.attention import prefix_attention
@@ -49,6 +50,7 @@ __all__ = [
     "adapter_mlp",
     "backends",
     "bidirectional_kl",
+    "cached_casts",
     "compat",
     "gist_loss",
     "gist_loss_and_grad",

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gist.cli.common import (
     RunProgress,
     add_command,
@@ -75,12 +77,18 @@ def register(commands: Any) -> None:
         if field.default is False:
             group.add_argument(option, action="store_true", help=what)
             continue
+        if field.name == "precision":
+            group.add_argument(
+                option,
+                choices=list(PRECISIONS),
+                help=f"{what} Default: bf16 on a CUDA device that computes in it, else fp32",
+            )
+            continue
         group.add_argument(
             option,
             type=type(field.default),
             default=field.default,
-            choices=list(PRECISIONS) if field.name == "precision" else None,
-            metavar=None if field.name == "precision" else type(field.default).__name__.upper(),
+            metavar=type(field.default).__name__.upper(),
             help=f"{what} Default: %(default)s",
         )
     _add_run_options(train)
@@ -120,7 +128,14 @@ def _documented(config: type) -> dict[str, str]:
     }
 
 
+def _precision(device: str) -> str:
+    """What a device trains in unless told otherwise."""
+    on_cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
 def _train(arguments: argparse.Namespace) -> None:
+    arguments.precision = arguments.precision or _precision(arguments.device)
     config = RunConfig(
         data=arguments.data,
         model=arguments.model,

@@ -16,7 +16,8 @@ from gist.validate import (
     check_rate,
 )
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}
+"""Each with the dtype of autocast."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class TrainConfig:
         warmup_epochs: from ``warmup_lr`` up to ``lr``; may be a fraction.
         warmup_lr: where the warm-up starts.
         min_lr: where the cosine ends.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32"; "tf32" for float32 whose matmuls a GPU rounds to TF32, 10 bits of
+            mantissa; or "bf16" for autocast.
         seed: of initialisation, order, dropout and mixing.
         optimizer: a first-order one, as timm's ``create_optimizer_v2`` knows it. Those of Apex and
             bitsandbytes need a GPU and their library.

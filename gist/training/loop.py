@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+import gist_kernels as gk
 from gist.model.loss import GistLoss
 from gist.model.wrapped import GistModel
 from gist.training.batches import BatchSampler
@@ -140,6 +141,18 @@ def _optimizer(model: GistModel, config: TrainConfig) -> torch.optim.Optimizer:
         raise ValueError(f"optimizer {config.optimizer} can't be used here: {error}") from error
 
 
+@contextmanager
+def _matmuls(precision: str) -> Iterator[None]:
+    """float32 matmuls of CUDA devices in TF32, or as they were set."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass
 class _Position:
     """How far a training is, and the sums of the unfinished epoch."""
@@ -216,6 +229,10 @@ class _Training:
         )
         self.ema = Ema(model, config.ema) if config.ema else None
         mixes = config.mixup > 0 or config.cutmix > 0
+        if config.precision == "tf32" and self.device.type != "cuda":
+            raise ValueError(
+                f"precision tf32 needs a model on a CUDA device; it is on {self.device}"
+            )
         if config.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph needs a model on a CUDA device; it is on {self.device}")
         self.compute = CudaGraphed(self._compute) if config.cuda_graph else self._compute
@@ -229,7 +246,8 @@ class _Training:
         if self.log is not None and self.processes.is_main_process:
             self.log.start(self.at.step)
         while self.at.epoch <= (self.config.stop_after or self.config.epochs):
-            self._train_epoch()
+            with _matmuls(self.config.precision), gk.cached_casts():
+                self._train_epoch()
             self._finish_epoch()
 
     def _train_epoch(self) -> None:

@@ -9,6 +9,7 @@ from gist_kernels.autograd.attention import (
     served,
 )
 from gist_kernels.autograd.attention import register as register_attention
+from gist_kernels.autograd.casts import cached_casts
 from gist_kernels.autograd.divergence import jensen_shannon
 from gist_kernels.autograd.divergence import register as register_divergence
 from gist_kernels.autograd.linear_chunks import GistRows, JensenShannonRows, LogitOptions
@@ -28,6 +29,7 @@ __all__ = [
     "adapter_attention",
     "adapter_mlp",
     "adapter_operator",
+    "cached_casts",
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",

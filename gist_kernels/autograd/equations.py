@@ -27,7 +27,7 @@ from gist_kernels.autograd.attention import (
     token_gradients,
 )
 from gist_kernels.autograd.linear import LinearSaved, joined_grads, split_projection
-from gist_kernels.autograd.tensors import in_dtype, rows_of
+from gist_kernels.autograd.tensors import rows_of
 from gist_kernels.autograd.trained import AdapterParts, Sublayer, SublayerRows, Trained
 
 
@@ -153,7 +153,8 @@ def few_attention_forward(
     queries, the projection, the residual and the adapter."""
     kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
     read = rows_of(x[:, :num_queries])
-    normed, _, _, stats = kernels.adapter.forward(rows_of(x), None, norm, None, None)
+    dtype = sublayer.first.weight.dtype
+    normed, _, _, stats = kernels.adapter.forward(rows_of(x), None, norm, None, None, dtype)
     assert normed is not None
     assert stats is not None
     _, adapted, z, _ = sublayer.normed_and_adapted(read, None)
@@ -212,7 +213,6 @@ def few_attention_backward(
     assert d_read_normed is not None
     of_read = d_normed.view(x.shape)[:, :num_queries]
     of_read += d_read_normed.view(of_read.shape)
-    d_normed = in_dtype(d_normed, x.dtype)
     norm_grads = sublayer.norm_grads(d_normed, rows, needs.trained.norm)
     d_x, *_ = kernels.adapter.backward(
         None, d_normed, rows.x, norm, rows.stats, None, None, pass_through=False

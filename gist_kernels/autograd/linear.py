@@ -43,6 +43,10 @@ class LinearSaved(NamedTuple):
     """``down x``, (M, r)."""
 
 
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to(dtype)
+
+
 class FrozenLinear(NamedTuple):
     """``y = scale * (W x) + bias + up (down x)`` of (M, I) rows, with a frozen W of (O, I)."""
 
@@ -53,20 +57,30 @@ class FrozenLinear(NamedTuple):
     """The parts in the weight's dtype."""
 
     @classmethod
-    def of(cls, kernels: LinearKernels, weight: torch.Tensor, parts: LinearParts) -> FrozenLinear:
+    def of(
+        cls,
+        kernels: LinearKernels,
+        weight: torch.Tensor,
+        parts: LinearParts,
+        cast: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = _cast,
+    ) -> FrozenLinear:
         dtype = weight.dtype
         if all(t is None or t.dtype is dtype for t in parts):
             return cls(kernels, weight, parts, parts)
-        computed = LinearParts(*(None if t is None else t.detach().to(dtype) for t in parts))
+        computed = LinearParts(*(None if t is None else cast(t, dtype) for t in parts))
         return cls(kernels, weight, parts, computed)
 
     def outputs(self, chosen: slice) -> FrozenLinear:
         """The layer of some of its outputs."""
-        bias, scale, down, up = self.parts
-        bias, scale, up = (None if t is None else t[chosen] for t in (bias, scale, up))
-        return FrozenLinear.of(
-            self.kernels, self.weight[chosen], LinearParts(bias, scale, down, up)
+        parts, computed = (
+            each._replace(
+                bias=None if each.bias is None else each.bias[chosen],
+                scale=None if each.scale is None else each.scale[chosen],
+                up=None if each.up is None else each.up[chosen],
+            )
+            for each in (self.parts, self.computed)
         )
+        return FrozenLinear(self.kernels, self.weight[chosen], parts, computed)
 
     def without_bias(self) -> FrozenLinear:
         return self._replace(

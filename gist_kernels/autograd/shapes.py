@@ -23,12 +23,14 @@ class _Adapter:
         norm: NormWeights | None,
         adapter: AdapterWeights | None,
         bias: torch.Tensor | None,
+        matmul_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         rows = x.shape[0]
         wide = torch.promote_types(x.dtype, torch.float32)
         normed = stats = out = z = None
         if norm is not None:
-            normed, stats = x.new_empty(x.shape), x.new_empty((rows, 2), dtype=wide)
+            normed = x.new_empty(x.shape, dtype=matmul_dtype or x.dtype)
+            stats = x.new_empty((rows, 2), dtype=wide)
         if adapter is not None:
             rank = adapter.down_weight.shape[0]
             out, z = x.new_empty(x.shape), x.new_empty((rows, rank), dtype=wide)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gist_kernels.autograd import equations
+from gist_kernels.autograd.casts import frozen_in_dtype
 from gist_kernels.autograd.derivatives import once_differentiable
 from gist_kernels.autograd.equations import AttentionSaved, MlpSaved, Needs, PrefixSaved
 from gist_kernels.autograd.linear import FrozenLinear, LinearParts
@@ -50,9 +51,9 @@ def _frozen(
     update: LinearUpdate | None,
 ) -> FrozenLinear:
     # No detached view of a weight that needs no conversion: `weight.data = ...` would leave it.
-    weight = weight if weight.dtype is dtype else weight.detach().to(dtype)
+    weight = frozen_in_dtype(weight, dtype)
     parts = LinearParts(bias) if update is None else LinearParts(bias, *update)
-    return FrozenLinear.of(kernels.linear, weight, parts)
+    return FrozenLinear.of(kernels.linear, weight, parts, frozen_in_dtype)
 
 
 def adapter_attention(

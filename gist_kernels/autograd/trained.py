@@ -15,7 +15,6 @@ from gist_kernels.autograd.linear import FrozenLinear, LinearParts, LinearSaved
 from gist_kernels.autograd.tensors import (
     as_result,
     column_sums,
-    in_dtype,
     rows_of,
     watched_tensors,
 )
@@ -131,14 +130,16 @@ class Sublayer:
 
     def normed(self, x: torch.Tensor) -> Any:
         """``norm(x)``, which the first layer reads, computed once more."""
-        return self.kernels.adapter.forward(x, None, self.norm, None, None)[0]
+        dtype = self.first.weight.dtype
+        return self.kernels.adapter.forward(x, None, self.norm, None, None, dtype)[0]
 
     def normed_and_adapted(self, x: torch.Tensor, norm: NormWeights | None) -> Any:
         """``(norm(x), x + adapter(x), z, stats)``, the second with the last layer's bias where
         nothing scales that."""
         scaled = self.factors or self.last.parts.scale is not None
         bias = None if scaled else self.last.parts.bias
-        return self.kernels.adapter.forward(x, x, norm, self.adapter, bias)
+        dtype = self.first.weight.dtype
+        return self.kernels.adapter.forward(x, x, norm, self.adapter, bias, dtype)
 
     def add_last(
         self, x: torch.Tensor, adapted: torch.Tensor | None, inner: torch.Tensor
@@ -186,7 +187,6 @@ class Sublayer:
             rows_of(d_first), lambda: self.normed(rows.x), saved, needs.first
         )
         assert d_normed is not None
-        d_normed = in_dtype(d_normed, rows.x.dtype)
         norm = self.norm_grads(d_normed, rows, needs.norm)
         d_x, *adapter = self.kernels.adapter.backward(
             rows.d_out, d_normed, rows.x, self.norm, rows.stats, self.adapter, rows.z,

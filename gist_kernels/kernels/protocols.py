@@ -154,9 +154,11 @@ class AdapterKernels(Protocol):
         norm: NormWeights | None,
         adapter: AdapterWeights | None,
         bias: torch.Tensor | None,
+        matmul_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """``(normed, out, z, stats)``: ``LayerNorm(x)`` (M, D); ``add + adapter(x) + bias`` (M, D);
-        ``z = x Wd^T + bd`` (M, R); each row's mean and 1 / standard deviation (M, 2)."""
+        ``z = x Wd^T + bd`` (M, R); each row's mean and 1 / standard deviation (M, 2). ``normed`` is
+        in ``matmul_dtype``, of the matmul that reads it (None: x's), the rest in x's."""
 
     def backward(
         self,
@@ -178,7 +180,7 @@ class AdapterKernels(Protocol):
         torch.Tensor | None,
     ]:
         """``(dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias)``. With ``pass_through``,
-        dx includes ``d_out`` itself."""
+        dx includes ``d_out`` itself. ``d_normed`` is in the dtype of ``normed``."""
 
 
 class ActivationKernels(Protocol):

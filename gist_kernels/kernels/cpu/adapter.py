@@ -25,6 +25,7 @@ def forward(
     norm: NormWeights | None,
     adapter: AdapterWeights | None,
     bias: torch.Tensor | None = None,
+    matmul_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """LayerNorm and adapter of the same rows, each read once.
 
@@ -34,6 +35,7 @@ def forward(
         norm: LayerNorm to apply, or None.
         adapter: adapter to apply to ``x``, not normalised, or None.
         bias: (D,) or None.
+        matmul_dtype: that of ``normed``; None for x's.
 
     Returns:
         ``(normed, out, z, stats)``: ``normed`` (M, D), ``LayerNorm(x)``; ``out`` (M, D),
@@ -80,6 +82,8 @@ def forward(
         adapter_group,
         torch.get_num_threads(),
     )
+    if normed is not None and matmul_dtype not in (None, x.dtype):
+        normed = normed.to(matmul_dtype)
     return normed, out, z, stats
 
 
@@ -106,7 +110,7 @@ def backward(
     Args:
         d_out: (M, D), x's dtype, contiguous in D; or None, and then there are no gradients of
             the adapter and nothing to pass through.
-        d_normed: the same, of ``normed``; or None, and then the norm has no part.
+        d_normed: the same, of ``normed``, in any dtype; or None, and then the norm has no part.
         x: as in forward.
         norm: as in forward; not read without ``d_normed``.
         stats: from forward, with ``d_normed``.
@@ -133,6 +137,8 @@ def backward(
     elif norm is None:
         raise ValueError("d_normed needs the norm it is the gradient of")
     of_d_out = _NO_ROWS if d_out is None else _rows("d_out", d_out, x)
+    if d_normed is not None and d_normed.dtype is not x.dtype:
+        d_normed = d_normed.to(x.dtype)
     of_d_normed = _NO_ROWS if d_normed is None else _rows("d_normed", d_normed, x)
     norm_group = adapter_group = None
     if norm is not None:

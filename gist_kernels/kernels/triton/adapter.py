@@ -494,10 +494,12 @@ def forward(
     norm: NormWeights | None,
     adapter: AdapterWeights | None,
     bias: torch.Tensor | None = None,
+    matmul_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """``(normed, out, z, stats)``, in one launch.
 
-    ``normed`` (M, D) is LayerNorm(x). ``stats`` (M, 2) float32 is the mean and 1 / std of each row.
+    ``normed`` (M, D) is LayerNorm(x), in ``matmul_dtype`` or x's. ``stats`` (M, 2) float32 is the
+    mean and 1 / std of each row.
     ``out`` (M, D) is ``add + scale * (act(z) Wu^T + bu) + bias``, with ``z = x Wd^T + bd`` (M, R)
     float32. Without ``norm``, normed and stats are None; without ``adapter``, out and z are. If
     ``add`` is None, nothing is added. If ``add`` is ``x`` itself, x is read once.
@@ -505,7 +507,7 @@ def forward(
     rows, features = x.shape
     normed = out = z = stats = None
     if norm is not None:
-        normed = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+        normed = torch.empty((rows, features), dtype=matmul_dtype or x.dtype, device=x.device)
         stats = torch.empty((rows, 2), dtype=torch.float32, device=x.device)
     rank = 0
     if adapter is not None:
@@ -522,7 +524,7 @@ def forward(
     strides = x.stride(0), 0 if add is None else add.stride(0)
     align = launch.alignment(features, *strides, most=4)
     settings = {"ADD_X": add_x, "ALIGN": align, "RANK": rank, "KIND": kind}
-    settings |= _meta(tile, x.dtype, x.device)
+    settings |= _meta(tile, matmul_dtype or x.dtype, x.device)
     arguments = (
             x, add, down, down_bias, up, up_bias, _dense(bias), _dense(norm_weight),
             _dense(norm_bias), normed, out, z, stats,
@@ -623,7 +625,8 @@ def _backward(
         d_out, d_normed, x, None if norm is None else _dense(norm.weight), stats, down, up, z, dx,
         rows, units, x_step, out_step, normed_step, scale,
     )  # fmt: skip
-    settings = common | {"PASS": pass_through} | _meta(tile, x.dtype, device)
+    matmul_dtype = x.dtype if d_normed is None else d_normed.dtype
+    settings = common | {"PASS": pass_through} | _meta(tile, matmul_dtype, device)
     parts, each = tile.parts(rows, launch.multiprocessors(device))
     if not tile.chunked:
         partials = _partials(parts, features, rank, device)
@@ -637,7 +640,7 @@ def _backward(
             partials = _partials(parts, features, rank, device)
             _weights_kernel[(tile.chunks(features), parts)](
                 d_out, x, z, dz, partials, rows, units, x_step, out_step, scale, each,
-                **common, **_meta(tile, x.dtype, device),
+                **common, **_meta(tile, matmul_dtype, device),
             )  # fmt: skip
     if rank:
         d_down, d_down_bias, d_up, d_up_bias = gradients
@@ -674,8 +677,9 @@ def _meta(tile: heuristics.AdapterTile, dtype: torch.dtype, device: torch.device
     """Launch arguments of a kernel with matmuls.
 
     Tensor cores round float32 to 10 bits of mantissa (TF32), no more than fp16 and bf16 inputs are
-    rounded already. float32 inputs are split into two such numbers each, which is nearly exact.
-    AMD's matrix cores take float32 itself.
+    rounded already, and no more than autocast asks for: ``dtype`` is that of the matmuls around.
+    float32 inputs are split into two such numbers each, which is nearly exact. AMD's matrix cores
+    take float32 itself.
     """
     meta = tile.meta(launch.warp_size(device))
     if tile.chunked:

@@ -20,6 +20,7 @@ import gist
 import gist_kernels
 from gist import cli
 from gist.cli import common
+from gist.cli import train as train_command
 from gist.data import load_data, prepare
 from gist.runs.run import load_run
 
@@ -277,3 +278,12 @@ def test_a_missing_package_names_the_extra(package, module, extra):
     assert last.startswith("ImportError: ")
     assert package in last
     assert f"pip install 'gist-kernels[{extra}]'" in last
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_trains_in_bf16_unless_told_otherwise(monkeypatch, has_bf16):
+    assert train_command._precision("cuda") == "fp32"  # there is none here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert train_command._precision("cuda:1") == ("bf16" if has_bf16 else "fp32")
+    assert train_command._precision("cpu") == "fp32"

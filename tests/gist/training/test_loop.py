@@ -10,10 +10,12 @@ import pytest
 import torch
 from devices import WithoutFloat64
 from timm.optim import list_optimizers
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import TensorDataset
 from training import model, stripes
 
 import gist
+from gist.training import loop
 from gist.training.config import TrainConfig
 from gist.training.evaluation import evaluate
 from gist.training.loop import READ_EVERY, fit
@@ -154,6 +156,40 @@ def test_bf16_trains():
     m = model()
     fit(m, TRAIN, VAL, TrainConfig(epochs=4, batch_size=16, lr=1e-2, precision="bf16"))
     assert evaluate(m, VAL).accuracy > 0.9
+
+
+def test_a_bf16_epoch_converts_each_frozen_weight_once():
+    m = model()
+    frozen = m.backbone.blocks[0].mlp.fc1.weight
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+        fit(m, TRAIN, VAL, TrainConfig(epochs=1, batch_size=16, lr=1e-2, precision="bf16"))
+    found = [
+        e for e in trace.events()
+        if e.name == "aten::_to_copy" and e.input_shapes[0] == list(frozen.shape)
+    ]  # fmt: skip
+    assert len(found) == len(m.backbone.blocks)
+
+
+def test_tf32_is_a_gpus():
+    with pytest.raises(ValueError, match="tf32 needs a model on a CUDA device; it is on cpu"):
+        fit(model(), TRAIN, VAL, replace(CONFIG, precision="tf32"))
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", "highest"), ("tf32", "high")])
+def test_precision_of_matmuls_ends_with_the_training(precision, expected):
+    before = torch.get_float32_matmul_precision()
+    assert before == "highest"
+    found = []
+
+    def stopped():
+        with loop._matmuls(precision):
+            found.append(torch.get_float32_matmul_precision())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        stopped()
+    assert found == [expected]
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_ema_averages_the_trainables_and_is_what_is_kept():
@@ -307,7 +343,7 @@ def test_late_looks_at_the_loss_change_nothing(monkeypatch):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"lr": math.nan}, "lr must be a finite number"),
         ({"weight_decay": -1.0}, "weight_decay must be"),
-        ({"precision": "fp8"}, "precision must be one of fp32, bf16"),
+        ({"precision": "fp8"}, "precision must be one of fp32, tf32, bf16"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"clip_grad_norm": -1.0}, "clip_grad_norm must be"),
         ({"mixup": math.inf}, "mixup must be a finite number"),

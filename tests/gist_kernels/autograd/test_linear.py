@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+
 import backends
 import pytest
 import torch
@@ -16,9 +19,11 @@ from sublayer_cases import (
     normal,
     update,
 )
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import gist_kernels as gk
+from gist_kernels.autograd import casts
 
 KINDS = {
     "biases and norm": {},
@@ -162,18 +167,73 @@ def test_replaced_weights_are_used_under_autocast(name, replace):
         assert not torch.equal(found, before)
 
 
+def conversions(call):
+    """The shapes of the tensors that a call converts to another dtype, with their number."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+        call()
+    return Counter(
+        tuple(event.input_shapes[0]) for event in trace.events() if event.name == "aten::_to_copy"
+    )
+
+
 def test_a_pass_under_autocast_converts_each_frozen_weight_once():
     x, norm, _, mlp, adapter = arguments(torch.float32)
     x.requires_grad_()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+
+    def call():
         with torch.autocast("cpu", torch.bfloat16):
             out = gk.adapter_mlp(x, norm, mlp, adapter)
         out.sum().backward()
-    shapes = [tuple(w.shape) for w in (mlp.fc1_weight, mlp.fc2_weight)]
-    conversions = [
-        tuple(event.input_shapes[0]) for event in trace.events() if event.name == "aten::_to_copy"
-    ]
-    assert [conversions.count(shape) for shape in shapes] == [1, 1]
+
+    found = conversions(call)
+    assert [found[tuple(w.shape)] for w in (mlp.fc1_weight, mlp.fc2_weight)] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["attention", "attention of few", "mlp"])
+def test_cached_casts_converts_no_frozen_weight_again(name):
+    x, norm, attention, mlp, adapter = arguments(torch.float32, layer_scale=True)
+    weights = mlp if name == "mlp" else attention
+    weights = weights._replace(
+        **{n: nn.Parameter(t, requires_grad=False) for n, t in weights._asdict().items()
+           if isinstance(t, torch.Tensor)}
+    )  # fmt: skip
+    function = gk.adapter_mlp if name == "mlp" else gk.adapter_attention
+    options = {"num_queries": 2} if name == "attention of few" else {}
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(x, norm, weights, adapter, **options)
+
+    plain = call()
+    frozen = {tuple(t.shape) for t in weights[:4]}
+    assert frozen <= set(conversions(call))
+    with gk.cached_casts():
+        assert torch.equal(call(), plain)
+        with gk.cached_casts():
+            pass  # the inner block's end is not the outer one's
+        assert not frozen & set(conversions(call))
+        assert torch.equal(call(), plain)
+        kept = weakref.ref(next(iter(casts._casts.get().values()))[1])
+    assert kept() is None
+    weights[0].data.mul_(2)
+    assert not torch.equal(call(), plain)
+
+
+def test_cached_casts_converts_what_is_trained_and_what_is_no_parameter():
+    x, norm, _, mlp, adapter = arguments(torch.float32)
+    bias = nn.Parameter(mlp.fc1_bias.clone())
+    given = mlp._replace(fc1_bias=bias)
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return gk.adapter_mlp(x, norm, given, adapter)
+
+    with gk.cached_casts():
+        before = call()
+        bias.data.add_(1)
+        mlp.fc2_weight.mul_(2)
+        assert not torch.equal(call(), before)
+        assert casts._casts.get() == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -288,6 +288,29 @@ def test_expanded_and_reversed_rows():
     assert torch.equal(added.out, ours(case._replace(add=x[:1].repeat(9, 1))).out)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [4, 33])
+def test_normed_and_its_gradient_in_the_dtype_of_a_matmul(rank, dtype):
+    case = make(33, 100, rank)
+    x, norm, adapter = case.x, case.norm, case.adapter
+    single = kernels.forward(x, x, norm, adapter, None)
+    half = kernels.forward(x, x, norm, adapter, None, dtype)
+    assert torch.equal(half[0], single[0].to(dtype))
+    _, _, z, stats = single
+    d_normed = case.d_normed.to(dtype)
+    found, exact = (
+        kernels.backward(case.d_out, d, x, norm, stats, adapter, z, pass_through=True)
+        for d in (d_normed, d_normed.float())
+    )
+    for ours, theirs in zip((*half[1:], *found), (*single[1:], *exact), strict=True):
+        assert ours.dtype is theirs.dtype
+        if rank == 4:
+            assert torch.equal(ours, theirs)
+        else:  # whose own matmuls may round as the one that reads normed does
+            atol = 2e-3 * theirs.abs().max().item()
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=atol)
+
+
 def test_refuses_what_it_cannot_read_safely():
     case = make(6, 8, 4)
     x, norm, adapter, d = case.x, case.norm, case.adapter, case.d_out
@@ -316,7 +339,7 @@ def test_refuses_what_it_cannot_read_safely():
         lambda: forward(adapter=adapter._replace(up_weight=adapter.up_weight.t())),
         lambda: forward(adapter=adapter._replace(up_bias=adapter.up_bias[:7])),
         lambda: backward(d_out=d[:5]),
-        lambda: backward(d_normed=d.double()),
+        lambda: backward(d_out=d.double()),
         lambda: backward(d_out=d.t().contiguous().t()),
         lambda: backward(norm=None),
         lambda: backward(stats=None),

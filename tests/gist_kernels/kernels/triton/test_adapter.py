@@ -88,6 +88,32 @@ def test_each_tensor_left_out(width, rank):
     check(case._replace(adapter=adapter._replace(up_bias=None)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [4, 33])
+def test_normed_and_its_gradient_in_the_dtype_of_a_matmul(rank, dtype):
+    case = make(33, 100, rank)
+    case = Case(*(moved(part, DEVICE) for part in case))
+    x, norm, adapter = case.x, case.norm, case.adapter
+    single = kernels.forward(x, x, norm, adapter, None)
+    half = kernels.forward(x, x, norm, adapter, None, dtype)
+    assert half[0].dtype is dtype
+    # The interpreter cuts bf16's digits off instead of rounding.
+    torch.testing.assert_close(half[0].float(), single[0], rtol=torch.finfo(dtype).eps, atol=0)
+    _, _, z, stats = single
+    d_normed = case.d_normed.to(dtype)
+    found, exact = (
+        kernels.backward(case.d_out, d, x, norm, stats, adapter, z, pass_through=True)
+        for d in (d_normed, d_normed.float())
+    )
+    for ours, theirs in zip((*half[1:], *found), (*single[1:], *exact), strict=True):
+        assert ours.dtype is theirs.dtype
+        if rank == 4:
+            assert torch.equal(ours, theirs)
+        else:  # whose own matmuls may round as the one that reads normed does
+            atol = 2e-3 * theirs.abs().max().item()
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=atol)
+
+
 def test_weights_alone():
     case = make(33, 64, 4)._replace(d_normed=None)
     whole, alone = ours(case), ours(case, need_dx=False)
