@@ -1,0 +1,292 @@
+"""Predicted times of the Triton kernels and of a training step on named cards: no device is needed.
+
+    python -m bench.roofline [H100 A100 L4 4090] [--kernels]
+
+A prediction, to be held against the first measurement. Of each kernel it counts the bytes that its
+tensors have, the operations of its matmuls, and the instructions that its compiled programs issue
+(SASS of the card's architecture: straight code once, loops as often as the launch has them go
+round). The largest of the three, at the card's published rates, bounds the time; what overlaps is
+not modelled, nor are latencies and caches. PyTorch's own kernels are bounded by bytes and
+operations. The step is that of ViT-B/16 with 198 tokens and rank-4 adapters under autocast; beside
+it, the same structure by torch.compile and SDPA, every element-wise chain fused into one kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.compiler import CompiledKernel
+
+from bench import binaries
+from gist_kernels.kernels.triton import heuristics
+
+DEPTH, WIDTH, HEADS, TOKENS, RANK = 12, 768, 12, 198, 4
+BATCHES = (32, 256)
+HEAD_DIM, HIDDEN = WIDTH // HEADS, 4 * WIDTH
+HALF, SINGLE = 2, 4  # bytes
+# Eager launches that Python and the driver take longer over than a small kernel runs.
+SECONDS_A_LAUNCH = 5e-6
+ISSUES_A_CYCLE = 4  # of a multiprocessor: one a scheduler
+
+
+class Card(NamedTuple):
+    """Published rates."""
+
+    target: str
+    multiprocessors: int
+    gigahertz: float
+    """Boost clock."""
+    bytes_per_second: float
+    half_flop_per_second: float
+    """Of dense bf16 matmuls summed in float32."""
+
+
+CARDS = {
+    "H100": Card("sm_90", 132, 1.83, 3.35e12, 989e12),
+    "A100": Card("sm_80", 108, 1.41, 2.04e12, 312e12),
+    "L4": Card("sm_89", 58, 2.04, 0.30e12, 121e12),
+    "4090": Card("sm_89", 128, 2.52, 1.01e12, 165e12),
+}
+
+
+class Work(NamedTuple):
+    """What some launches of one kind need."""
+
+    name: str
+    launches: int
+    bytes: float
+    flop: float = 0.0
+    issues: float = 0.0
+    """Instructions of warps, over all programs."""
+
+    def times(self, count: int) -> Work:
+        return Work(self.name, *(count * value for value in self[1:]))
+
+    def bounds(self, card: Card) -> dict[str, float]:
+        """Seconds by what limits them."""
+        rate = ISSUES_A_CYCLE * card.multiprocessors * card.gigahertz * 1e9
+        return {
+            "bytes": self.bytes / card.bytes_per_second,
+            "matmuls": self.flop / card.half_flop_per_second,
+            "issue": self.issues / rate,
+        }
+
+    def seconds(self, card: Card) -> float:
+        return max(self.bounds(card).values())
+
+
+def issued(sass: str, rounds: int = 1) -> int:
+    """Instructions that a warp of a program issues, its loops ``rounds`` times each.
+
+    What follows the first way out after an atomic is left out: only the last program runs it.
+    """
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    code = [(int(address, 16), text) for address, text in lines if not text.startswith("NOP")]
+    atomic = next((i for i, (_, text) in enumerate(code) if "ATOMG" in text), None)
+    if atomic is not None:
+        leaves = (i for i, (_, text) in enumerate(code) if i > atomic and "EXIT" in text)
+        code = code[: next(leaves) + 1]
+    count = len(code)
+    for address, text in code:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:
+            loop = sum(int(jump[1], 16) <= at <= address for at, _ in code)
+            count += (rounds - 1) * loop
+    return count
+
+
+def disassembled(binary: CompiledKernel) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(binary.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        return subprocess.check_output([tool, "-sass", cubin], text=True, stderr=subprocess.DEVNULL)
+
+
+class Program(NamedTuple):
+    """One kernel's compiled code."""
+
+    sass: str
+    warps: int
+
+    def issues(self, programs: int, rounds: int = 1) -> float:
+        return float(programs * self.warps * issued(self.sass, rounds))
+
+
+@lru_cache(maxsize=256)
+def program(family: str, target: str, name: str, *sizes: int) -> Program:
+    """The first launch of a kernel among those that a family makes for these sizes."""
+    launches = {
+        "loss": binaries.launches,
+        "adapter": binaries.adapter_launches,
+        "attention": binaries.attention_launches,
+    }[family](*sizes, binaries.TARGETS[target])
+    chosen = next(each for each in launches if each.name() == f"{name}_kernel")
+    binary = binaries.compiled(chosen, binaries.TARGETS[target])
+    return Program(disassembled(binary), chosen.options["num_warps"])
+
+
+def loss(card: Card, rows: int, classes: int) -> Iterator[Work]:
+    """Both heads' logits in bf16; one pass over them forward, one and their gradients backward."""
+    logits = 2 * rows * classes * HALF
+    for name, tile, moved in (
+        ("forward", heuristics.forward(classes), logits),
+        ("backward", heuristics.backward(classes), 2 * logits),
+    ):
+        programs = tile.programs(rows) * tile.chunks(classes)
+        issues = program("loss", card.target, name, classes).issues(programs)
+        yield Work(f"loss {name} {rows} x {classes}", 1, moved, issues=issues)
+
+
+def adapter(card: Card, rows: int) -> tuple[Work, Work]:
+    """LayerNorm and adapter forward; both backward, with the sums of their partial sums."""
+    elements = rows * WIDTH
+    found = []
+    for name, launches, tile, moved in (
+        ("forward", 1, heuristics.adapter_forward(WIDTH, RANK), 2 * SINGLE + HALF),
+        ("backward", 2, heuristics.adapter_backward(WIDTH, RANK), 3 * SINGLE + HALF),
+    ):
+        parts, each = tile.parts(rows, card.multiprocessors)
+        code = program("adapter", card.target, name, WIDTH, RANK)
+        issues = code.issues(parts, each)
+        found.append(Work(f"norm + adapter {name}", launches, elements * moved, issues=issues))
+    return found[0], found[1]
+
+
+def attention(card: Card, images: int) -> tuple[Work, Work] | None:
+    """None where the kernels refuse such heads, and PyTorch computes them."""
+    target = binaries.TARGETS[card.target]
+    tile = heuristics.attention(TOKENS, HEAD_DIM, reads_shared=binaries._reads_shared(target))
+    if tile is None:
+        return None
+    elements, heads = images * TOKENS * WIDTH, images * HEADS
+    parts, each = tile.parts(TOKENS, heads, card.multiprocessors)
+    forward, backward = (
+        program("attention", card.target, name, TOKENS, HEAD_DIM)
+        for name in ("forward", "backward")
+    )
+    padded = 2 * heads * tile.keys * HEAD_DIM * -(-TOKENS // tile.queries) * tile.queries
+    return (
+        Work("attention forward", 1, 4 * HALF * elements, 2 * padded,
+             forward.issues(parts * heads, each)),
+        Work("attention backward", 1, 8 * HALF * elements, 5 * padded,
+             backward.issues(heads, -(-TOKENS // tile.queries))),
+    )  # fmt: skip
+
+
+def sdpa(images: int) -> tuple[Work, Work]:
+    """FlashAttention by PyTorch; its three gradients are copied into one packed tensor."""
+    elements, scores = images * TOKENS * WIDTH, 2 * images * HEADS * TOKENS**2 * HEAD_DIM
+    return (
+        Work("SDPA forward", 1, 4 * HALF * elements, 2 * scores),
+        Work("SDPA backward", 5, (8 + 6) * HALF * elements, 5 * scores),
+    )
+
+
+def matmuls(rows: int) -> Iterator[Work]:
+    """The four frozen layers of a block, forward, and backward to their inputs."""
+    for name, inputs, outputs in (
+        ("qkv", WIDTH, 3 * WIDTH), ("proj", WIDTH, WIDTH),
+        ("fc1", WIDTH, HIDDEN), ("fc2", HIDDEN, WIDTH),
+    ):  # fmt: skip
+        moved = HALF * (rows * (inputs + outputs) + inputs * outputs)
+        yield Work(f"matmuls {name}", 2, 2 * moved, 2 * 2 * rows * inputs * outputs)
+
+
+def our_block(card: Card, images: int) -> list[Work]:
+    rows = images * TOKENS
+    elements = rows * WIDTH
+    forward, backward = adapter(card, rows)
+    gelu = Work("GELU, both ways", 2, (2 + 3) * HALF * rows * HIDDEN)
+    return [
+        *matmuls(rows),
+        forward.times(2),
+        backward.times(2),
+        *(attention(card, images) or sdpa(images)),
+        gelu,
+        Work("sublayer's output added", 2, 2 * elements * (2 * SINGLE + HALF)),
+        Work("gradient to bf16", 2, 2 * elements * (SINGLE + HALF)),
+        Work("adapter's gradients added", 4, 0),
+    ]
+
+
+def compiled_block(images: int) -> list[Work]:
+    """The same structure by torch.compile: residual, LayerNorm, casts and the adapter's output are
+    one kernel a sublayer, the adapter itself is matmuls."""
+    rows = images * TOKENS
+    elements = rows * WIDTH
+    return [
+        *matmuls(rows),
+        Work("residual + norm forward", 2, 2 * elements * (2 * SINGLE + 4 * HALF)),
+        Work("residual + norm backward", 2, 2 * elements * (3 * SINGLE + 3 * HALF)),
+        Work("adapter forward", 6, 2 * elements * 2 * HALF),
+        Work("adapter backward", 10, 2 * elements * 4 * HALF),
+        *sdpa(images),
+        Work("GELU, both ways", 2, (2 + 3) * HALF * rows * HIDDEN),
+    ]
+
+
+def _row(work: Work, card: Card) -> str:
+    bounds = work.bounds(card)
+    most = max(bounds, key=lambda name: bounds[name])
+    micro = [1e6 * bounds[name] for name in ("bytes", "matmuls", "issue")]
+    return (
+        f"{work.name:<30}{work.launches:>9}{work.bytes / 1e6:>9.1f}{work.flop / 1e9:>9.1f}"
+        f"{work.issues / 1e6:>9.1f}" + "".join(f"{value:>9.1f}" for value in micro) + f"  {most}"
+    )
+
+
+def _print_step(card: Card, images: int) -> None:
+    print(f"{'':<30}{'launches':>9}{'MB':>9}{'GFLOP':>9}{'M issues':>9}"
+          f"{'us bytes':>9}{'matmuls':>9}{'issue':>9}  bound")  # fmt: skip
+    totals = {}
+    for label, block in (
+        ("ours", our_block(card, images)),
+        ("torch.compile + SDPA", compiled_block(images)),
+    ):
+        print(f"-- a block of {label}")
+        for work in block:
+            print(_row(work, card))
+        launches = DEPTH * sum(work.launches for work in block)
+        totals[label] = DEPTH * sum(work.seconds(card) for work in block), launches
+    for label, (seconds, launches) in totals.items():
+        python = launches * SECONDS_A_LAUNCH
+        print(f"{label}: {1e3 * seconds:.1f} ms on the card, {launches} launches, of which Python "
+              f"needs at least {1e3 * python:.1f} ms unless they are a CUDA graph")  # fmt: skip
+    ours, theirs = (totals[label][0] for label in totals)
+    print(f"predicted ratio as graphs: {theirs / ours:.2f}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cards", nargs="*", help=f"of {', '.join(CARDS)}; default: all")
+    parser.add_argument("--kernels", action="store_true", help="the loss's kernels alone")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.cards if name not in CARDS]
+    if unknown:
+        parser.error(f"a card must be of {', '.join(CARDS)}; it is {unknown[0]}")
+    print(f"A model, not a measurement. Triton {triton.__version__}, PyTorch {torch.__version__}.")
+    for name in arguments.cards or CARDS:
+        card = CARDS[name]
+        print(f"\n{name} ({card.target})")
+        print(f"{'':<30}{'launches':>9}{'MB':>9}{'GFLOP':>9}{'M issues':>9}"
+              f"{'us bytes':>9}{'matmuls':>9}{'issue':>9}  bound")  # fmt: skip
+        for rows, classes in ((64, 1000), (4096, 32_000)):
+            for work in loss(card, rows, classes):
+                print(_row(work, card))
+        for images in () if arguments.kernels else BATCHES:
+            print(f"\nViT-B/16, {images} images")
+            _print_step(card, images)
+
+
+if __name__ == "__main__":
+    main()
