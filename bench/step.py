@@ -144,7 +144,7 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
         calls=calls,
         parity=parity,
         floors={"ours": ("products alone", 1.0), "ours, token alone": ("products alone", 1.0)},
-        graphs=("ours", "released"),
+        graphs=("ours", "ours, torch.compile", "released", "released, torch.compile"),
     )
 
 
