@@ -60,7 +60,7 @@ def _ptx(request: pytest.FixtureRequest) -> Iterator[None]:
     if not PTX or not request.node.get_closest_marker("triton"):
         yield
         return
-    from ptx import executed
+    from ptx.driver import executed
 
     seed = os.environ.get("GIST_TEST_PTX_SEED")
     with executed(int(PTX), seed=int(seed) if seed else None):

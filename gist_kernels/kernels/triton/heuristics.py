@@ -24,6 +24,12 @@ _LONGEST_KEPT = 4096
 _FORWARD_CHUNK = 4096
 _BACKWARD_CHUNK = 2048
 
+# Whether the compiler may contract a product and a sum into one FMA, which rounds once. It may not:
+# of p - q, only one product would then be rounded, so that equal logits have a gradient, and which
+# one depends on the side that is asked for. And in a sum of products over a row each lane would
+# round its neighbour's product instead of its own, so that lanes disagree on the last bit.
+FP_FUSION = False
+
 # Up to this many rows, each program counts the targets itself; above, one program counts for all.
 COUNT_INLINE = 256
 # Targets that this one program reads at a time.
@@ -50,7 +56,7 @@ class Tile(NamedTuple):
             "ROWS": self.rows,
             "BLOCK": self.block,
             "num_warps": self.threads // warp_size,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": FP_FUSION,
         }
         if self.rows > 1 and torch.version.hip is None:
             # By default ptxas may spill here, for an occupancy that so little work can't use.
@@ -156,7 +162,7 @@ class AdapterTile(NamedTuple):
             # With fewer than four warps per row, AMD's compiler spills a scalar register.
             "num_warps": max(4 if warp_size == 64 else 1, self.threads // warp_size),
             "num_stages": self.stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": FP_FUSION,
         }
 
 
@@ -228,7 +234,7 @@ class AttentionTile(NamedTuple):
             "QUERIES": self.queries,
             "num_warps": self.threads // warp_size,
             "num_stages": 1,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": FP_FUSION,
         }
         if torch.version.hip is None:
             meta["maxnreg"] = 255  # all there are; by default ptxas may spill for occupancy

@@ -1,5 +1,7 @@
 """PTX executed on a CPU: what Triton compiled for an NVIDIA GPU, without one, and checked.
 
+    from ptx.driver import executed
+
     with executed(80, seed=0):
         loss.forward(...)  # of CPU tensors
 
@@ -18,9 +20,8 @@ that none may do: an access outside a tensor or misaligned, a read of what nobod
 an input, a race, a wait in vain.
 """
 
-from ptx.driver import executed
 from ptx.machine import Launch
 from ptx.memory import FaultError, Memory
 from ptx.parser import UnsupportedError, parse
 
-__all__ = ["FaultError", "Launch", "Memory", "UnsupportedError", "executed", "parse"]
+__all__ = ["FaultError", "Launch", "Memory", "UnsupportedError", "parse"]
