@@ -214,6 +214,9 @@ def test_conversions():
     assert found == [2, 0, 0, 2**32 - 1, 0, 0]
     numbers = floats("cvt.rn.f32.s32 %r0, %r1;", a=M)
     np.testing.assert_array_equal(numbers, M.astype(np.float32))
+    third = np.float64([1 / 3]).view(np.uint64).item()
+    body = f"mov.b64 %rd1, {third}; cvt.rn.f32.f64 %r0, %rd1;"
+    assert floats(body, a=M)[0] == np.float32(1 / 3)
     # A narrow type is the register's low bits; its sign fills what is above.
     assert (each_thread("cvt.s32.s16 %r0, %r1;", a=M).view(np.int32) == M.astype(np.int16)).all()
     assert (each_thread("cvt.u32.u8 %r0, %r1;", a=M) == M.astype(np.uint8)).all()

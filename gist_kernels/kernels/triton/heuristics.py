@@ -1,7 +1,9 @@
 """Launch shapes of the Triton kernels. Nothing is tuned at run time.
 
 No shape depends on the number of rows. The way a row is cut decides the last bits of its sums, and
-these must not change with the batch around the row.
+these must not change with the batch around the row. They do change with the alignment of the
+logits: Triton compiles other loads, in other registers, where a tensor does not begin at a multiple
+of 16 bytes, as a slice of a batch may.
 """
 
 from __future__ import annotations

@@ -213,8 +213,8 @@ class _Translator:
         to, of = self.types
         if (to, of) == ("f32", "bf16"):
             return self._assign(arithmetic.from_bf16, "f32", "b16")
-        if (to, of) == ("f32", "f16"):
-            return self._assign(arithmetic.identity, "f32", "f16")
+        if (to, of) == ("f32", "f16") or (to, of, self.modifiers) == ("f32", "f64", ["rn"]):
+            return self._assign(arithmetic.identity, to, of)
         if of == "f32" and self.modifiers == ["rn"] and to in ("bf16", "f16"):
             return self._assign(getattr(arithmetic, f"to_{to}"), "b16", of)
         if of == "f32" and self.modifiers == ["rn"] and to in ("bf16x2", "f16x2"):
