@@ -323,7 +323,7 @@ class Launch:
             raise ValueError(f"{kernel.name} has parameters without a value: {missing}")
 
     def run(self) -> None:
-        idle = self.kernel.blocks
+        idle, self.kernel.blocks = self.kernel.blocks, []
         waiting = list(range(self.programs))
         if self.random is not None:
             waiting = list(self.random.permutation(self.programs))
@@ -338,6 +338,7 @@ class Launch:
                 if block.exited.all():
                     running.remove(block)
                     idle.append(block)
+        self.kernel.blocks = idle[:1]  # for the next launch; more would take memory
 
     def _turn(self, running: list[Block]) -> Block:
         if self.random is None:

@@ -64,7 +64,7 @@ class Kernel:
         self._widths: dict[str, str] = {}
         self._statements(text, head.end())
         self.blocks: list[Any] = []
-        """Bound to registers, for the next program."""
+        """Bound to registers, for the next launch."""
 
     def _statements(self, text: str, at: int) -> None:
         files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:.*/)?(.*?)"', text, re.M))
@@ -127,6 +127,6 @@ def _split(text: str) -> list[str]:
     return [each.strip() for each in found if each.strip()]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def parse(text: str) -> Kernel:
     return Kernel(text)
