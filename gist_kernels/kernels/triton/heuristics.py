@@ -26,10 +26,10 @@ _LONGEST_KEPT = 4096
 _FORWARD_CHUNK = 4096
 _BACKWARD_CHUNK = 2048
 
-# Whether the compiler may contract a product and a sum into one FMA, which rounds once. It may not:
-# of p - q, only one product would then be rounded, so that equal logits have a gradient, and which
-# one depends on the side that is asked for. And in a sum of products over a row each lane would
-# round its neighbour's product instead of its own, so that lanes disagree on the last bit.
+# Whether the compiler may contract a product and a sum into one FMA, which rounds once. It must not.
+# In p - q, an FMA rounds only one of the two products. Equal logits then have a gradient, and the
+# product that is rounded depends on the sides that need one. In the sum of a row's products, an FMA
+# rounds the product of another lane, but not its own. The lanes then disagree on the last bit.
 FP_FUSION = False
 
 # Up to this many rows, each program counts the targets itself; above, one program counts for all.
