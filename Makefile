@@ -2,6 +2,7 @@
 # make test       every test that needs no GPU
 # make test-avx2  the numerical tests as on a processor without AVX-512
 # make test-portable  the same by the kernels that every processor can run
+# make test-ptx   the tests of the Triton kernels on the PTX that Triton compiles, executed without a GPU
 # make lint       ruff, mypy and clang-format
 # make docs       the documentation site, into build/docs; fails on a broken link or name
 # make bench      every benchmark, against peers in the same run; to runs/bench
@@ -21,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
   ATEN_CPU_CAPABILITY=avx2
 
-.PHONY: demo test test-avx2 test-portable lint bench bench-quick gpu sanitize aarch64 clean
+.PHONY: demo test test-avx2 test-portable test-ptx lint bench bench-quick gpu sanitize aarch64 clean
 .PHONY: docs  # a folder has this name too
 
 demo: $(VENV)/.installed-demo
@@ -39,6 +40,11 @@ test-avx2: $(VENV)/.installed-dev
 
 test-portable: $(VENV)/.installed-dev
 	GIST_KERNELS_INSTRUCTIONS=portable $(NUMERICAL)
+
+# GIST_TEST_PTX=90 for that architecture, GIST_TEST_PTX_SEED=1 for programs and warps in another order.
+test-ptx: export GIST_TEST_PTX ?= 80
+test-ptx: $(VENV)/.installed-dev
+	$(PYTEST) -m triton $(or $(ARGS),tests/gist_kernels/kernels/triton)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 # Before torch is imported, and for the processes that tests start: pytest-xdist already has a
 # worker on each core.
@@ -14,7 +15,14 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-from gist_kernels.kernels.triton import INTERPRETED
+PTX = os.environ.get("GIST_TEST_PTX")  # an architecture, 80 or 90: see docs/kernels.md
+if PTX:
+    # As under TRITON_INTERPRET=1 kernels take CPU tensors; but Triton compiles them.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        import gist_kernels.kernels.triton as triton_kernels
+    triton_kernels.INTERPRETED = triton_kernels.launch.INTERPRETED = False
+
+from gist_kernels.kernels.triton import DEVICE_TYPES  # noqa: E402
 
 # PyTorch remembers which functions torch.device("meta") applies to: those as they are before
 # _poisoned_empty replaces some of them.
@@ -30,10 +38,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("triton") and not INTERPRETED:
+        if item.get_closest_marker("triton") and "cpu" not in DEVICE_TYPES:
             item.add_marker("gpu")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """A kernel for sm_90 may need instructions that are not interpreted; one for sm_80 none."""
+    if PTX != "90":
+        return (yield)
+    from ptx import UnsupportedError
+
+    try:
+        return (yield)
+    except UnsupportedError as error:
+        pytest.skip(f"not interpreted: {error}")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +65,19 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _threads(pytestconfig: pytest.Config) -> None:
     torch.set_num_threads(pytestconfig.getoption("threads"))
+
+
+@pytest.fixture(autouse=True)
+def _ptx(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With GIST_TEST_PTX, execute what Triton compiles, see tests/support/ptx."""
+    if not PTX or not request.node.get_closest_marker("triton"):
+        yield
+        return
+    from ptx.driver import executed
+
+    seed = os.environ.get("GIST_TEST_PTX_SEED")
+    with executed(int(PTX), seed=int(seed) if seed else None):
+        yield
 
 
 @pytest.fixture(autouse=True)

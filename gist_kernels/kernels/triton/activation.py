@@ -63,7 +63,11 @@ def _distribution(z, KIND: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=("units",))
-def _forward_kernel(u, a, units, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(
+    u,
+    a,  # written
+    units, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < units.to(tl.int64) * ALIGN
     value = activate(tl.load(u + at, mask, 0.0).to(tl.float32), KIND)
@@ -72,8 +76,10 @@ def _forward_kernel(u, a, units, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK:
 
 @triton.jit(do_not_specialize=("units",))
 def _backward_kernel(
-    d_a, u, d_u, units, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
-):
+    d_a, u,
+    d_u,  # written; may be d_a
+    units, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < units.to(tl.int64) * ALIGN
     upstream = tl.load(d_a + at, mask, 0.0).to(tl.float32)

@@ -1,7 +1,9 @@
 """Launch shapes of the Triton kernels. Nothing is tuned at run time.
 
 No shape depends on the number of rows. The way a row is cut decides the last bits of its sums, and
-these must not change with the batch around the row.
+these must not change with the batch around the row. They do change with the alignment of the
+logits: Triton compiles other loads, in other registers, where a tensor does not begin at a multiple
+of 16 bytes, as a slice of a batch may.
 """
 
 from __future__ import annotations
@@ -23,6 +25,12 @@ _LONGEST_KEPT = 4096
 # statistics of the chunks are below 1 % of the traffic.
 _FORWARD_CHUNK = 4096
 _BACKWARD_CHUNK = 2048
+
+# Whether the compiler may contract a product and a sum into one FMA, which rounds once. It must not.
+# In p - q, an FMA rounds only one of the two products. Equal logits then have a gradient, and the
+# product that is rounded depends on the sides that need one. In the sum of a row's products, an FMA
+# rounds the product of another lane, but not its own. The lanes then disagree on the last bit.
+FP_FUSION = False
 
 # Up to this many rows, each program counts the targets itself; above, one program counts for all.
 COUNT_INLINE = 256
@@ -50,7 +58,7 @@ class Tile(NamedTuple):
             "ROWS": self.rows,
             "BLOCK": self.block,
             "num_warps": self.threads // warp_size,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": FP_FUSION,
         }
         if self.rows > 1 and torch.version.hip is None:
             # By default ptxas may spill here, for an occupancy that so little work can't use.
@@ -156,7 +164,7 @@ class AdapterTile(NamedTuple):
             # With fewer than four warps per row, AMD's compiler spills a scalar register.
             "num_warps": max(4 if warp_size == 64 else 1, self.threads // warp_size),
             "num_stages": self.stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": FP_FUSION,
         }
 
 
@@ -228,7 +236,7 @@ class AttentionTile(NamedTuple):
             "QUERIES": self.queries,
             "num_warps": self.threads // warp_size,
             "num_stages": 1,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": FP_FUSION,
         }
         if torch.version.hip is None:
             meta["maxnreg"] = 255  # all there are; by default ptxas may spill for occupancy

@@ -93,7 +93,7 @@ def _forward_kernel(
     a, b,  # (B, C)
     target, row_scale,  # (B,) class indices or (B, C) probabilities; (B,)
     loss, terms, stats,  # written: () or (B,), (4,) or (4, B), (STATS B + 1,)
-    sums, counter,  # of the batch, if it is reduced: (5 P,), ()
+    sums, counter,  # written, of the batch, if it is reduced: (5 P,), ()
     partials,  # written instead of the five above where K > 1: (PARTIALS K B,)
     d_a, d_b,  # written: (B, C)
     count,  # () rows that count; None: all do, or programs count them
@@ -223,7 +223,7 @@ def _combine_kernel(
     partials,  # (PARTIALS K B,)
     target, row_scale,  # (B,) class indices or (B, C) probabilities; (B,)
     loss, terms, stats,  # written: () or (B,), (4,) or (4, B), (STATS B + 1,)
-    sums, counter,  # of the batch, if it is reduced: (5 P,), ()
+    sums, counter,  # written, of the batch, if it is reduced: (5 P,), ()
     rows, classes, target_stride, scale_stride, inverse_t, gist_scale, ignore_index, weights,
     TARGET: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

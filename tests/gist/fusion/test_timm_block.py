@@ -21,7 +21,7 @@ from gist.methods.base import Refusal
 from gist.model.attach import carry_hooks
 from gist_kernels.functional import sublayers as functional_sublayers
 from gist_kernels.kernels.cpu import BACKEND
-from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED
+from gist_kernels.kernels.triton import DEVICE_TYPES
 
 
 @pytest.fixture
@@ -113,9 +113,11 @@ def compare_with_own_forward(name, config, dtype, own_forward, backend="auto", d
     kind = "vit" if name == "drop_path" else name
     model = wrapped(kind, CONFIGS[config], **options).to(device).train()
     exact = copy.deepcopy(model).double()
-    # The interpreter takes seconds an image. Random updates of low rank make much of any rounding.
+    # An interpreter takes seconds an image. Random updates of low rank make much of any rounding.
     count = 56 if "lora" in config else 14
-    draws = images(3).split(1) if INTERPRETED else images(count * 4).to(device).split(4)
+    draws = (
+        images(3).split(1) if DEVICE_TYPES[0] == "cpu" else images(count * 4).to(device).split(4)
+    )
     autocast = dtype == "autocast"
     dtype = torch.float32 if autocast else dtype
     model.backbone.to(dtype)

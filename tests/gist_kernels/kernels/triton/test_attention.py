@@ -21,6 +21,10 @@ pytestmark = pytest.mark.triton
 DEVICE = DEVICE_TYPES[0]
 
 
+def padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
 def check(shape: Shape, kind: str = "random", dtype: torch.dtype = torch.bfloat16) -> None:
     attention_cases.check(attention, shape, kind, dtype, DEVICE)
 
@@ -35,7 +39,7 @@ def test_error_is_no_larger_than_that_of_pytorch(keys, head_dim, dtype):
         if attention.serves(q.q, q.k, shape.heads):
             check(shape, dtype=dtype)
         else:
-            assert keys * head_dim > 8192
+            assert padded(keys) * padded(head_dim) > 8192
 
 
 @pytest.mark.parametrize("dtype", attention.DTYPES)
@@ -106,7 +110,7 @@ def test_strides_of_any_kind():
     assert_same(computed(attention, expanded), computed(attention, dense))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU this would take the memory for real")
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU this would take the memory for real")
 @pytest.mark.parametrize("strides", [(2**31 + 16, 16, 1), (16, 2**31 + 16, 1)])
 def test_offsets_beyond_2_31_elements(strides):
     """Strides of images and of rows; pages between them are never touched."""
@@ -138,7 +142,7 @@ def test_empty_batch():
 
 @pytest.mark.parametrize(
     ("dtype", "tokens", "by_pytorch"),
-    [(torch.bfloat16, 198, False), (torch.float32, 198, True), (torch.bfloat16, 258, True)],
+    [(torch.bfloat16, 100, False), (torch.float32, 100, True), (torch.bfloat16, 258, True)],
 )
 def test_what_is_long_or_wide_is_pytorchs(dtype, tokens, by_pytorch, monkeypatch):
     calls = []
