@@ -221,6 +221,14 @@ class AttentionTile(NamedTuple):
         each = min(blocks, max(1, blocks * heads // (2 * multiprocessors)))
         return -(-blocks // each), each
 
+    def shared_memory(self) -> int:
+        """At least the bytes of shared memory that either kernel takes, as bench/binaries.py
+        checks."""
+        keys = 4 * self.keys * self.columns  # and values
+        most: int = keys + 6 * self.queries * (self.columns + self.keys)
+        # AMD's matrix cores read registers.
+        return most if torch.version.hip is None else most // 2
+
     def meta(self, warp_size: int) -> dict[str, Any]:
         meta = {
             "COLUMNS": self.columns,
@@ -238,16 +246,27 @@ class AttentionTile(NamedTuple):
 # Numbers of the keys, and as many of the values, that a program can hold, with their gradients in
 # registers. True: tensor cores read operands from shared memory. False: they need registers for it.
 _KEYS_HELD = {True: 16_384, False: 8192}
+# The widest heads and the most keys. Beyond, the backward pass spills.
+_MOST_COLUMNS, _MOST_KEYS = 128, 256
 
 
 @lru_cache(maxsize=1024)
-def attention(keys: int, head_dim: int, *, reads_shared: bool) -> AttentionTile | None:
-    """The tile of attention; None if a head has too many keys for one program."""
+def attention(
+    keys: int, head_dim: int, *, reads_shared: bool, shared_memory: int
+) -> AttentionTile | None:
+    """The tile of attention; None if a head has too many keys for one program.
+
+    ``shared_memory`` is the most bytes that a program can have.
+    """
     columns, rows = max(16, _power_of_2(head_dim)), max(16, _power_of_2(keys))
-    if rows * columns > _KEYS_HELD[reads_shared] or rows > 256:
+    # Rows of numbers that no vector of 16 bytes divides are addressed one by one, in registers.
+    aligned = head_dim % 8 == 0
+    held = _KEYS_HELD[reads_shared and aligned]
+    if rows * columns > held or rows > _MOST_KEYS or columns > _MOST_COLUMNS:
         return None
-    threads = 256 if rows * columns >= 8192 else 128
-    return AttentionTile(columns, rows, queries=32, threads=threads)
+    threads = 256 if rows * columns >= (8192 if aligned else 4096) else 128
+    tile = AttentionTile(columns, rows, queries=32, threads=threads)
+    return tile if tile.shared_memory() <= shared_memory else None
 
 
 def _tile(classes: int, per_thread: int) -> Tile:

@@ -19,6 +19,8 @@ from sublayer_cases import (
 from torch.profiler import ProfilerActivity, profile
 
 import gist_kernels as gk
+from gist_kernels.backend import select
+from gist_kernels.functional.sublayers import PreparedMlp
 
 KINDS = {
     "biases and norm": {},
@@ -174,6 +176,20 @@ def test_a_pass_under_autocast_converts_each_frozen_weight_once():
         tuple(event.input_shapes[0]) for event in trace.events() if event.name == "aten::_to_copy"
     ]
     assert [conversions.count(shape) for shape in shapes] == [1, 1]
+
+
+def test_converted_weights_are_not_kept():
+    """A CUDA graph that is being captured would own their memory."""
+    x, *weights = arguments(torch.float32)
+    norm, _, mlp, adapter = weights
+    kernels = select("sublayers", x)
+    if kernels is None:
+        pytest.skip("the reference converts nothing")
+    prepared = PreparedMlp(norm, mlp, adapter)
+    prepared.sublayer(kernels, torch.bfloat16)
+    assert prepared._kept is None
+    prepared.sublayer(kernels, torch.float32)
+    assert prepared._kept is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ from gist_kernels.kernels import triton as gpu
 pytest.importorskip("triton.language")
 divergence = importlib.import_module("gist_kernels.kernels.triton.divergence")
 
-DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
+DEVICE = gpu.DEVICE_TYPES[0]
 pytestmark = pytest.mark.triton
 interpreter_only = pytest.mark.skipif(not gpu.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 

@@ -24,7 +24,7 @@ tl = pytest.importorskip("triton.language")
 loss = importlib.import_module("gist_kernels.kernels.triton.loss")
 
 INTERPRETED = gpu.INTERPRETED
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = gpu.DEVICE_TYPES[0]
 pytestmark = pytest.mark.triton
 interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 device_only = pytest.mark.skipif(INTERPRETED, reason="needs a device, not the interpreter")
