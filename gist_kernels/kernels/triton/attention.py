@@ -290,7 +290,7 @@ def backward(
 
 
 def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.AttentionTile | None:
-    if not launch.tensor_cores_take_half_types(q.device):
+    if not launch.tensor_cores_take_bf16(q.device):
         return None
     return heuristics.attention(
         k.shape[1],

@@ -66,11 +66,8 @@ def warp_size(device: torch.device) -> int:
 
 
 @lru_cache
-def tensor_cores_take_half_types(device: torch.device) -> bool:
-    """Whether tensor cores take bf16 and fp16 in tiles of 16, as NVIDIA's do since Ampere.
-
-    Turing's take fp16 only, in smaller tiles.
-    """
+def tensor_cores_take_bf16(device: torch.device) -> bool:
+    """Whether tensor cores take bf16, and float32 as TF32, as NVIDIA's do since Ampere."""
     if device.type == "cpu" or torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -40,7 +40,7 @@ def card(monkeypatch):
 
 
 _CACHED = (
-    launch.tensor_cores_take_half_types,
+    launch.tensor_cores_take_bf16,
     launch.tensor_cores_read_shared_memory,
     launch.shared_memory,
 )
