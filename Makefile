@@ -3,11 +3,14 @@
 # make test-avx2  the numerical tests as on a processor without AVX-512
 # make test-portable  the same by the kernels that every processor can run
 # make test-ptx   the tests of the Triton kernels on the PTX that Triton compiles, executed without a GPU
+# make test-binaries  the Triton kernels compiled for every card: registers, shared memory, spills
+# make test-launches  their launches, on a stub of the CUDA driver
 # make lint       ruff, mypy and clang-format
 # make docs       the documentation site, into build/docs; fails on a broken link or name
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-quick   the small ones, to compare with a saved run
 # make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
+# make gpu-cache OUT=DIR  without a GPU: the binaries that its tests need there
 # make sanitize   the C++ kernels' own tests under the address, undefined and thread sanitizers
 # make aarch64    the same tests, built for 64-bit Arm and run in an emulator
 
@@ -22,7 +25,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
   ATEN_CPU_CAPABILITY=avx2
 
-.PHONY: demo test test-avx2 test-portable test-ptx lint bench bench-quick gpu sanitize aarch64 clean
+.PHONY: demo test test-avx2 test-portable test-ptx test-binaries test-launches lint bench bench-quick
+.PHONY: gpu gpu-cache sanitize aarch64 clean
 .PHONY: docs  # a folder has this name too
 
 demo: $(VENV)/.installed-demo
@@ -46,6 +50,12 @@ test-ptx: export GIST_TEST_PTX ?= 80
 test-ptx: $(VENV)/.installed-dev
 	$(PYTEST) -m triton $(or $(ARGS),tests/gist_kernels/kernels/triton)
 
+test-binaries: $(VENV)/.installed-dev
+	$(BIN)/python bench/binaries.py $(ARGS)
+
+test-launches: $(VENV)/.installed-dev
+	$(PYTEST) tests/gist_kernels/kernels/triton/test_stub_driver.py $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,6 +75,13 @@ bench-quick: $(VENV)/.installed-bench
 # Without a virtual environment of its own: such a machine may have no network to fill one.
 gpu:
 	$(PYTHON) -m bench.visit $(or $(OUT),runs/gpu) $(ARGS)
+
+# Triton's cache, filled by the launches of make gpu. No result is compared, and tests may fail.
+gpu-cache: $(VENV)/.installed-dev
+	TRITON_CACHE_DIR=$(abspath $(or $(OUT),runs/gpu-cache)) PYTHONPATH=tests/support \
+	  PYTHONOPTIMIZE=1 $(PYTEST) -q --tb=no --no-header -r N --assert=plain \
+	  -p stub_driver.plugin -p no:cacheprovider --hypothesis-seed=0 -m gpu \
+	  $(or $(ARGS),tests/gist_kernels tests/support/stub_driver/check_benchmarks.py)
 
 sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize-thread
 

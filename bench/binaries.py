@@ -1,9 +1,10 @@
 """Registers, shared memory and spills of every kernel that can be launched: no device is needed.
 
-    python bench/binaries.py [sm_80 sm_90 sm_100 gfx942] [--family FAMILY]
+    python bench/binaries.py [TARGET ...] [--family FAMILY]
 
 The launchers run on CPU tensors with the launch itself replaced, so what is compiled here is what
-they choose: every tile of the heuristics, with each kind of target, reduction and temperature.
+they choose: every tile of the heuristics, with each kind of target, reduction and temperature. It
+is an error if a binary spills, or takes more than the card has.
 """
 
 from __future__ import annotations
@@ -37,20 +38,23 @@ from gist_kernels.kernels.triton import (
 )
 from gist_kernels.weights import AdapterWeights, NormWeights
 
+# The most shared memory of a program, in KiB. CUDA's: "Maximum amount of shared memory per thread
+# block" in the programming guide's table of technical specifications.
+_SHARED_KIB: dict[int | str, int] = {
+    75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64,
+}  # fmt: skip
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+    f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in _SHARED_KIB if isinstance(arch, int)
+} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+# Of a multiprocessor, which one program must not exceed.
+_REGISTERS = {"cuda": 64 * 1024, "hip": 128 * 1024}
 # One width for each tile that the heuristics know: they are constant between powers of two.
 WIDTHS = (10, 30, 60, 100, 200, 500, 1000, 2000, 4000, 8000, 16_000, 65_537, 4_194_304)
 KINDS = ("none", "index", "smoothed", "probability")
 # ViTs' features, and ranks of either regime.
 FEATURES = (192, 384, 768, 1024, 1280, 2048, 4096)
 RANKS = (0, 1, 4, 8, 16, 64, 128)
-HEAD_DIMS = (32, 48, 64, 80, 128)
+HEAD_DIMS = (16, 32, 33, 48, 64, 72, 80, 128)
 KEYS = (10, 30, 50, 100, 198)
 _POINTERS = {
     torch.float32: "*fp32",
@@ -67,6 +71,8 @@ class Launch(NamedTuple):
     kernel: JITFunction
     arguments: dict[str, Any]
     options: dict[str, Any]
+    shared_bound: int | None = None
+    """The most shared memory by the heuristics, which serve attention or leave it by that."""
 
     def family(self) -> str:
         """The file of its kernel."""
@@ -79,7 +85,11 @@ class Launch(NamedTuple):
     def shape(self) -> str:
         names = ("QUERIES", "KEYS") if "KEYS" in self.arguments else ("ROWS", "BLOCK")
         rows, block = (self.arguments.get(name, "") for name in names)
-        return f"{rows} x {block}, {self.options.get('num_warps', 4)} warps"
+        return f"{rows} x {block}, {self.warps()} warps"
+
+    def warps(self) -> int:
+        found: int = self.options.get("num_warps", 4)
+        return found
 
 
 class Usage(NamedTuple):
@@ -88,6 +98,22 @@ class Usage(NamedTuple):
     registers: int
     shared: int
     spills: int
+
+    def excess(self, launched: Launch, target: GPUTarget) -> str:
+        """What a device of ``target`` can't give it; "" if it can give all."""
+        found = []
+        if self.spills:
+            found.append(f"spills {self.spills}")
+        shared = 1024 * _SHARED_KIB[target.arch]
+        if self.shared > shared:
+            found.append(f"{self.shared} of {shared} bytes of shared memory")
+        threads, most = launched.warps() * target.warp_size, _REGISTERS[target.backend]
+        if self.registers * threads > most:
+            found.append(f"{self.registers * threads} of {most} registers")
+        bound = launched.shared_bound
+        if bound is not None and self.shared > bound:
+            found.append(f"{self.shared} bytes of shared memory; the heuristics say {bound}")
+        return ", ".join(found)
 
 
 def launches(
@@ -171,17 +197,15 @@ def divergence_launches(
 def attention_launches(
     keys: int, head_dim: int, target: GPUTarget, dtype: torch.dtype = torch.bfloat16
 ) -> list[Launch]:
-    """What attention launches, of slices of packed tensors as in a sublayer."""
+    """What attention launches, of slices of packed tensors as in a sublayer; nothing where it
+    leaves them to PyTorch."""
     heads = 2
     q, k, v = torch.zeros(1, keys, 3 * heads * head_dim, dtype=dtype).chunk(3, dim=-1)
     with recorded(target) as found:
-        out, lse = attention.forward(q, k, v, heads, 0.125)
-        attention.backward(out, q, k, v, lse, heads, 0.125, q, k, v)
+        if attention.serves(q, k, heads):
+            out, lse = attention.forward(q, k, v, heads, 0.125)
+            attention.backward(out, q, k, v, lse, heads, 0.125, q, k, v)
     return found
-
-
-def _reads_shared(target: GPUTarget) -> bool:
-    return target.backend == "hip" or target.arch >= 90
 
 
 @contextmanager
@@ -193,15 +217,24 @@ def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
         names = kernel.arg_names
         bound = dict(zip(names, args, strict=False))
         bound |= {name: kwargs.pop(name) for name in names if name in kwargs}
-        found.append(Launch(kernel, bound, kwargs))
+        shared_bound = None
+        if "KEYS" in bound:
+            columns, keys, queries = (bound[name] for name in ("COLUMNS", "KEYS", "QUERIES"))
+            shared_bound = heuristics.AttentionTile(columns, keys, queries, 0).shared_memory()
+        found.append(Launch(kernel, bound, kwargs, shared_bound))
 
-    hip = "6.4" if target.backend == "hip" else None
-    reads_shared = _reads_shared(target)
+    hip = target.backend == "hip"
+    shared = 1024 * _SHARED_KIB[target.arch]
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(launch, "warp_size", return_value=target.warp_size),
-        mock.patch.object(launch, "tensor_cores_read_shared_memory", return_value=reads_shared),
-        mock.patch.object(torch.version, "hip", hip),
+        mock.patch.multiple(
+            launch,
+            warp_size=lambda device: target.warp_size,
+            tensor_cores_take_bf16=lambda device: hip or target.arch >= 80,
+            tensor_cores_read_shared_memory=lambda device: hip or target.arch // 10 in (9, 10),
+            shared_memory=lambda device: shared,
+        ),
+        mock.patch.object(torch.version, "hip", "6.4" if hip else None),
     ):
         yield found
 
@@ -307,8 +340,7 @@ def attention_configurations(target: GPUTarget) -> Iterator[Launch]:
     """Every size of heads and keys that the kernels take."""
     for head_dim in HEAD_DIMS:
         for keys in KEYS:
-            tile = heuristics.attention(keys, head_dim, reads_shared=_reads_shared(target))
-            for dtype in (torch.bfloat16, torch.float16) if tile is not None else ():
+            for dtype in (torch.bfloat16, torch.float16):
                 yield from attention_launches(keys, head_dim, target, dtype)
 
 
@@ -330,6 +362,7 @@ def main() -> None:
         parser.error(f"target must be of {', '.join(TARGETS)}; it is {unknown[0]}")
     families = [arguments.family] if arguments.family else FAMILIES
     found: dict[tuple[str, str, str], list[Usage]] = {}
+    broken = []
     for name in arguments.target or TARGETS:
         target = TARGETS[name]
         print(
@@ -339,23 +372,35 @@ def main() -> None:
         for each in distinct(each for family in families for each in FAMILIES[family](target)):
             used = usage(compiled(each, target))
             found.setdefault((name, each.family(), each.name()), []).append(used)
-            a = next((each.arguments[key] for key in "axq" if key in each.arguments), None)
-            print(
-                f"{each.name():<26}{each.shape():<22}"
-                f"{'' if a is None else str(a.dtype)[6:]:<10}"
-                f"{each.arguments.get('TARGET', each.arguments.get('RANK', ''))!s:<13}"
-                f"{each.arguments.get('POWER', ''):<5}"
-                f"{used.registers:>9}{used.shared:>8}{used.spills:>8}",
-                flush=True,
-            )
-    print("\n| target | family | kernel | binaries | most registers | most shared | that spill |")
+            line = _line(each, used)
+            print(line, flush=True)
+            excess = used.excess(each, target)
+            if excess:
+                broken.append(f"{name} {line}: {excess}")
+    print(f"\nTriton {triton.__version__}\n")
+    print("| target | family | kernel | binaries | most registers | most shared | that spill |")
     print("|---|---|---|---:|---:|---:|---:|")
     for (name, family, kernel), uses in found.items():
         most = [max(use[i] for use in uses) for i in range(2)]
         spill = sum(use.spills > 0 for use in uses)
         print(f"| {name} | {family} | {kernel} | {len(uses)} | {most[0]} | {most[1]} | {spill} |")
-    spilling = sum(use.spills > 0 for uses in found.values() for use in uses)
-    sys.exit(f"{spilling} binaries spill" if spilling else 0)
+    if broken:
+        sys.exit("\n".join(("", "more than the card has:", *broken)))
+
+
+def _line(launched: Launch, used: Usage) -> str:
+    tensor = next((launched.arguments[key] for key in "axq" if key in launched.arguments), None)
+    kind = launched.arguments.get("TARGET", launched.arguments.get("RANK", ""))
+    if "SIDES" in launched.arguments:
+        tensor, kind = launched.arguments["sides"][0], f"{launched.arguments['SIDES']} sides"
+    if "HEAD_DIM" in launched.arguments:
+        kind = f"head {launched.arguments['HEAD_DIM']}"
+    return (
+        f"{launched.name():<26}{launched.shape():<22}"
+        f"{'' if tensor is None else str(tensor.dtype)[6:]:<10}{kind!s:<13}"
+        f"{launched.arguments.get('POWER', ''):<5}"
+        f"{used.registers:>9}{used.shared:>8}{used.spills:>8}"
+    )
 
 
 if __name__ == "__main__":

@@ -164,10 +164,11 @@ def adapter(card: Card, rows: int) -> tuple[Work, Work]:
 
 def attention(card: Card, images: int) -> tuple[Work, Work] | None:
     """None where the kernels refuse such heads, and PyTorch computes them."""
-    target = binaries.TARGETS[card.target]
-    tile = heuristics.attention(TOKENS, HEAD_DIM, reads_shared=binaries._reads_shared(target))
-    if tile is None:
+    launches = binaries.attention_launches(TOKENS, HEAD_DIM, binaries.TARGETS[card.target])
+    if not launches:
         return None
+    sizes = (launches[0].arguments[name] for name in ("COLUMNS", "KEYS", "QUERIES"))
+    tile = heuristics.AttentionTile(*sizes, threads=0)
     elements, heads = images * TOKENS * WIDTH, images * HEADS
     parts, each = tile.parts(TOKENS, heads, card.multiprocessors)
     forward, backward = (

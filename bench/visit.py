@@ -42,6 +42,8 @@ def parts(out: Path) -> list[tuple[str, list[str], float]]:
     tests = ["pytest", "-q", "--tb=short", "-m", "gpu", "tests"]
     if importlib.util.find_spec("xdist"):  # most of their time is Triton's compiler's
         tests += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+    if importlib.util.find_spec("hypothesis"):  # the draws for which make gpu-cache has compiled
+        tests.append("--hypothesis-seed=0")
     found = [
         ("native module", [*PYTHON, *install], 120.0),
         ("tests", [*PYTHON, *tests], 180.0),

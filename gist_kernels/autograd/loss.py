@@ -128,7 +128,9 @@ def register(backend: str, load: Callable[[], LossKernels]) -> None:
         stop_gradient: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         options = _options_of(settings, ignore_index, reduction, stop_gradient)
-        loss, terms, stats = load().forward(cls, gist, target, options, True, row_scale)
+        loss, terms, stats = load().forward(
+            cls, gist, target, options, True, row_scale, stateless=True
+        )
         assert terms is not None
         return loss, terms, stats
 

@@ -78,8 +78,10 @@ class LossKernels(Protocol):
         options: LossOptions,
         want_terms: bool,
         row_scale: torch.Tensor | None = None,
+        stateless: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """``(loss, terms, stats)``: terms are (4,) or (4, B); ``backward`` needs stats."""
+        """``(loss, terms, stats)``: terms are (4,) or (4, B); ``backward`` needs stats. A
+        ``stateless`` call keeps no tensor for later calls: a compiler owns the memory."""
 
     def backward(
         self,

@@ -46,8 +46,10 @@ def forward(
     options: LossOptions,
     want_terms: bool = True,
     row_scale: torch.Tensor | None = None,
+    stateless: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The loss, its four unweighted terms, and each row's statistics for :func:`backward`."""
+    """The loss, its four unweighted terms, and each row's statistics for :func:`backward`. Every
+    call is ``stateless``."""
     loss, terms, stats = _outputs(cls, options, want_terms)
     logits_group, target_group = _inputs(cls, gist, target)
     invalid_row = _native.loss_forward(

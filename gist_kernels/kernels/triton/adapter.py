@@ -518,7 +518,8 @@ def forward(
         return normed, out, z, stats
     add_x = add is x
     x, add = _by_row(x), None if add is None or add_x else _by_row(add)
-    tile = heuristics.adapter_forward(features, rank)
+    tf32 = launch.tensor_cores_take_bf16(x.device)
+    tile = heuristics.adapter_forward(features, rank, tf32)
     down, down_bias, up, up_bias, scale, kind = _parameters(adapter)
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
     strides = x.stride(0), 0 if add is None else add.stride(0)
@@ -619,7 +620,8 @@ def _backward(
     x_step, out_step, normed_step = (stride // align for stride in strides)
     down, _, up, _, scale, kind = _parameters(adapter)
     rank = 0 if down is None else down.shape[0]
-    tile = heuristics.adapter_backward(features, rank)
+    tf32 = launch.tensor_cores_take_bf16(device)
+    tile = heuristics.adapter_backward(features, rank, tf32)
     common = {"ALIGN": align, "RANK": rank, "KIND": kind}
     arguments = (
         d_out, d_normed, x, None if norm is None else _dense(norm.weight), stats, down, up, z, dx,
@@ -635,7 +637,7 @@ def _backward(
         dz = torch.empty((rows, rank), dtype=torch.float32, device=device)
         _backward_chunks_kernel[(tile.programs(rows),)](*arguments, dz, **settings)
         if rank:
-            tile = heuristics.adapter_weights(features, rank)
+            tile = heuristics.adapter_weights(features, rank, tf32)
             parts, each = tile.parts(rows, launch.multiprocessors(device))
             partials = _partials(parts, features, rank, device)
             _weights_kernel[(tile.chunks(features), parts)](

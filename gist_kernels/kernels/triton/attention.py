@@ -290,10 +290,13 @@ def backward(
 
 
 def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.AttentionTile | None:
+    if not launch.tensor_cores_take_bf16(q.device):
+        return None
     return heuristics.attention(
         k.shape[1],
         q.shape[2] // num_heads,
         reads_shared=launch.tensor_cores_read_shared_memory(q.device),
+        shared_memory=launch.shared_memory(q.device),
     )
 
 

@@ -26,7 +26,7 @@ _LONGEST_KEPT = 4096
 _FORWARD_CHUNK = 4096
 _BACKWARD_CHUNK = 2048
 
-# Whether the compiler may contract a product and a sum into one FMA, which rounds once. It must not.
+# Whether the compiler may contract a product and a sum into one FMA, which rounds once: not here.
 # In p - q, an FMA rounds only one of the two products. Equal logits then have a gradient, and the
 # product that is rounded depends on the sides that need one. In the sum of a row's products, an FMA
 # rounds the product of another lane, but not its own. The lanes then disagree on the last bit.
@@ -169,18 +169,21 @@ class AdapterTile(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def adapter_forward(features: int, rank: int) -> AdapterTile:
-    """The tile of LayerNorm and adapter; rank 0 means no adapter."""
-    return _row(features, rank, 384)
+def adapter_forward(features: int, rank: int, tf32: bool = True) -> AdapterTile:
+    """The tile of LayerNorm and adapter; rank 0 means no adapter.
+
+    Without ``tf32``, tensor cores take no float32.
+    """
+    return _row(features, rank, 384, tf32)
 
 
 @lru_cache(maxsize=1024)
-def adapter_backward(features: int, rank: int) -> AdapterTile:
+def adapter_backward(features: int, rank: int, tf32: bool = True) -> AdapterTile:
     """The tile of dx and, for small ranks, of the weights' gradients."""
-    return _row(features, rank, 256)
+    return _row(features, rank, 256, tf32)
 
 
-def _row(features: int, rank: int, resident: int) -> AdapterTile:
+def _row(features: int, rank: int, resident: int, tf32: bool) -> AdapterTile:
     """One row at a time, on as many programs as a multiprocessor can hold.
 
     They take turns, since a program waits for the sums of its row. More programs than that would
@@ -189,23 +192,26 @@ def _row(features: int, rank: int, resident: int) -> AdapterTile:
     block, ranks = max(16, _power_of_2(features)), _power_of_2(max(1, rank))
     threads = max(32, block * max(ranks, 2) // _WEIGHTS_HELD)
     if ranks > _SMALL_RANK or block > _LONGEST or threads > _MOST_THREADS:
-        return _chunked(rank)
+        return _chunked(rank, tf32)
     # Enough rows in flight to keep the memory busy.
     stages = 4 if block <= 1024 else 3 if block <= 2048 else 2
     return AdapterTile(1, block, ranks, threads, stages, max(1, resident // threads))
 
 
 @lru_cache(maxsize=1024)
-def adapter_weights(features: int, rank: int) -> AdapterTile:
+def adapter_weights(features: int, rank: int, tf32: bool = True) -> AdapterTile:
     """The tile of the weights' gradients for large ranks."""
-    tile = _chunked(rank)
+    tile = _chunked(rank, tf32)
     return tile._replace(share=2 / tile.chunks(features))
 
 
-def _chunked(rank: int) -> AdapterTile:
-    """A tile that spills registers on no target, as bench/binaries.py checks."""
+def _chunked(rank: int, tf32: bool) -> AdapterTile:
+    """A tile that spills registers on no target up to rank 128, as bench/binaries.py checks."""
     ranks = max(16, _power_of_2(rank))
-    return AdapterTile(32 if ranks <= 64 else 16, 32, ranks, 256, 2, 1, chunked=True)
+    few = ranks <= 64
+    # Without tensor cores, operands of a matmul stay in registers.
+    block = 32 if few or tf32 else 16
+    return AdapterTile(32 if few else 16, block, ranks, 256, 2, 1, chunked=True)
 
 
 ADAPTER_SUMS = Tile(32, 64, threads=128)
@@ -229,6 +235,14 @@ class AttentionTile(NamedTuple):
         each = min(blocks, max(1, blocks * heads // (2 * multiprocessors)))
         return -(-blocks // each), each
 
+    def shared_memory(self) -> int:
+        """At least the bytes of shared memory that either kernel takes, as bench/binaries.py
+        checks."""
+        keys = 4 * self.keys * self.columns  # and values
+        most: int = keys + 6 * self.queries * (self.columns + self.keys)
+        # AMD's matrix cores read registers.
+        return most if torch.version.hip is None else most // 2
+
     def meta(self, warp_size: int) -> dict[str, Any]:
         meta = {
             "COLUMNS": self.columns,
@@ -246,16 +260,28 @@ class AttentionTile(NamedTuple):
 # Numbers of the keys, and as many of the values, that a program can hold, with their gradients in
 # registers. True: tensor cores read operands from shared memory. False: they need registers for it.
 _KEYS_HELD = {True: 16_384, False: 8192}
+# The widest heads and the most keys. Beyond, the backward pass spills.
+_MOST_COLUMNS, _MOST_KEYS = 128, 256
 
 
 @lru_cache(maxsize=1024)
-def attention(keys: int, head_dim: int, *, reads_shared: bool) -> AttentionTile | None:
-    """The tile of attention; None if a head has too many keys for one program."""
+def attention(
+    keys: int, head_dim: int, *, reads_shared: bool, shared_memory: int
+) -> AttentionTile | None:
+    """The tile of attention; None if a head has too many keys for one program.
+
+    ``shared_memory`` is the most bytes that a program can have.
+    """
     columns, rows = max(16, _power_of_2(head_dim)), max(16, _power_of_2(keys))
-    if rows * columns > _KEYS_HELD[reads_shared] or rows > 256:
+    # Rows that 16 bytes don't divide are loaded number by number, which takes registers.
+    aligned = head_dim % 8 == 0
+    held = _KEYS_HELD[reads_shared] // (1 if aligned else 2)
+    if rows * columns > held or rows > _MOST_KEYS or columns > _MOST_COLUMNS:
         return None
-    threads = 256 if rows * columns >= 8192 else 128
-    return AttentionTile(columns, rows, queries=32, threads=threads)
+    # The scores take registers too, for which heads of 16 columns count as 32.
+    threads = 256 if rows * max(32, columns) >= (8192 if aligned else 4096) else 128
+    tile = AttentionTile(columns, rows, queries=32, threads=threads)
+    return tile if tile.shared_memory() <= shared_memory else None
 
 
 def _tile(classes: int, per_thread: int) -> Tile:

@@ -66,14 +66,35 @@ def warp_size(device: torch.device) -> int:
 
 
 @lru_cache
+def tensor_cores_take_bf16(device: torch.device) -> bool:
+    """Whether tensor cores take bf16, and float32 as TF32, as NVIDIA's do since Ampere."""
+    if device.type == "cpu" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
 def tensor_cores_read_shared_memory(device: torch.device) -> bool:
-    """Whether tensor cores read operands from shared memory, as NVIDIA's do since Hopper.
+    """Whether tensor cores read operands from shared memory: Hopper's and the data centres'
+    Blackwell do. GeForce Blackwell's (12.0, 12.1) read registers, as Ampere's.
 
     True for AMD too: its matrix cores do not, but it has registers enough.
     """
     if device.type == "cpu" or torch.version.hip is not None:
         return True
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """The most bytes of shared memory that a program can have; in the interpreter, Hopper's."""
+    if device.type == "cpu":
+        return 232_448
+    if torch.version.hip is not None:
+        return 65_536  # PyTorch names no limit there; no AMD GPU has less
+    properties: Any = torch.cuda.get_device_properties(device)
+    most: int = properties.shared_memory_per_block_optin
+    return most
 
 
 @lru_cache

@@ -368,15 +368,22 @@ def forward(
     options: LossOptions,
     want_terms: bool = True,
     row_scale: torch.Tensor | None = None,
+    stateless: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The loss, the four unweighted terms, and the statistics that :func:`backward` needs."""
+    """The loss, the four unweighted terms, and the statistics that :func:`backward` needs.
+
+    A ``stateless`` call leaves no tensor behind for later calls.
+    """
     rows, classes = cls.shape
     stats = torch.empty(stats_shape(rows), dtype=torch.float32, device=cls.device)
     loss, terms = _outputs(cls, options, want_terms)
     if rows:
         tile = heuristics.forward(classes)
         with launch.on(cls.device):
-            _forward(cls, gist, target, row_scale, options, tile, loss, terms, stats, None, None)
+            _forward(
+                cls, gist, target, row_scale, options, tile, loss, terms, stats, None, None,
+                stateless,
+            )  # fmt: skip
     return loss, terms, stats
 
 
@@ -460,6 +467,7 @@ def _forward(
     stats: torch.Tensor | None,
     d_cls: torch.Tensor | None,
     d_gist: torch.Tensor | None,
+    stateless: bool = False,
 ) -> None:
     rows, classes = cls.shape
     reduction, device = options.reduction, cls.device
@@ -468,7 +476,7 @@ def _forward(
     sums = counter = partials = count = None
     if reduction != "none":
         sums = torch.empty(5 * last.programs(rows), dtype=torch.float32, device=device)
-        counter = _counter(device)
+        counter = _counter(device, stateless)
     if chunks > 1:
         partials = torch.empty(PARTIALS * rows * chunks, dtype=torch.float32, device=device)
     target_stride = 0 if target is None else target.stride(0)
@@ -573,17 +581,21 @@ def _empty_gradients(
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
 
 
-def _counter(device: torch.device) -> torch.Tensor:
+def _counter(device: torch.device, stateless: bool) -> torch.Tensor:
     """A zero with which the programs of one launch count themselves. The last one resets it.
 
     Launches on one stream run one after the other and share a counter. A captured graph may be
-    replayed on any stream, beside any launch. It gets its own counter, which the graph zeroes.
+    replayed on any stream, beside any launch. It gets its own counter, which the graph zeroes. So
+    does a ``stateless`` call: compiled code is run once outside a capture, but with the memory of
+    the graph that follows.
     """
     stream = 0
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros((), dtype=torch.int32, device=device)
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
+        stateless = stateless or torch.cuda.is_current_stream_capturing()
+        if not stateless:
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
+    if stateless:
+        return torch.zeros((), dtype=torch.int32, device=device)
     key = device.index, stream
     counter = _counters.get(key)
     if counter is None:

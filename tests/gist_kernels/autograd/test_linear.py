@@ -24,6 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import gist_kernels as gk
 from gist_kernels.autograd import casts
+from gist_kernels.backend import select
+from gist_kernels.functional.sublayers import PreparedMlp
 
 KINDS = {
     "biases and norm": {},
@@ -234,6 +236,20 @@ def test_cached_casts_converts_what_is_trained_and_what_is_no_parameter():
         mlp.fc2_weight.mul_(2)
         assert not torch.equal(call(), before)
         assert casts._casts.get() == {}
+
+
+def test_converted_weights_are_not_kept():
+    """A CUDA graph that is being captured would own their memory."""
+    x, *weights = arguments(torch.float32)
+    norm, _, mlp, adapter = weights
+    kernels = select("sublayers", x)
+    if kernels is None:
+        pytest.skip("the reference converts nothing")
+    prepared = PreparedMlp(norm, mlp, adapter)
+    prepared.sublayer(kernels, torch.bfloat16)
+    assert prepared._kept is None
+    prepared.sublayer(kernels, torch.float32)
+    assert prepared._kept is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

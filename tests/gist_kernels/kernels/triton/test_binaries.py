@@ -11,11 +11,31 @@ binaries = pytest.importorskip("bench.binaries", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 compiles nothing")
 
 
-# Each regime with something different; bench/binaries.py goes through every combination.
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+# A case is compiled for one half of the cards, the next case for the other. bench/binaries.py
+# compiles every configuration for each.
+HALVES = ("sm_75", "sm_86", "sm_90", "sm_120"), ("sm_80", "sm_89", "sm_100", "gfx942")
+
+
+def for_half_of_the_cards(*cases):
+    return [(card, *case) for i, case in enumerate(cases) for card in HALVES[i % 2]]
+
+
+def check(launches, target):
+    """Each fits the card, without a spill."""
+    for launch in binaries.distinct(launches):
+        usage = binaries.usage(binaries.compiled(launch, target))
+        assert usage.registers > 0
+        assert not usage.excess(launch, target), f"{launch.name()} {launch.shape()}: {usage}"
+
+
+def test_every_card_is_in_a_half():
+    assert {*HALVES[0], *HALVES[1]} == set(binaries.TARGETS)
+
+
+# Each regime with something different.
 @pytest.mark.parametrize(
-    ("classes", "options"),
-    [
+    ("card", "classes", "options"),
+    for_half_of_the_cards(
         (10, {}),
         (100, {"kind": "smoothed", "dtype": torch.float32, "reduction": "none"}),
         (1000, {"temperature": 4.7}),
@@ -23,54 +43,63 @@ pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 comp
         (65537, {"kind": "none", "temperature": 1.0}),
         (4000, {"kind": "none", "reduction": "sum", "masked": True, "stop_gradient": "targets"}),
         (8192, {"reduction": "sum", "masked": True, "gist_scale": 0.5}),
-    ],
-    ids=lambda value: str(value) if isinstance(value, int) else "",
+    ),
+    ids=lambda value: "" if isinstance(value, dict) else str(value),
 )
-def test_nothing_spills(target, classes, options):
-    target = binaries.TARGETS[target]
-    for launch in binaries.distinct(binaries.launches(classes, target, **options)):
-        usage = binaries.usage(binaries.compiled(launch, target))
-        assert usage.registers > 0
-        assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
+def test_the_loss_fits(card, classes, options):
+    target = binaries.TARGETS[card]
+    check(binaries.launches(classes, target, **options), target)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize(("classes", "sides"), [(100, 2), (1000, 3), (4000, 2), (32000, 2)])
-def test_nothing_of_the_divergence_spills(target, classes, sides):
-    target = binaries.TARGETS[target]
+@pytest.mark.parametrize(
+    ("card", "classes", "sides"), for_half_of_the_cards((100, 2), (1000, 3), (4000, 2), (32000, 2))
+)
+def test_the_divergence_fits(card, classes, sides):
+    target = binaries.TARGETS[card]
     launches = binaries.divergence_launches(classes, sides, target, torch.float32)
     assert {launch.name() for launch in launches} == {"forward_kernel", "backward_kernel"}
-    for launch in binaries.distinct(launches):
-        usage = binaries.usage(binaries.compiled(launch, target))
-        assert usage.registers > 0
-        assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
+    check(launches, target)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
-    ("features", "rank", "dtype"),
-    [(384, 0, torch.float32), (768, 4, torch.bfloat16), (1024, 8, torch.float32),
-     (768, 64, torch.float32), (768, 128, torch.bfloat16)],
-)  # fmt: skip
-def test_nothing_of_the_adapter_spills(target, features, rank, dtype):
-    target = binaries.TARGETS[target]
-    for launch in binaries.distinct(binaries.adapter_launches(features, rank, target, dtype)):
-        usage = binaries.usage(binaries.compiled(launch, target))
-        assert usage.registers > 0
-        assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
+    ("card", "features", "rank", "dtype"),
+    for_half_of_the_cards(
+        (384, 0, torch.float32),
+        (768, 4, torch.bfloat16),
+        (1024, 8, torch.float32),
+        (768, 64, torch.float32),
+        (768, 128, torch.bfloat16),
+    ),
+)
+def test_the_adapter_fits(card, features, rank, dtype):
+    target = binaries.TARGETS[card]
+    check(binaries.adapter_launches(features, rank, target, dtype), target)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize(("keys", "head_dim"), [(198, 64), (100, 64), (50, 80)])
-def test_nothing_of_attention_spills(target, keys, head_dim):
-    if target == "sm_80" and keys > 128:
-        pytest.skip("left to PyTorch there")
-    target = binaries.TARGETS[target]
-    forward, backward = binaries.attention_launches(keys, head_dim, target)
-    for launch in (forward, backward):
-        usage = binaries.usage(binaries.compiled(launch, target))
-        assert usage.registers > 0
-        assert usage.spills == 0, f"{launch.name()} {launch.shape()}: {usage}"
+@pytest.mark.parametrize("card", binaries.TARGETS)
+@pytest.mark.parametrize(
+    ("keys", "head_dim", "cards"),
+    [
+        (198, 64, {"sm_90", "sm_100", "gfx942"}),
+        (100, 64, {*binaries.TARGETS} - {"sm_75"}),
+        (258, 32, set()),
+    ],
+)
+def test_attention_fits_or_is_left_to_pytorch(card, keys, head_dim, cards):
+    target = binaries.TARGETS[card]
+    launches = binaries.attention_launches(keys, head_dim, target)
+    assert len(launches) == (2 if card in cards else 0)
+    check(launches, target)
+
+
+def test_what_a_card_has_not_is_told():
+    target = binaries.TARGETS["sm_86"]
+    launch = binaries.attention_launches(100, 64, target)[0]
+    assert not binaries.Usage(255, 50_000, 0).excess(launch, target)
+    assert binaries.Usage(255, 50_000, 8).excess(launch, target) == "spills 8"
+    assert "of 101376 bytes" in binaries.Usage(255, 101_377, 0).excess(launch, target)
+    assert "the heuristics say" in binaries.Usage(255, 101_376, 0).excess(launch, target)
+    assert "of 65536 registers" in binaries.Usage(257, 50_000, 0).excess(launch, target)
 
 
 @pytest.mark.parametrize(("target", "limit"), [("sm_90", "maxnreg"), ("gfx942", "waves_per_eu")])
