@@ -220,22 +220,26 @@ def token_gradients(
     Half types are computed in float32: a score that is rounded to bf16 before its exponential is
     off by up to 1/8 at 33.
     """
-    wide = lse.dtype
-    heads = [
-        part.unflatten(-1, (weights.num_heads, -1)).transpose(1, 2)
-        for part in (*qkv.to(wide).chunk(3, dim=-1), d_out.to(wide), out.to(wide))
-    ]
-    q, k, v, d, o = heads
+    batch, length, heads = *qkv.shape[:2], weights.num_heads
+
+    def by_head(packed: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+        """Its (B, H, N, Dh) parts, contiguous: a matmul of others would copy them again."""
+        split = packed.view(batch, length, parts, heads, -1).permute(2, 0, 3, 1, 4)
+        return torch.empty(split.shape, dtype=lse.dtype, device=qkv.device).copy_(split).unbind(0)
+
+    (q, k, v), (d,), (o,) = by_head(qkv, 3), by_head(d_out, 1), by_head(out, 1)
     scale = q.shape[-1] ** -0.5 if weights.scale is None else weights.scale
+    k = k * scale
     delta = (d * o).sum(-1)
 
     def d_scores(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d: torch.Tensor, rows: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        p = torch.exp(scale * (q @ k.mT) - lse[:, :, rows, None])
+        p = torch.exp(q @ k.mT - lse[:, :, rows, None])
         return p, p * (d @ v.mT - delta[:, :, rows, None])
 
     _, d_rows = d_scores(q[:, :, tokens], k, v, d[:, :, tokens], tokens)
     p, d_columns = d_scores(q, k[:, :, tokens], v[:, :, tokens], d, slice(None))
-    parts = scale * d_rows @ k, scale * d_columns.mT @ q, p.mT @ d
-    return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=-1).to(qkv.dtype)
+    parts = torch.stack((d_rows @ k, scale * d_columns.mT @ q, p.mT @ d))
+    # (3, B, H, T, Dh)
+    return parts.permute(1, 3, 0, 2, 4).to(qkv.dtype).flatten(2)

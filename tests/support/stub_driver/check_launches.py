@@ -140,7 +140,7 @@ def test_loss_of_long_rows():
         d_cls, _ = loss.backward(grad, cls, gist, None, stats, options, True, False, scale)
     forward, combine, backward = launches
     sizes = {"class_units": 1125, "stride_a": 1125, "stride_b": 1125}
-    check(forward, loss._forward_kernel, (6,), 256, {
+    check(forward, loss._forward_kernel, (2, 3), 128, {
         "a": cls, "b": gist, "row_scale": scale, "loss": value, "terms": terms, "stats": stats,
         "partials": SOME_TENSOR, "rows": 2, "target_stride": 0, "scale_stride": 3, **sizes,
         "d_stride": 0, **scalars,
@@ -151,7 +151,7 @@ def test_loss_of_long_rows():
         "gist_scale": 1.5, "ignore_index": -100, "weights": (1.0, 0.5, 0.75, 0.6),
     })  # fmt: skip
     assert forward.parameters[6] == combine.parameters[0]
-    check(backward, loss._backward_kernel, (10,), 256, {
+    check(backward, loss._backward_kernel, (2, 5), 128, {
         "grad": grad, "a": cls, "b": gist, "row_scale": scale, "stats": stats, "d_a": d_cls,
         "rows": 2, "target_stride": 0, "scale_stride": 3, "grad_stride": 2, **sizes,
         "d_stride": 1125, **scalars,
