@@ -94,17 +94,17 @@ IN_THE_SOURCE = {
         "race: .*d_a|outside: .* of d_a, which has",
     ),
     "statistics stored without the mask of rows": (
-        "tl.store(stats + k * rows + row, row_stats[k], inside)",
-        "tl.store(stats + k * rows + row, row_stats[k])",
+        "tl.store(at + k, row_stats[k], inside)",
+        "tl.store(at + k, row_stats[k])",
         "race: .*stats|outside: .* of stats, which has",
     ),
     "sums stored by all programs at one place": (
-        "tl.store(sums + k * programs + program, tl.sum(term))",
-        "tl.store(sums + k * programs, tl.sum(term))",
+        "tl.store(sums + program.to(tl.int64) * 5 + k, tl.sum(term))",
+        "tl.store(sums + k, tl.sum(term))",
         "race: byte .* of sums is written, and was written by program",
     ),
     "a sum that nobody stores": (
-        "tl.store(sums + 4 * programs + program, tl.sum(kept.to(tl.float32)))",
+        "tl.store(sums + program.to(tl.int64) * 5 + 4, tl.sum(kept.to(tl.float32)))",
         "pass",
         "unwritten: byte .* of sums",
     ),
