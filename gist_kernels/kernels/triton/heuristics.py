@@ -26,9 +26,9 @@ _LONGEST_KEPT = 4096
 _FORWARD_CHUNK = 4096
 _BACKWARD_CHUNK = 2048
 
-# Whether the compiler may contract a product and a sum into one FMA, which rounds once. It must not.
-# In p - q, an FMA rounds only one of the two products. Equal logits then have a gradient, and the
-# product that is rounded depends on the sides that need one. In the sum of a row's products, an FMA
+# Whether the compiler may fuse a product and a sum into one FMA, which rounds once. It must not.
+# In p - q, an FMA rounds only one of the two products. Equal logits then have a gradient, and which
+# product is rounded depends on the sides that need one. In the sum of a row's products, an FMA
 # rounds the product of another lane, but not its own. The lanes then disagree on the last bit.
 FP_FUSION = False
 
