@@ -100,6 +100,15 @@ def test_programs_are_in_no_order(seed):
     fails("race", body, programs=2, out=words(), seed=seed)
 
 
+def test_tensors_that_share_memory_race_under_two_names():
+    body = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0;
+        @%p1 ld.global.b32 %r2, [%at_a]; @!%p1 st.global.b32 [%at_out], %near;"""
+    memory = words(64)
+    run(body, programs=2, a=memory[:32], out=memory[32:])
+    fails("race: out, about byte 0, is written, and was read by program 0", body, programs=2,
+          a=memory[:32], out=memory[:32])  # fmt: skip
+
+
 # Each program writes one element; the last one to arrive adds them all up.
 LAST_ARRIVER = """
     mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd1, %r1, 4; add.u64 %rd1, %rd1, %sums;

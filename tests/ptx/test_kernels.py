@@ -45,9 +45,11 @@ def test_loss(rows, classes, arch, dtype):
         value, found, stats = loss.forward(a, b, target, OPTIONS)
         apart = loss.backward(None, a, b, target, stats, OPTIONS, True, True)
         at_once = loss.forward_backward(a, b, target, OPTIONS)
+        over_them = loss.forward_backward(a.clone(), b.clone(), target, OPTIONS, in_place=True)
     torch.testing.assert_close(value.double(), total.detach(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(found.double(), torch.stack(terms).detach(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(at_once[0].double(), total.detach(), rtol=2e-6, atol=2e-6)
+    assert all(torch.equal(x, y) for x, y in zip(at_once, over_them, strict=True))
     for pair in (apart, at_once[1:]):
         for x, y in zip(pair, gradients, strict=True):
             torch.testing.assert_close(x, y.to(dtype), rtol=torch.finfo(dtype).eps, atol=2e-6)

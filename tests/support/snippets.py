@@ -40,12 +40,20 @@ def run(
     text = _TEXT.format(parameters=parameters, threads=threads, pointers=pointers, body=at + body)
     memory = Memory()
     arguments = {}
+    storages: dict[int, Storage] = {}
     for name, values in tensors.items():
-        storage = Storage(np.asarray(values).reshape(-1).view(np.uint8), values.itemsize)
+        whole = values if values.base is None else values.base
+        if id(whole) not in storages:
+            storages[id(whole)] = Storage(whole.reshape(-1).view(np.uint8), values.itemsize)
         tensor = Tensor(
-            name, storage, 0, values.shape, values.strides, values.itemsize,
+            name,
+            storages[id(whole)],
+            values.ctypes.data - whole.ctypes.data,
+            values.shape,
+            values.strides,
+            values.itemsize,
             writable=name in written,
-        )  # fmt: skip
+        )
         if name in undefined:
             tensor.undefine()
         arguments[name] = memory.add(tensor)

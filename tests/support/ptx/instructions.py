@@ -49,7 +49,7 @@ _MODIFIERS = {
     "shr": "", "bfe": "", "prmt": "", "cvta": "to global", "ex2": "approx ftz", "lg2": "approx ftz",
     "rcp": "approx rn ftz", "sqrt": "approx rn ftz", "rsqrt": "approx ftz", "tanh": "approx",
     "cvt": "rn rna rzi rni rmi rpi", "setp": "ftz",
-    # Caches don't exist here; in which order others see an access is not known of any but these.
+    # Hints for caches change nothing here. Loads and stores with an order of their own: left out.
     "ld": "global shared param cta nc ca cg cs L1 L2 evict_first evict_last evict_normal v2 v4",
     "st": "global shared cta wb cg cs L1 L2 evict_first evict_last evict_normal v2 v4",
     "atom": "global relaxed acquire release acq_rel cta gpu sys add exch min max and or cas",
