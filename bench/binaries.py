@@ -54,7 +54,7 @@ KINDS = ("none", "index", "smoothed", "probability")
 # ViTs' features, and ranks of either regime.
 FEATURES = (192, 384, 768, 1024, 1280, 2048, 4096)
 RANKS = (0, 1, 4, 8, 16, 64, 128)
-HEAD_DIMS = (16, 32, 33, 48, 64, 72, 80, 128)
+HEAD_DIMS = (16, 32, 48, 64, 72, 80, 128)
 KEYS = (10, 30, 50, 100, 198)
 _POINTERS = {
     torch.float32: "*fp32",

@@ -268,18 +268,18 @@ _MOST_COLUMNS, _MOST_KEYS = 128, 256
 def attention(
     keys: int, head_dim: int, *, reads_shared: bool, shared_memory: int
 ) -> AttentionTile | None:
-    """The tile of attention; None if a head has too many keys for one program.
+    """The tile of attention; None if a head has too many keys for one program, or rows of numbers
+    that 16 bytes don't divide: loaded one by one, they take registers that are not there.
 
     ``shared_memory`` is the most bytes that a program can have.
     """
     columns, rows = max(16, _power_of_2(head_dim)), max(16, _power_of_2(keys))
-    # Rows that 16 bytes don't divide are loaded number by number, which takes registers.
-    aligned = head_dim % 8 == 0
-    held = _KEYS_HELD[reads_shared] // (1 if aligned else 2)
-    if rows * columns > held or rows > _MOST_KEYS or columns > _MOST_COLUMNS:
+    if rows * columns > _KEYS_HELD[reads_shared] or rows > _MOST_KEYS:
+        return None
+    if columns > _MOST_COLUMNS or head_dim % 8:
         return None
     # The scores take registers too, for which heads of 16 columns count as 32.
-    threads = 256 if rows * max(32, columns) >= (8192 if aligned else 4096) else 128
+    threads = 256 if rows * max(32, columns) >= 8192 else 128
     tile = AttentionTile(columns, rows, queries=32, threads=threads)
     return tile if tile.shared_memory() <= shared_memory else None
 

@@ -73,6 +73,12 @@ def test_attention_leaves_a_card_with_less_shared_memory_to_pytorch(card):
     assert not served(card((9, 0), needed / 1024 - 1), 198, 64)
 
 
+def test_attention_serves_rows_of_16_bytes_up_to_128_columns(card):
+    device = card((9, 0), 227)
+    found = [head_dim for head_dim in range(1, 300) if served(device, 16, head_dim)]
+    assert found == list(range(8, 129, 8))
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_an_operator_of_the_loss_keeps_no_counter(monkeypatch, reduction):
