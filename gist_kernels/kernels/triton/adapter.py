@@ -183,7 +183,7 @@ def _forward_kernel(
             rstd = _inverse_deviation(tl.sum(centred * centred), features, eps)
             tl.store(stats + 2 * row, mean)
             tl.store(stats + 2 * row + 1, rstd)
-            y = centred * rstd * gamma + beta
+            y = tl.fma(centred * rstd, gamma, beta)
             tl.store(normed + row * features + column, y.to(normed.dtype.element_ty), mask)
 
 
@@ -312,10 +312,10 @@ def _backward_kernel(
                 total = tl.sum(wu * d_out_row[None, :], 1)
                 dz = scale * total * slope(value, KIND)
                 hidden = scale * activate(value, KIND)
-                d_down += dz[:, None] * x_row[None, :]
-                d_up += hidden[:, None] * d_out_row[None, :]
+                d_down = tl.fma(dz[:, None], x_row[None, :], d_down)
+                d_up = tl.fma(hidden[:, None], d_out_row[None, :], d_up)
                 d_down_bias += dz
-                d_up_bias += scale * d_out_row
+                d_up_bias = tl.fma(d_out_row, scale, d_up_bias)
                 if dx is not None:
                     gradient += tl.sum(dz[:, None] * wd, 0)
         if dx is not None:
@@ -325,7 +325,8 @@ def _backward_kernel(
                 rstd = tl.load(stats + 2 * row + 1)
                 xhat = tl.where(mask, (x_row - tl.load(stats + 2 * row)) * rstd, 0.0)
                 sum_g, sum_gx = tl.reduce((g, g * xhat), 0, _add_pairs)
-                gradient += rstd * (g - sum_g / features - xhat * (sum_gx / features))
+                centred = tl.fma(xhat, -sum_gx / features, g - sum_g / features)
+                gradient = tl.fma(centred, rstd, gradient)
             tl.store(dx + row * features + column, gradient.to(dx.dtype.element_ty), mask)
     if RANK:
         at = partials + program * _part_size(features, RANK)
