@@ -48,7 +48,7 @@ test-portable: $(VENV)/.installed-dev
 # GIST_TEST_PTX=90 for that architecture, GIST_TEST_PTX_SEED=1 for programs and warps in another order.
 test-ptx: export GIST_TEST_PTX ?= 80
 test-ptx: $(VENV)/.installed-dev
-	$(PYTEST) -m triton $(or $(ARGS),tests/gist_kernels/kernels/triton)
+	$(PYTEST) -m triton $(ARGS)
 
 test-binaries: $(VENV)/.installed-dev
 	$(BIN)/python bench/binaries.py $(ARGS)

@@ -67,6 +67,9 @@ def test_divergence(classes, arch):
     with executed(arch, seed=1):
         rows, stats = divergence.forward(sides, *settings, None)
         found = divergence.backward(grad, sides, *settings, stats, (True,) * 3, None)
+        over = [side.clone() for side in sides]
+        over = divergence.backward(grad, over, *settings, stats, (True,) * 3, None, in_place=True)
+    assert all(torch.equal(x, y) for x, y in zip(found, over, strict=True))
     torch.testing.assert_close(rows.double(), truth.detach(), rtol=1e-5, atol=1e-6)
     for x, y in zip(found, gradients, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)

@@ -94,8 +94,13 @@ def divergence_forward(classes: int, sides: int) -> Tile:
 
 @lru_cache(maxsize=1024)
 def divergence_backward(classes: int, sides: int) -> Tile:
-    """Gradients of several sides: element-wise."""
-    block = min(max(16, _power_of_2(classes)), 1024 if sides > 4 else _BACKWARD_CHUNK)
+    """Gradients of several sides: element-wise.
+
+    No block has fewer classes than threads. Otherwise every warp would load all logits, perhaps
+    after another warp had stored the gradients over them.
+    """
+    least = 256 if sides > 4 else 128
+    block = min(max(least, _power_of_2(classes)), 1024 if sides > 4 else _BACKWARD_CHUNK)
     return Tile(1, block, threads=256 if sides > 4 else max(128, block // 8))
 
 
