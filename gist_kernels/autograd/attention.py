@@ -224,7 +224,8 @@ def token_gradients(
 
     def by_head(packed: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
         """Its (B, H, N, Dh) parts, contiguous: a matmul of others would copy them again."""
-        split = packed.view(batch, length, parts, heads, -1).permute(2, 0, 3, 1, 4)
+        size = packed.shape[2] // (parts * heads)
+        split = packed.view(batch, length, parts, heads, size).permute(2, 0, 3, 1, 4)
         return torch.empty(split.shape, dtype=lse.dtype, device=qkv.device).copy_(split).unbind(0)
 
     (q, k, v), (d,), (o,) = by_head(qkv, 3), by_head(d_out, 1), by_head(out, 1)

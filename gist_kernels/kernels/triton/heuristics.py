@@ -67,9 +67,9 @@ class Tile(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def forward(classes: int) -> Tile:
-    """The tile of the statistics."""
-    return _tile(classes if classes <= _LONGEST else _FORWARD_CHUNK, 32)
+def forward(classes: int, probabilities: bool = False) -> Tile:
+    """The tile of the statistics. Targets that are ``probabilities`` take a register a class."""
+    return _tile(classes if classes <= _LONGEST else _FORWARD_CHUNK, 16 if probabilities else 32)
 
 
 @lru_cache(maxsize=1024)

@@ -378,7 +378,8 @@ def forward(
     stats = torch.empty(stats_shape(rows), dtype=torch.float32, device=cls.device)
     loss, terms = _outputs(cls, options, want_terms)
     if rows:
-        tile = heuristics.forward(classes)
+        probabilities = target is not None and target.dtype != torch.int64
+        tile = heuristics.forward(classes, probabilities)
         with launch.on(cls.device):
             _forward(
                 cls, gist, target, row_scale, options, tile, loss, terms, stats, None, None,
