@@ -22,7 +22,12 @@ if PTX:
         import gist_kernels.kernels.triton as triton_kernels
     triton_kernels.INTERPRETED = triton_kernels.launch.INTERPRETED = False
 
-from gist_kernels.kernels.triton import DEVICE_TYPES  # noqa: E402
+from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED  # noqa: E402
+
+if INTERPRETED:
+    from interpreter import round_to_bfloat16
+
+    round_to_bfloat16()
 
 # PyTorch remembers which functions torch.device("meta") applies to: those as they are before
 # _poisoned_empty replaces some of them.
