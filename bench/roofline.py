@@ -236,6 +236,12 @@ def compiled_block(images: int) -> list[Work]:
     ]
 
 
+_HEADER = f"{'':<30}" + "".join(
+    f"{name:>9}"
+    for name in ("launches", "MB", "GFLOP", "M issues", "us bytes", "matmuls", "issue")
+) + "  bound"  # fmt: skip
+
+
 def _row(work: Work, card: Card) -> str:
     bounds = work.bounds(card)
     most = max(bounds, key=lambda name: bounds[name])
@@ -247,8 +253,7 @@ def _row(work: Work, card: Card) -> str:
 
 
 def _print_step(card: Card, images: int) -> None:
-    print(f"{'':<30}{'launches':>9}{'MB':>9}{'GFLOP':>9}{'M issues':>9}"
-          f"{'us bytes':>9}{'matmuls':>9}{'issue':>9}  bound")  # fmt: skip
+    print(_HEADER)
     totals = {}
     for label, block in (
         ("ours", our_block(card, images)),
@@ -279,8 +284,7 @@ def main() -> None:
     for name in arguments.cards or CARDS:
         card = CARDS[name]
         print(f"\n{name} ({card.target})")
-        print(f"{'':<30}{'launches':>9}{'MB':>9}{'GFLOP':>9}{'M issues':>9}"
-              f"{'us bytes':>9}{'matmuls':>9}{'issue':>9}  bound")  # fmt: skip
+        print(_HEADER)
         for rows, classes in ((64, 1000), (4096, 32_000)):
             for work in loss(card, rows, classes):
                 print(_row(work, card))

@@ -56,7 +56,7 @@ from gist_kernels.kernels.triton.rows import address, exponentials, load_logits,
 NAME = "triton"
 MIXED_DTYPES = True
 
-# The forward pass keeps nine numbers per row, each stored as B float32 numbers: for each side the
+# The forward pass keeps nine float32 numbers per row, side by side: for each side the
 # maximum, the sum of exp(x / T) and the sum of exp(x); E_p[d] and E_q[d]; the target's total. One
 # more number ends `stats`, the divisor of a mean. A chunk leaves the same nine numbers, and three
 # for its share of the terms.
