@@ -1,173 +1,190 @@
-"""The fused forward of a whole timm VisionTransformer."""
+"""timm's VisionTransformer and its Block, as the fused sublayers take them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention, DropPath, LayerNorm, LayerScale, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from gist.fusion import timm_block
+from gist.fusion import block as fused_block
+from gist.fusion.backbone import FusedBackbone
+from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
-from gist.methods.base import AttachedMethod, Refusal
-from gist.methods.hooks import is_owned
-from gist.untouched import calls_own_forward, hooks_of, is_own, written_forward
-from gist_kernels.tracing import autocast_enabled, exporting, under_transform, watched
+from gist.methods.base import Refusal
+from gist.untouched import is_own, written_forward
 
-_FORWARDS = {
+COMMON_FORWARDS: Forwards = {
+    kind: written_forward(kind)
+    for kind in (
+        Mlp, LayerNorm, DropPath, nn.LayerNorm, nn.Linear,
+        nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU,
+    )
+}  # fmt: skip
+_METHODS = {
     name: written_forward(VisionTransformer, name)
     for name in ("forward", "forward_features", "forward_head")
 }
 _SEQUENTIAL = written_forward(nn.Sequential)
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
 # Parameters that come after the patch embedding.
 _LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
 
 
-class InsertedTokens(Protocol):
-    """Tokens that join the sequence before the first block."""
+class FusedTimmViT(FusedBackbone):
+    """timm's VisionTransformer."""
 
-    index: int
-    """Position of the first one."""
-    count: int
+    FORWARDS: ClassVar[Forwards] = {
+        **COMMON_FORWARDS,
+        **{kind: written_forward(kind) for kind in (Block, Attention, LayerScale)},
+    }
 
-    def __call__(self, tokens: torch.Tensor, /) -> torch.Tensor:
-        """(B, N, D) to (B, N + count, D)."""
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.model.blocks
+
+    def refusal(self) -> Refusal | None:
+        kind = type(self.model)
+        for name, own in _METHODS.items():
+            if getattr(kind, name) is not own:
+                return Refusal(f"{kind.__name__} has a {name} of its own")
+            if not is_own(self.model, name):
+                return Refusal(f"its {name} was replaced")
+        if type(self.model.blocks).forward is not _SEQUENTIAL:
+            return Refusal("its blocks are not a plain nn.Sequential")
+        return None
+
+    def layers(self, block: Any) -> BlockLayers | Refusal:
+        reason = _block_refusal(block)
+        if reason is not None:
+            return Refusal(reason)
+        attn, mlp = block.attn, block.mlp
+        activation = activation_name(mlp.act)
+        assert activation is not None
+        return BlockLayers(
+            norms=(block.norm1, block.norm2),
+            qkv=Linears.of(attn.qkv),
+            proj=Linears.of(attn.proj),
+            num_heads=attn.num_heads,
+            # timm's own call of PyTorch's attention leaves it the default.
+            scale=None if attn.fused_attn else attn.scale,
+            fc1=Linears.of(mlp.fc1),
+            fc2=Linears.of(mlp.fc2),
+            activation=activation,
+            layer_scales=(_layer_scale(block.ls1), _layer_scale(block.ls2)),
+            drop_paths=(drop_path(block.drop_path1), drop_path(block.drop_path2)),
+        )
+
+    def is_later(self, parameter: str) -> bool:
+        return parameter.startswith(_LATER)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        model = self.model
+        x = model.patch_drop(model._pos_embed(embed_patches(model.patch_embed, images)))
+        return model.norm_pre(x)
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model.norm(x)
+
+    @property
+    def checkpointed(self) -> bool:
+        return self.model.grad_checkpointing
 
 
-def refusal(model: Any, hook_owners: Collection[int]) -> Refusal | None:
-    """Why no block of a backbone is fused, so that the backbone runs by its own call; or None.
+def _block_refusal(block: Any) -> str | None:
+    if type(block) is not Block:
+        return f"it is a {type(block).__name__}"
+    for part in (block.ls1, block.ls2):
+        if type(part) not in (nn.Identity, LayerScale):
+            return f"its layer scale is a {type(part).__name__}"
+    return (
+        common_refusal(block.norm1, block.norm2, block.drop_path1, block.drop_path2)
+        or _attention_refusal(block.attn)
+        or mlp_refusal(block.mlp)
+    )
 
-    ``hook_owners`` is as :func:`gist.fusion.timm_block.plan` takes it. Hooks of others within a
-    block concern that block only; any other may read what the fused forward leaves out.
-    """
-    if exporting():
-        return Refusal("it is traced by torch.export")
-    if torch._C._get_tracing_state() is not None:
-        return Refusal("it is traced by torch.jit.trace")
-    if watched():
-        return Refusal("a TorchDispatchMode watches its operators")
-    if not isinstance(model, VisionTransformer):
-        return Refusal(f"it is a {type(model).__name__}")
-    for name, own in _FORWARDS.items():
-        if getattr(type(model), name) is not own:
-            return Refusal(f"{type(model).__name__} has a {name} of its own")
-        if not is_own(model, name):
-            return Refusal(f"its {name} was replaced")
-    if model._compiled_call_impl is not None:
-        return Refusal("it was compiled in place")
-    if type(model.blocks).forward is not _SEQUENTIAL:
-        return Refusal("its blocks are not a plain nn.Sequential")
-    for part in _outside_blocks(model):
-        if not calls_own_forward(part):
-            return Refusal(f"its {type(part).__name__} has a forward of its own")
-        if not all(is_owned(hook, hook_owners) for hook in hooks_of(part)):
-            return Refusal("it carries hooks that are not gist's outside of its blocks")
+
+def common_refusal(norm1: Any, norm2: Any, drop_path1: Any, drop_path2: Any) -> str | None:
+    """Why the norms or the drop-paths of a timm block can't be fused, or None."""
+    for part in (norm1, norm2):
+        if not (type(part) in (nn.LayerNorm, LayerNorm) and len(part.normalized_shape) == 1):
+            return f"its norm is a {type(part).__name__}"
+    for part in (drop_path1, drop_path2):
+        if type(part) not in (nn.Identity, DropPath):
+            return f"its drop-path is a {type(part).__name__}"
     return None
 
 
-def _outside_blocks(model: Any) -> Iterator[nn.Module]:
-    yield model
-    for name, child in model.named_children():
-        if name == "blocks":
-            yield child
-        else:
-            yield from child.modules()
+def _attention_refusal(attn: Any) -> str | None:
+    if type(attn) is not Attention:
+        return f"its attention is a {type(attn).__name__}"
+    if attn.gate is not None:
+        return "its attention is gated"
+    for part, name in ((attn.q_norm, "queries"), (attn.k_norm, "keys"), (attn.norm, "output")):
+        if type(part) is not nn.Identity:
+            return f"its attention normalises its {name}"
+    if not type(attn.qkv) is type(attn.proj) is nn.Linear:
+        return "its attention's projections are not plain linears"
+    if attn.qkv.out_features != 3 * attn.num_heads * attn.head_dim:
+        return "its attention's heads don't make up its projection"
+    if not math.isfinite(attn.scale):
+        return "its attention's scale is not finite"
+    return dropout_refusal("attention", attn, attn.attn_drop, attn.proj_drop)
 
 
-class ModelPlan(NamedTuple):
-    """How a backbone runs."""
-
-    refusal: Refusal | None
-    """Why it runs by its own call as a whole; the other fields are then empty."""
-    blocks: Sequence[timm_block.Plan | Refusal] = ()
-    """How each block runs."""
-    embedding: Sequence[nn.Parameter] = ()
-    """The parameters before the first block."""
-
-
-def plan(model: Any, methods: Sequence[AttachedMethod], hook_owners: Collection[int]) -> ModelPlan:
-    """How a backbone runs, as things stand at the call.
-
-    Args:
-        model: the backbone.
-        methods, hook_owners: as :func:`gist.fusion.timm_block.plan` takes them.
-    """
-    whole = refusal(model, hook_owners)
-    if whole is not None:
-        return ModelPlan(whole)
-    return ModelPlan(
-        None,
-        [
-            timm_block.plan(block, index, methods, hook_owners)
-            for index, block in enumerate(model.blocks)
-        ],
-        [p for name, p in model.named_parameters() if not name.startswith(_LATER)],
-    )
+def mlp_refusal(mlp: Any) -> str | None:
+    """Why timm's plain Mlp can't be fused, or None."""
+    if type(mlp) is not Mlp:
+        return f"its MLP is a {type(mlp).__name__}"
+    if not type(mlp.fc1) is type(mlp.fc2) is nn.Linear:
+        return "its MLP's layers are not plain linears"
+    if type(mlp.norm) is not nn.Identity:
+        return "its MLP is normalised within"
+    if activation_name(mlp.act) is None:
+        return f"its MLP's activation is a {type(mlp.act).__name__}"
+    return dropout_refusal("MLP", mlp, mlp.drop1, mlp.drop2)
 
 
-def features(
-    model: Any,
-    plan: ModelPlan,
-    images: torch.Tensor,
-    methods: Sequence[AttachedMethod],
-    token: InsertedTokens | None,
-    num_read: int | None,
-) -> torch.Tensor:
-    """The tokens after the final norm.
+def dropout_refusal(name: str, owner: nn.Module, *parts: Any) -> str | None:
+    """Why the dropouts of a part of a block keep it from being fused, or None."""
+    for part in parts:
+        if type(part) not in (nn.Dropout, nn.Identity):
+            return f"its {name}'s dropout is a {type(part).__name__}"
+        # Attention asks its own training flag for the dropout of its probabilities.
+        if getattr(part, "p", 0) and (part.training or owner.training):
+            return f"its {name} has dropout"
+    return None
 
-    Args:
-        model: the timm VisionTransformer.
-        plan: what :func:`plan` gave for it, without a refusal of the whole.
-        images: (B, 3, H, W).
-        methods: the modules attached to the backbone.
-        token: the Gist token, or None.
-        num_read: only the first tokens are read, so that the last block computes no others; None
-            for all.
 
-    Gradients that lead only to frozen patch embeddings are not computed.
-    """
-    frozen = not (
-        images.requires_grad
-        or under_transform()  # whose tangents no flag tells of
-        or any(p.requires_grad for p in plan.embedding)
-        or any(method.reaches_embedding for method in methods)
-    )
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        x = model.patch_drop(model._pos_embed(embed_patches(model.patch_embed, images)))
-        x = model.norm_pre(x)
-    if autocast_enabled(x.device.type):
-        x = x.to(next(model.parameters()).dtype)  # where no float32 position has been added
-    # Of the first block's input, only the Gist token then needs a gradient.
-    grad_tokens = None
-    if frozen and token is not None and not any(method.appended_tokens for method in methods):
-        grad_tokens = token.index, token.count
-    last = len(model.blocks) - 1
+def activation_name(act: nn.Module) -> str | None:
+    """The name of an activation in :data:`gist_kernels.activations.Activation`, or None."""
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(type(act))
 
-    def run(index: int, x: torch.Tensor) -> torch.Tensor:
-        block = model.blocks[index]
-        how = plan.blocks[index]
-        if isinstance(how, Refusal):
-            return block(x)
-        if index == 0 and token is not None:
-            x = token(x)
-        for method in methods:
-            x = method.before_block(index, x)
-        x = timm_block.run(
-            block, how, x,
-            num_queries=num_read if index == last else None,
-            grad_tokens=grad_tokens if index == 0 else None,
-        )  # fmt: skip
-        if index == last and num_read is None:
-            for method in methods:
-                x = method.after_blocks(x)
-        return x
 
-    for index in range(last + 1):
-        if model.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(run, index, x, use_reentrant=False)
-        else:
-            x = run(index, x)
-    return model.norm(x)
+def drop_path(part: nn.Module) -> fused_block.DropPath | None:
+    """The draws of timm's DropPath, whether or not it is on."""
+    return partial(_drop_path, part) if isinstance(part, DropPath) else None
+
+
+def _drop_path(part: DropPath, x: torch.Tensor) -> torch.Tensor | None:
+    """The factors that timm's drop_path would draw for x, in timm's order."""
+    if part.drop_prob == 0 or not part.training:
+        return None
+    keep = 1 - part.drop_prob
+    factors = x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep)
+    return factors.div_(keep) if keep > 0 and part.scale_by_keep else factors
+
+
+def _layer_scale(scale: nn.Module) -> torch.Tensor | None:
+    return scale.gamma if isinstance(scale, LayerScale) else None

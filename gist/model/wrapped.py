@@ -14,7 +14,8 @@ from torch import nn
 import gist_kernels
 from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
-from gist.fusion import timm_vit
+from gist.fusion import backbone as fusion
+from gist.fusion.families import fused_backbone
 from gist.fusion.snapshot import Snapshot
 from gist.methods import AttachedMethod, hooks
 from gist.methods.hooks import FreeHook
@@ -176,16 +177,14 @@ class GistModel(TimmInterface):
         return InputDtype() if mixes(body, x) else nullcontext()
 
     def _features(
-        self, plan: timm_vit.ModelPlan, images: torch.Tensor, num_read: int | None
+        self, plan: fusion.BackbonePlan, images: torch.Tensor, num_read: int | None
     ) -> torch.Tensor:
         """The first ``num_read`` tokens after the final norm; None for all."""
         if plan.refusal is not None:
             return self.family.features(self._with_gradient(images))
-        return timm_vit.features(
-            self.family.model, plan, images, self.attached_methods, self.token, num_read
-        )
+        return fusion.features(plan, images, self.attached_methods, self.token, num_read)
 
-    def plan(self) -> timm_vit.ModelPlan:
+    def plan(self) -> fusion.BackbonePlan:
         """How the backbone runs in the model's present state, see :func:`gist.explain`."""
         # What is outside of the model decides too: nothing is kept then.
         if torch.compiler.is_compiling() or needs_dispatcher() or any_global_hook():
@@ -197,9 +196,11 @@ class GistModel(TimmInterface):
             cached = self.__dict__["_plan"] = snapshot, self._planned()
         return cached[1]
 
-    def _planned(self) -> timm_vit.ModelPlan:
+    def _planned(self) -> fusion.BackbonePlan:
         self._check_hooks()
-        return timm_vit.plan(self.family.model, self.attached_methods, self.hook_owners)
+        return fusion.plan(
+            fused_backbone(self.family.model), self.attached_methods, self.hook_owners
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's plan would be of the original's weights.

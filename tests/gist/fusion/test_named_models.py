@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from draws import geometric_mean
 
 import gist
-from gist.fusion import timm_block
+from gist.fusion import block as fused_block
 from gist.methods.base import Refusal
 
 linear = pytest.importorskip("gist_kernels.kernels.cpu.linear")
@@ -90,7 +90,7 @@ def test_logits_and_all_gradients(key, dtype, monkeypatch):
         patch.setattr(linear, "_rule", linear.rule_of("pytorch"))
         patch.setattr(type(model.family), "reads_only_prefix", False)
         same_matmuls = [results(model, images) for images in draws]
-    monkeypatch.setattr(timm_block, "plan", lambda *_: Refusal("a test wants it so"))
+    monkeypatch.setattr(fused_block, "plan", lambda *_: Refusal("a test wants it so"))
     plain = [results(model, images) for images in draws]
     truth = [results(exact, images.double()) for images in draws]
     assert fused[0].keys() == plain[0].keys() == truth[0].keys()

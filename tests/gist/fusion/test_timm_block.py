@@ -16,7 +16,7 @@ from training import in_processes
 
 import gist
 import gist_kernels
-from gist.fusion import timm_block
+from gist.fusion import block as fused_block
 from gist.methods.base import Refusal
 from gist.model.attach import carry_hooks
 from gist_kernels.functional import sublayers as functional_sublayers
@@ -29,7 +29,7 @@ def own_forward(monkeypatch):
     """Lets every block run by its own forward."""
 
     def switch_off():
-        monkeypatch.setattr(timm_block, "plan", lambda *_: Refusal("a test wants it so"))
+        monkeypatch.setattr(fused_block, "plan", lambda *_: Refusal("a test wants it so"))
 
     return switch_off
 

@@ -514,7 +514,7 @@ def test_a_block_called_fused_gives_what_its_own_forward_gives(
     said = gist.explain(model)
     torch.manual_seed(0)
     logits = model(images())
-    monkeypatch.setattr("gist.fusion.timm_vit.refusal", lambda *_: gist.methods.Refusal("asked"))
+    monkeypatch.setattr("gist.fusion.backbone.refusal", lambda *_: gist.methods.Refusal("asked"))
     torch.manual_seed(0)
     torch.testing.assert_close(logits, twin(images()), rtol=1e-4, atol=1e-4)
     assert "fused" in said  # the other blocks, at least

@@ -1,0 +1,289 @@
+"""A pre-norm block as fused sublayers, of whatever library it is.
+
+A family of backbones says what a block consists of, by :class:`BlockLayers`. It is computed by
+``gist_kernels.adapter_attention`` and ``adapter_mlp``, with the adapter beside each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+
+import gist_kernels as gk
+from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Refusal
+from gist.methods.hooks import is_owned
+from gist.untouched import calls_own_forward, hooks_of, is_plain
+from gist_kernels.functional.sublayers import PreparedAttention, PreparedMlp
+
+DropPath: TypeAlias = Callable[[torch.Tensor], "torch.Tensor | None"]
+"""Draws the (B, 1, 1) factors on a sublayer's update of its input, or gives None for 1."""
+
+Forwards: TypeAlias = Mapping[type[nn.Module], "Callable[..., Any] | None"]
+"""The ``forward`` that each class of a library has, which the fused sublayers take the place of.
+None where another one stood in its place when gist was imported."""
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Linears(NamedTuple):
+    """A linear layer, or several with one input, whose outputs are joined in this order."""
+
+    weights: tuple[torch.Tensor, ...]
+    """(out, in) each."""
+    biases: tuple[torch.Tensor | None, ...]
+    """Of each weight, or parts of the only weight's."""
+
+    @classmethod
+    def of(cls, *layers: nn.Linear) -> Linears:
+        return cls(tuple(x.weight for x in layers), tuple(x.bias for x in layers))
+
+    @property
+    def read_in_place(self) -> bool:
+        """Whether weight and bias are the layer's own tensors, not joined by each call."""
+        return len(self.weights) == len(self.biases) == 1
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        if len(self.biases) == 1:
+            return self.biases[0]
+        if all(bias is None for bias in self.biases):
+            return None
+        return torch.cat(
+            [
+                self.weights[i].new_zeros(len(self.weights[i])) if bias is None else bias
+                for i, bias in enumerate(self.biases)
+            ]
+        )
+
+
+class BlockLayers(NamedTuple):
+    """The layers of a block ``x + ls1 * attention(norm1(x))``, then ``x + ls2 * mlp(norm2(x))``."""
+
+    norms: tuple[Any, Any]
+    """LayerNorms: ``weight``, ``bias`` and ``eps``."""
+    qkv: Linears
+    proj: Linears
+    num_heads: int
+    scale: float | None
+    """As :class:`gist_kernels.AttentionWeights` has it."""
+    fc1: Linears
+    fc2: Linears
+    activation: str
+    """A name in :data:`gist_kernels.activations.Activation`."""
+    layer_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
+
+    @property
+    def frozen(self) -> list[torch.Tensor]:
+        """The weights for which the fused sublayers compute no gradient."""
+        matrices = (*self.qkv.weights, *self.proj.weights, *self.fc1.weights, *self.fc2.weights)
+        return [*matrices, *(scale for scale in self.layer_scales if scale is not None)]
+
+
+class Sublayers(NamedTuple):
+    """A block's sublayers, for calls that differ in their tokens only."""
+
+    attention: PreparedAttention
+    mlp: PreparedMlp
+
+
+class Plan(NamedTuple):
+    """How a block runs as fused sublayers."""
+
+    sublayers: Callable[[], Sublayers]
+    """Gives those of a call: methods may compute weights from their parameters."""
+    drop_paths: tuple[DropPath | None, DropPath | None]
+
+
+def plan(
+    block: nn.Module,
+    layers: BlockLayers | Refusal,
+    index: int,
+    methods: Sequence[AttachedMethod],
+    hook_owners: Collection[int],
+    forwards: Forwards,
+) -> Plan | Refusal:
+    """How a block runs as fused sublayers, or why it runs by its own forward.
+
+    Args:
+        block: the block.
+        layers: what it consists of, or why it can't be said.
+        index: its number in the backbone.
+        methods: the modules attached to the backbone.
+        hook_owners: the ids of the modules, methods and token, whose hooks the fused sublayers
+            replace. A hook of any other module runs only in the block's own forward.
+        forwards: those of the classes that the block may consist of.
+    """
+    if isinstance(layers, Refusal):
+        return layers
+    reason = _modules_refusal(block, hook_owners, forwards) or _weights_refusal(block, layers)
+    if reason is not None:
+        return Refusal(reason)
+    parts = _joined(methods, index)
+    if isinstance(parts, Refusal):
+        return parts
+    if not _fits(parts, layers.qkv.weights[0]):
+        return Refusal("its method's parameters are not plain tensors beside its weights")
+    in_place = all(each.read_in_place for each in (layers.qkv, layers.fc1))
+    if (
+        in_place
+        and not parts.updates
+        and all(type(tensor) is nn.Parameter for tensor in _tensors(parts))
+    ):
+        sublayers = _sublayers(layers, parts)
+        return Plan(lambda: sublayers, layers.drop_paths)
+
+    def computed() -> Sublayers:
+        parts = _joined(methods, index)
+        assert not isinstance(parts, Refusal)
+        return _sublayers(layers, parts)
+
+    return Plan(computed, layers.drop_paths)
+
+
+def run(
+    plan: Plan,
+    x: torch.Tensor,
+    *,
+    num_queries: int | None,
+    grad_tokens: tuple[int, int] | None,
+) -> torch.Tensor:
+    """Run a block as :func:`plan` says.
+
+    Args:
+        x: (B, N, D) tokens.
+        num_queries: compute only the first tokens of the output; None for all.
+        grad_tokens: compute x's gradient only for these tokens: start and count.
+    """
+    sublayers = plan.sublayers()
+    of_attention, of_mlp = plan.drop_paths
+    x = sublayers.attention.run(
+        x,
+        num_queries=num_queries,
+        drop_path=None if of_attention is None else of_attention(x),
+        grad_tokens=grad_tokens,
+    )
+    return sublayers.mlp.run(x, drop_path=None if of_mlp is None else of_mlp(x))
+
+
+def _joined(methods: Sequence[AttachedMethod], index: int) -> FusedParts | Refusal:
+    """All methods' parts in a block."""
+    attention: gk.AdapterWeights | None = None
+    mlp: gk.AdapterWeights | None = None
+    updates: dict[str, LayerUpdate] = {}
+    for method in methods:
+        parts = method.fused(index)
+        if isinstance(parts, Refusal):
+            return parts
+        if (attention and parts.attention) or (mlp and parts.mlp):
+            return Refusal("it has two adapters beside one sublayer")
+        changed = parts.updates or {}
+        if updates.keys() & changed.keys():
+            return Refusal("two methods change one of its layers")
+        attention, mlp = attention or parts.attention, mlp or parts.mlp
+        updates |= changed
+    return FusedParts(attention, mlp, updates)
+
+
+def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
+    updates = parts.updates or {}
+    dtype = layers.qkv.weights[0].dtype
+    qkv, qkv_update = _linear(layers.qkv, updates.get("qkv"))
+    proj, proj_update = _linear(layers.proj, updates.get("proj"))
+    fc1, fc1_update = _linear(layers.fc1, updates.get("fc1"))
+    fc2, fc2_update = _linear(layers.fc2, updates.get("fc2"))
+    scale1, scale2 = layers.layer_scales
+    norm1, norm2 = layers.norms
+    return Sublayers(
+        PreparedAttention(
+            _norm(norm1, updates.get("norm1"), dtype),
+            gk.AttentionWeights(
+                *qkv, *proj, layers.num_heads, layers.scale, scale1, qkv_update, proj_update
+            ),
+            parts.attention,
+        ),
+        PreparedMlp(
+            _norm(norm2, updates.get("norm2"), dtype),
+            gk.MlpWeights(*fc1, *fc2, layers.activation, scale2, fc1_update, fc2_update),
+            parts.mlp,
+        ),
+    )
+
+
+def _modules_refusal(
+    block: nn.Module, hook_owners: Collection[int], forwards: Forwards
+) -> str | None:
+    part: nn.Module
+    for part in block.modules():
+        kind = type(part)
+        if not calls_own_forward(part) or kind.forward is not forwards.get(kind, kind.forward):
+            return f"its {kind.__name__} has a forward of its own"
+        if not all(is_owned(hook, hook_owners) for hook in hooks_of(part)):
+            return "it carries hooks that are not gist's"
+    return None
+
+
+def _weights_refusal(block: nn.Module, layers: BlockLayers) -> str | None:
+    frozen, like = layers.frozen, layers.qkv.weights[0]
+    if any(weight.requires_grad for weight in frozen):
+        return "it has trainable matrices of its own"
+    for weight in block.parameters():
+        if type(weight) is not nn.Parameter:
+            return f"its weights are {type(weight).__name__}s"
+        if weight.device != like.device:
+            return "its weights are on several devices"
+        if weight.dtype not in _DTYPES:
+            return f"its weights are {weight.dtype}"
+    if any(weight.dtype is not like.dtype for weight in frozen):
+        return "its matrices are of several dtypes"
+    if any(norm.eps <= 0 for norm in layers.norms):
+        return "its norm has no positive eps"
+    return None
+
+
+def _tensors(parts: FusedParts) -> list[torch.Tensor]:
+    groups = (parts.attention or (), parts.mlp or (), *(parts.updates or {}).values())
+    return [value for group in groups for value in group if isinstance(value, torch.Tensor)]
+
+
+def _fits(parts: FusedParts, like: torch.Tensor) -> bool:
+    """Whether the methods' tensors are plain ones on a block's device."""
+    return all(is_plain(t) and t.device == like.device for t in _tensors(parts))
+
+
+def _linear(
+    layer: Linears, update: LayerUpdate | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], gk.LinearUpdate | None]:
+    """A layer's weight and bias, and the trained update beside them."""
+    if update is None:
+        return (layer.weight, layer.bias), None
+    weight = layer.weight
+    bias = _shifted(layer.bias, update, weight.dtype)
+    return (weight, bias), gk.LinearUpdate(update.scale, update.down, update.up)
+
+
+def _norm(norm: Any, update: LayerUpdate | None, dtype: torch.dtype) -> gk.NormWeights:
+    weight, bias = norm.weight, norm.bias
+    if update is not None:
+        bias = _shifted(bias, update, dtype)
+        if update.scale is not None:
+            scale = update.scale.to(dtype)
+            weight = scale if weight is None else scale * weight
+    return gk.NormWeights(weight, bias, norm.eps)
+
+
+def _shifted(
+    bias: torch.Tensor | None, update: LayerUpdate, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """``scale * bias + shift``."""
+    scale, shift = (None if t is None else t.to(dtype) for t in update[:2])
+    if bias is None or scale is None:
+        return bias if shift is None else shift if bias is None else bias + shift
+    return scale * bias if shift is None else torch.addcmul(shift, scale, bias)

@@ -1,0 +1,18 @@
+"""Which family's fused forward a backbone has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from gist.fusion.backbone import FusedBackbone
+from gist.fusion.timm_vit import FusedTimmViT
+from gist.methods.base import Refusal
+
+
+def fused_backbone(model: Any) -> FusedBackbone | Refusal:
+    """The fused forward of a backbone, or why there is none."""
+    if isinstance(model, VisionTransformer):
+        return FusedTimmViT(model)
+    return Refusal(f"it is a {type(model).__name__}")
