@@ -59,6 +59,25 @@ class LinearUpdate(NamedTuple):
     """(O, r), or None if down is None."""
 
 
+class Rotation(NamedTuple):
+    """Rotary positions (RoPE, arXiv:2104.09864) of queries and keys, with frozen tables::
+
+        x * cos + rotated(x) * sin
+
+    The tables are timm's (``apply_rot_embed_cat``). The two features of a pair may have different
+    entries. ``rotated`` turns each pair (a, b) of a head's features into (-b, a).
+    """
+
+    sin: torch.Tensor
+    """(R, Dh), or (H, R, Dh) with a table per head, R at least 1."""
+    cos: torch.Tensor
+    """As ``sin``."""
+    start: int
+    """The first rotated token: tokens start to start + R - 1 are rotated, others are not."""
+    half: bool
+    """True pairs feature j with j + Dh / 2 (DINOv3), False pairs 2 j with 2 j + 1 (EVA-02)."""
+
+
 class AttentionWeights(NamedTuple):
     """Multi-head self-attention on D features, with H heads of Dh features each.
 
@@ -80,6 +99,8 @@ class AttentionWeights(NamedTuple):
     """(D,), factor on the projection's output."""
     qkv_update: LinearUpdate | None = None
     proj_update: LinearUpdate | None = None
+    rotation: Rotation | None = None
+    """Of queries and keys, or None for none."""
 
 
 class MlpWeights(NamedTuple):

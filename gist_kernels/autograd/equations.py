@@ -71,7 +71,7 @@ def all_attention_forward(
     qkv = qkv.view(*x.shape[:2], qkv.shape[1])
     q, k, v = qkv.chunk(3, dim=-1)
     attended, lse, graph = attention_forward(
-        kernels.attention, q, k, v, weights.num_heads, weights.scale, need_grad
+        kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad
     )
     result, of_proj = sublayer.add_last(rows, adapted, attended)
     read_again = sublayer.last.parts.down is not None or grad_tokens is not None
@@ -108,7 +108,7 @@ def all_attention_backward(
         d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
         attention_backward(
             kernels.attention, d_attended, q, k, v, lse, graph,
-            weights.num_heads, weights.scale, d_q, d_k, d_v,
+            weights.num_heads, weights.scale, weights.rotation, d_q, d_k, d_v,
         )  # fmt: skip
         of_qkv = LinearSaved(saved.qkv_unscaled, saved.qkv_low)
         d_x, grads = sublayer.first_backward(d_qkv, of_qkv, needs.trained, rows)
@@ -165,7 +165,7 @@ def few_attention_forward(
     kv = kv.view(*x.shape[:2], kv.shape[1])
     k, v = kv.chunk(2, dim=-1)
     attended, lse, graph = attention_forward(
-        kernels.attention, q, k, v, weights.num_heads, weights.scale, need_grad
+        kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad
     )
     result, of_proj = sublayer.add_last(read, adapted, attended)
     kept = attended if sublayer.last.parts.down is not None else None
@@ -198,7 +198,7 @@ def few_attention_backward(
     d_k, d_v = d_kv.chunk(2, dim=-1)
     attention_backward(
         kernels.attention, d_attended.view(q.shape), q, k, v, saved.lse, graph,
-        weights.num_heads, weights.scale, d_q, d_k, d_v,
+        weights.num_heads, weights.scale, weights.rotation, d_q, d_k, d_v,
     )  # fmt: skip
     q_linear, kv_linear = split_projection(sublayer.first)
     d_normed, kv_grads = kv_linear.backward(

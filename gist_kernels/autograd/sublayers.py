@@ -37,7 +37,10 @@ def sublayer_of(
     adapter: AdapterWeights | None,
 ) -> Sublayer:
     """What :func:`adapter_attention` or :func:`adapter_mlp` takes, for matmuls in ``dtype``."""
-    first_update, last_update = weights[-2:]
+    if isinstance(weights, AttentionWeights):
+        first_update, last_update = weights.qkv_update, weights.proj_update
+    else:
+        first_update, last_update = weights.fc1_update, weights.fc2_update
     first = _frozen(kernels, dtype, *weights[:2], first_update)
     last = _frozen(kernels, dtype, *weights[2:4], last_update)
     return Sublayer(kernels, norm, weights, first, last, adapter)

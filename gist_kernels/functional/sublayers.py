@@ -14,6 +14,7 @@ from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.check import unknown_name
+from gist_kernels.functional.attention import check_rotation
 from gist_kernels.kernels.protocols import SublayerKernels
 from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
@@ -44,13 +45,13 @@ def adapter_attention(
         x + drop_path * (layer_scale * attention(norm(x))) + adapter(x)
 
     GIST places the adapter so (arXiv:2312.07255). The result is differentiable in x and in the
-    tensors of adapter, norm, biases and updates; matrices and layer scale are frozen.
+    tensors of adapter, norm, biases and updates; matrices, layer scale and rotation are frozen.
 
     Args:
         x: (B, N, D), floating point.
         norm: the LayerNorm, tensors of any floating dtype.
-        attention: the attention; matrices and layer scale of x's dtype, biases and updates of any
-            floating one.
+        attention: the attention; matrices and layer scale of x's dtype, biases, updates and
+            rotation of any floating one.
         adapter: the bottleneck, tensors of any floating dtype, or None.
         num_queries: compute the result for this many first tokens only; all tokens are keys and
             values. Default: for all.
@@ -78,6 +79,8 @@ def adapter_attention(
         )
     if attention.scale is not None:
         check.finite("attention.scale", attention.scale)
+    if attention.rotation is not None:
+        check_rotation("attention.rotation", attention.rotation, "x", x, heads, inner // heads)
     _check_weights("attention", attention, x, {
         "qkv_weight": (3 * inner, width), "qkv_bias": (3 * inner,),
         "proj_weight": (width, inner), "proj_bias": (width,), "layer_scale": (width,),

@@ -36,7 +36,7 @@ def adapter_attention(
         x = torch.cat((before.detach(), tokens, after.detach()), dim=1)
     normed = _normed(x, norm)
     q, k, v = _projections(normed, weights, num_queries)
-    out = attention(q, k, v, weights.num_heads, weights.scale)
+    out = attention(q, k, v, weights.num_heads, weights.scale, weights.rotation)
     out = linear(out, weights.proj_weight, weights.proj_bias, weights.proj_update)
     return _join(x[:, :num_queries], out, weights.layer_scale, adapter, drop_path)
 

@@ -7,7 +7,7 @@ from functools import partial
 import backends
 import pytest
 import torch
-from sublayer_cases import DROPPED, arguments, normal, update
+from sublayer_cases import DROPPED, arguments, normal, rotation_of, update
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -59,8 +59,10 @@ def case(name, dtype=torch.float32, **shape):
     x, norm, attention, mlp, adapter = arguments(dtype, **shape)
     changed = partial(update, dtype=dtype, device=x.device, rank=3, scale=True)
     scale, dropped = normal(48, dtype=dtype), DROPPED.to(x)
+    rotation = rotation_of((2, 15), 16, half=False, heads=3, device=x.device)
+    turned = attention._replace(rotation=rotation)
     plain = [
-        (attention.qkv_weight, attention.proj_weight),
+        (attention.qkv_weight, attention.proj_weight, rotation),
         (mlp.fc1_weight, mlp.fc2_weight, scale),
     ]
     tuned = attention._replace(
@@ -78,6 +80,16 @@ def case(name, dtype=torch.float32, **shape):
         "updates": lambda: attended((x, norm, tuned, adapter)),
         "few": lambda: attended((x, norm, attention, adapter), num_queries=2),
         "few, updates": lambda: attended((x, norm, tuned), num_queries=1, drop_path=dropped),
+        "rotated": lambda: attended((x, norm, turned, adapter)),
+        "rotated first block": lambda: attended((x, norm, turned), grad_tokens=(1, 3)),
+        "rotated few": lambda: attended((x, norm, turned, adapter), num_queries=4),
+        "rotated prefix": lambda: Case(
+            gk.prefix_attention,
+            (normal(2, 19, 144, dtype=dtype),),
+            num_heads=3,
+            num_queries=4,
+            rotation=rotation._replace(half=True),
+        ),
         "mlp": lambda: perceived((x, norm, mlp, adapter)),
         "mlp, no adapter": lambda: perceived((x, norm, mlp), drop_path=dropped),
         "mlp, updates": lambda: perceived((x, norm, tuned_mlp, adapter)),
@@ -99,6 +111,7 @@ def case(name, dtype=torch.float32, **shape):
 NAMES = (
     "attention", "first block", "no adapter", "updates", "few", "few, updates", "mlp",
     "mlp, no adapter", "mlp, updates", "adapter", "adapter onto x", "prefix", "prefix of few",
+    "rotated", "rotated first block", "rotated few", "rotated prefix",
 )  # fmt: skip
 
 
@@ -137,6 +150,7 @@ def compiled(call, **options):
     [
         *("first block", "updates", "few", "few, updates", "mlp, updates"),
         *("adapter", "adapter onto x", "prefix of few"),
+        *("rotated", "rotated first block", "rotated few", "rotated prefix"),
     ],
 )
 def test_opcheck(name):
@@ -177,7 +191,9 @@ def test_compiled_under_autocast_is_eager_to_the_bit():
         assert len(names[0]) == 1
 
 
-@pytest.mark.parametrize("name", ["attention", "first block", "few", "mlp", "adapter", "prefix"])
+@pytest.mark.parametrize(
+    "name", ["attention", "first block", "few", "mlp", "adapter", "prefix", "rotated"]
+)
 def test_one_graph_takes_batches_of_any_size(name):
     each = case(name)
     operation, x = each.operation, each.flat[0].detach()
@@ -217,7 +233,7 @@ def test_only_gradients_that_are_needed_are_asked_for(which):
 def test_attention_that_no_kernel_serves_is_composed_of_operators_of_pytorch(served_by):
     if served_by == "triton":
         pytest.skip("it takes no float64")
-    for name in ("attention", "few", "prefix"):
+    for name in ("attention", "few", "prefix", "rotated", "rotated prefix"):
         each = case(name, torch.float64)
         call, names = compiled(each)
         for found, truth in zip(each.results(call), each.results(), strict=True):

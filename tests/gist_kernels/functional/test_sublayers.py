@@ -17,6 +17,7 @@ from sublayer_cases import (
     exact_attention,
     exact_mlp,
     normal,
+    rotation_of,
 )
 
 import gist_kernels as gk
@@ -108,6 +109,21 @@ CASES = [
 def test_value_and_every_gradient(name, options, layer_scale, with_adapter, dtype):
     draws = 1 if dtype is torch.float64 else 16
     compare(name, dtype, options, draws=draws, layer_scale=layer_scale, with_adapter=with_adapter)
+
+
+@pytest.mark.parametrize("backend", backends.serving("sublayers"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("half", "per_head", "span"), [
+    (True, False, (2, 17)), (False, True, (1, 14)),
+])  # fmt: skip
+@pytest.mark.parametrize("options", [options for name, options in CASES if name == "attention"])
+def test_rotated_value_and_every_gradient(options, half, per_head, span, dtype, backend):
+    device = backends.device_of(backend)
+    if not backends.takes(backend, dtype):
+        backend = "auto"  # what serves such a call
+    rotation = rotation_of(span, 16, half=half, heads=3 if per_head else None, device=device)
+    draws = 1 if dtype is torch.float64 else 16
+    compare("attention", dtype, options, backend, draws, device=device, rotation=rotation)
 
 
 @pytest.mark.parametrize("backend", backends.besides_the_default("sublayers"))
@@ -326,6 +342,10 @@ def test_compiles_without_a_graph_break():
         (lambda a: a | {"norm": None}, TypeError, "norm must be a gist_kernels.NormWeights"),
         (lambda a: a | {"adapter": 4}, TypeError, "adapter must be a gist_kernels.AdapterWeights"),
         (lambda a: a | {"drop_path": torch.ones(2)}, ValueError, "drop_path"),
+        (
+            lambda a: a | {"attention": a["attention"]._replace(rotation=rotation_of((1, 19), 16))},
+            ValueError, "attention.rotation must be of 1 or more of x's 19 tokens",
+        ),
         (
             lambda a: a | {"attention": a["attention"]._replace(num_heads=5)},
             ValueError, "num_heads is 5",
