@@ -83,15 +83,19 @@ class AttentionWeights(NamedTuple):
 
 
 class MlpWeights(NamedTuple):
-    """A two-layer perceptron on D features with F hidden ones.
+    """A two-layer perceptron on D features with F hidden ones, plain or gated::
 
-    Only biases and updates are trained.
+        fc2(activation(fc1(x)))
+        fc2(activation(gate) * value), where gate, value = fc1(x)
+
+    SwiGLU and GEGLU (arXiv:2002.05202) are the second with "silu" and "gelu". Only biases and
+    updates are trained.
     """
 
     fc1_weight: torch.Tensor
-    """(F, D)."""
+    """(F, D). If gated, (2 F, D): the rows of the gate, then of the value."""
     fc1_bias: torch.Tensor | None
-    """(F,)."""
+    """(F,), or (2 F,) if gated."""
     fc2_weight: torch.Tensor
     """(D, F)."""
     fc2_bias: torch.Tensor | None
@@ -100,5 +104,6 @@ class MlpWeights(NamedTuple):
     """A name in :data:`gist_kernels.activations.Activation`."""
     layer_scale: torch.Tensor | None = None
     """(D,), factor on the second layer's output."""
+    gated: bool = False
     fc1_update: LinearUpdate | None = None
     fc2_update: LinearUpdate | None = None

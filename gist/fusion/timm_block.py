@@ -129,7 +129,14 @@ def _sublayers(block: Any, parts: FusedParts) -> Sublayers:
         ),
         PreparedMlp(
             _norm(block.norm2, updates.get("norm2"), dtype),
-            gk.MlpWeights(*fc1, *fc2, activation, _layer_scale(block.ls2), fc1_update, fc2_update),
+            gk.MlpWeights(
+                *fc1,
+                *fc2,
+                activation,
+                _layer_scale(block.ls2),
+                fc1_update=fc1_update,
+                fc2_update=fc2_update,
+            ),
             parts.mlp,
         ),
     )

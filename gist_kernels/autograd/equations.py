@@ -239,29 +239,38 @@ class MlpSaved(NamedTuple):
 
 
 def mlp_forward(sublayer: Sublayer, x: torch.Tensor) -> tuple[torch.Tensor, MlpSaved]:
-    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
     rows = rows_of(x)
-    normed, adapted, z, stats = sublayer.normed_and_adapted(rows, norm)
+    normed, adapted, z, stats = sublayer.normed_and_adapted(rows, sublayer.norm)
     u, of_fc1 = sublayer.first.forward(normed)
-    hidden = kernels.activation.forward(u, weights.activation)
+    hidden = _hidden(sublayer, u)
     hidden = hidden.view(*x.shape[:2], hidden.shape[1])
     result, of_fc2 = sublayer.add_last(rows, adapted, hidden)
     return result, MlpSaved(z, stats, u, *of_fc1, *of_fc2)
 
 
+def _hidden(sublayer: Sublayer, u: torch.Tensor) -> torch.Tensor:
+    """What the last layer reads, from the first layer's output; backward computes it once more."""
+    activation, weights = sublayer.kernels.activation, sublayer.weights
+    forward = activation.gated_forward if weights.gated else activation.forward
+    return forward(u, weights.activation)
+
+
 def mlp_backward(
     sublayer: Sublayer, x: torch.Tensor, saved: MlpSaved, needs: Needs, d_out: torch.Tensor
 ) -> Gradients:
-    activation, name = sublayer.kernels.activation, sublayer.weights.activation
+    activation, weights = sublayer.kernels.activation, sublayer.weights
     rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
     d_hidden, d_fc2 = sublayer.last_backward(
-        d_out, lambda: activation.forward(saved.u, name),
+        d_out, lambda: _hidden(sublayer, saved.u),
         LinearSaved(saved.fc2_unscaled, saved.fc2_low), needs.trained.last, needs.inner,
     )  # fmt: skip
     if d_hidden is None:
         adapter = sublayer.adapter_grads(rows.d_out, rows.x, rows.z)
         return Gradients(None, Trained(adapter, last=d_fc2))
-    d_u = activation.backward(d_hidden, saved.u, name, into_d_a=True)
+    if weights.gated:
+        d_u = activation.gated_backward(d_hidden, saved.u, weights.activation)
+    else:
+        d_u = activation.backward(d_hidden, saved.u, weights.activation, into_d_a=True)
     of_fc1 = LinearSaved(saved.fc1_unscaled, saved.fc1_low)
     d_x, grads = sublayer.first_backward(d_u, of_fc1, needs.trained, rows)
     return Gradients(d_x.view(x.shape), grads._replace(last=d_fc2))

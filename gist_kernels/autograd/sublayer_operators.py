@@ -54,7 +54,8 @@ def adapter_mlp(
     """See :func:`gist_kernels.adapter_mlp`."""
     fc1, fc2 = (weights[:2], weights.fc1_update), (weights[2:4], weights.fc2_update)
     arguments = _flat(x, norm, fc1, fc2, weights.layer_scale, drop_path, adapter)
-    out: torch.Tensor = _OPERATORS[backend, "adapter_mlp"](*arguments, weights.activation)[0]
+    options = weights.activation, weights.gated
+    out: torch.Tensor = _OPERATORS[backend, "adapter_mlp"](*arguments, *options)[0]
     return out
 
 
@@ -102,8 +103,8 @@ def _attention_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
 def _mlp_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
     """Sublayer and x."""
     first, last, layer_scale, _ = tensors[-4:]
-    *options, activation = options
-    weights = MlpWeights(first, None, last, None, activation, layer_scale)
+    *options, activation, gated = options
+    weights = MlpWeights(first, None, last, None, activation, layer_scale, gated)
     return _sublayer(kernels, weights, tensors, options)
 
 
@@ -215,7 +216,7 @@ _OPERATIONS = (
         PrefixSaved._fields, _few_forward, _few_backward,
     ),
     _operation(
-        "adapter_mlp", ("fc1", "fc2"), ("str activation",),
+        "adapter_mlp", ("fc1", "fc2"), ("str activation", "bool gated"),
         MlpSaved._fields, _mlp_forward, _mlp_backward,
     ),
 )  # fmt: skip

@@ -111,18 +111,27 @@ def adapter_mlp(
 
         x + drop_path * (layer_scale * fc2(act(fc1(norm(x))))) + adapter(x)
 
-    Arguments, result and errors are those of :func:`adapter_attention`.
+    If ``mlp.gated``, ``act(gate) * value`` takes the place of ``act``: fc1 computes both, the gate
+    first. Arguments, result and errors are those of :func:`adapter_attention`.
     """
     _check_block_input(x, norm, adapter, drop_path)
     _check_kind("mlp", mlp, MlpWeights)
     if mlp.activation not in ACTIVATIONS:
         raise ValueError(unknown_name("mlp.activation", mlp.activation, ACTIVATIONS))
-    width, hidden = x.shape[2], mlp.fc1_weight.shape[0]
+    if not isinstance(mlp.gated, bool):
+        raise TypeError(f"mlp.gated must be True or False; it is {mlp.gated!r}")
+    width, inner = x.shape[2], mlp.fc1_weight.shape[0]
+    if mlp.gated and inner % 2:
+        raise ValueError(
+            "mlp.fc1_weight of a gated MLP must have as many rows for the gate as for the value; "
+            f"it has shape {tuple(mlp.fc1_weight.shape)}"
+        )
+    hidden = inner // 2 if mlp.gated else inner
     _check_weights("mlp", mlp, x, {
-        "fc1_weight": (hidden, width), "fc1_bias": (hidden,),
+        "fc1_weight": (inner, width), "fc1_bias": (inner,),
         "fc2_weight": (width, hidden), "fc2_bias": (width,), "layer_scale": (width,),
     })  # fmt: skip
-    _check_update("mlp.fc1_update", mlp.fc1_update, x, width, hidden)
+    _check_update("mlp.fc1_update", mlp.fc1_update, x, width, inner)
     _check_update("mlp.fc2_update", mlp.fc2_update, x, hidden, width)
     return PreparedMlp(norm, mlp, adapter).run(x, drop_path=drop_path)
 

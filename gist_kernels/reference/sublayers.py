@@ -51,7 +51,12 @@ def adapter_mlp(
     """See :func:`gist_kernels.adapter_mlp`."""
     normed = _normed(x, norm)
     u = linear(normed, weights.fc1_weight, weights.fc1_bias, weights.fc1_update)
-    hidden = ACTIVATIONS[weights.activation](u)
+    activate = ACTIVATIONS[weights.activation]
+    if weights.gated:
+        gate, value = u.chunk(2, dim=-1)
+        hidden = activate(gate) * value
+    else:
+        hidden = activate(u)
     out = linear(hidden, weights.fc2_weight, weights.fc2_bias, weights.fc2_update)
     return _join(x, out, weights.layer_scale, adapter, drop_path)
 
