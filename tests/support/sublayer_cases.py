@@ -28,7 +28,13 @@ def exact_attention(x, norm, attention, adapter, num_queries=None, drop_path=Non
 def exact_mlp(x, norm, mlp, adapter, drop_path=None):
     hidden = oracles.layer_norm(x, *norm) @ mlp.fc1_weight.T
     hidden = hidden if mlp.fc1_bias is None else hidden + mlp.fc1_bias
-    out = oracles.ACTIVATIONS[mlp.activation](hidden) @ mlp.fc2_weight.T
+    if mlp.gated:
+        features = mlp.fc2_weight.shape[1]
+        gate, value = hidden[..., :features], hidden[..., features:]
+        hidden = oracles.ACTIVATIONS[mlp.activation](gate) * value
+    else:
+        hidden = oracles.ACTIVATIONS[mlp.activation](hidden)
+    out = hidden @ mlp.fc2_weight.T
     out = out if mlp.fc2_bias is None else out + mlp.fc2_bias
     return joined(x, out, mlp.layer_scale, adapter, drop_path)
 
@@ -46,7 +52,7 @@ def normal(*shape, dtype=torch.float64, spread=0.3, device="cpu"):
 def arguments(
     dtype, *, batch=2, tokens=19, width=48, heads=3, rank=4, hidden=80,
     with_adapter=True, layer_scale=False, biases=True, activation="gelu",
-    device="cpu",
+    gated=False, device="cpu",
 ):  # fmt: skip
     """x and the three groups of weights, rounded to ``dtype``."""
 
@@ -59,9 +65,10 @@ def arguments(
         of(3 * width, width), of(3 * width, optional=True), of(width, width),
         of(width, optional=True), heads, layer_scale=scale,
     )  # fmt: skip
+    inner = 2 * hidden if gated else hidden
     mlp = gk.MlpWeights(
-        of(hidden, width), of(hidden, optional=True), of(width, hidden),
-        of(width, optional=True), activation, scale,
+        of(inner, width), of(inner, optional=True), of(width, hidden),
+        of(width, optional=True), activation, scale, gated,
     )  # fmt: skip
     adapter = gk.AdapterWeights(
         of(rank, width), of(rank, optional=True), of(width, rank), of(width, optional=True),

@@ -69,6 +69,11 @@ def case(name, dtype=torch.float32, **shape):
     tuned_mlp = mlp._replace(
         fc1_update=changed(80, 48), fc2_update=changed(48, 80), layer_scale=scale
     )
+    gated = arguments(dtype, gated=True, device=x.device, **shape)[3]
+    tuned_gated = gated._replace(
+        fc1_update=changed(160, 48), fc2_update=changed(48, 80), layer_scale=scale
+    )
+    plain.append((gated.fc1_weight, gated.fc2_weight))
     attended = partial(Case, gk.adapter_attention, frozen=plain)
     perceived = partial(Case, gk.adapter_mlp, frozen=plain)
     return {
@@ -81,6 +86,8 @@ def case(name, dtype=torch.float32, **shape):
         "mlp": lambda: perceived((x, norm, mlp, adapter)),
         "mlp, no adapter": lambda: perceived((x, norm, mlp), drop_path=dropped),
         "mlp, updates": lambda: perceived((x, norm, tuned_mlp, adapter)),
+        "mlp, gated": lambda: perceived((x, norm, gated, adapter)),
+        "mlp, gated, updates": lambda: perceived((x, norm, tuned_gated), drop_path=dropped),
         "adapter": lambda: Case(
             lambda x, r, *w: gk.adapter(x, *w, residual=r), (x, 2 * x, *adapter[:4])
         ),
@@ -98,7 +105,8 @@ def case(name, dtype=torch.float32, **shape):
 
 NAMES = (
     "attention", "first block", "no adapter", "updates", "few", "few, updates", "mlp",
-    "mlp, no adapter", "mlp, updates", "adapter", "adapter onto x", "prefix", "prefix of few",
+    "mlp, no adapter", "mlp, updates", "mlp, gated", "mlp, gated, updates", "adapter",
+    "adapter onto x", "prefix", "prefix of few",
 )  # fmt: skip
 
 
@@ -135,8 +143,8 @@ def compiled(call, **options):
 @pytest.mark.parametrize(
     "name",
     [
-        *("first block", "updates", "few", "few, updates", "mlp, updates"),
-        *("adapter", "adapter onto x", "prefix of few"),
+        *("first block", "updates", "few", "few, updates", "mlp, updates", "mlp, gated"),
+        *("mlp, gated, updates", "adapter", "adapter onto x", "prefix of few"),
     ],
 )
 def test_opcheck(name):
@@ -163,7 +171,7 @@ def test_compiled_is_eager_to_the_bit(name, dtype, served_by):
 
 
 def test_compiled_under_autocast_is_eager_to_the_bit():
-    for name in ("attention", "few", "mlp"):
+    for name in ("attention", "few", "mlp", "mlp, gated"):
         each = case(name)
         device = each.leaves[0].device.type
 
@@ -177,7 +185,9 @@ def test_compiled_under_autocast_is_eager_to_the_bit():
         assert len(names[0]) == 1
 
 
-@pytest.mark.parametrize("name", ["attention", "first block", "few", "mlp", "adapter", "prefix"])
+@pytest.mark.parametrize(
+    "name", ["attention", "first block", "few", "mlp", "mlp, gated", "adapter", "prefix"]
+)
 def test_one_graph_takes_batches_of_any_size(name):
     each = case(name)
     operation, x = each.operation, each.flat[0].detach()
@@ -199,7 +209,7 @@ def test_one_graph_takes_batches_of_any_size(name):
 
 @pytest.mark.parametrize("which", ["x", "one weight", "nothing"])
 def test_only_gradients_that_are_needed_are_asked_for(which):
-    for name in ("attention", "first block", "few", "mlp", "adapter onto x"):
+    for name in ("attention", "first block", "few", "mlp", "mlp, gated", "adapter onto x"):
         each = case(name)
         kept = {"x": each.leaves[:1], "one weight": each.leaves[-1:], "nothing": []}[which]
         for leaf in each.leaves:

@@ -17,6 +17,7 @@ from sublayer_cases import (
     exact_attention,
     exact_mlp,
     normal,
+    update,
 )
 
 import gist_kernels as gk
@@ -52,7 +53,7 @@ def compare(name, dtype, options, backend="auto", draws=1, **shape):
 
 def draw(name, dtype, options, backend, **shape):
     """Value and gradients of ours, of the reference and of the equations."""
-    x, norm, attention, mlp, adapter = arguments(dtype, **shape)
+    x, norm, attention, mlp, adapter = arguments(dtype, gated=name == "gated mlp", **shape)
     weights = attention if name == "attention" else mlp
     public = gk.adapter_attention if name == "attention" else gk.adapter_mlp
     equations = exact_attention if name == "attention" else exact_mlp
@@ -98,6 +99,8 @@ CASES = [
     ("attention", {"drop_path": DROPPED, "grad_tokens": (1, 1)}),
     ("mlp", {}),
     ("mlp", {"drop_path": DROPPED}),
+    ("gated mlp", {}),
+    ("gated mlp", {"drop_path": DROPPED}),
 ]
 
 
@@ -120,10 +123,10 @@ def test_value_and_every_gradient_by_name(name, options, with_adapter, dtype, ba
 
 
 @pytest.mark.parametrize("backend", backends.serving("sublayers", reference=True))
-@pytest.mark.parametrize(("name", "options"), [*CASES[:2], ("mlp", {})])
+@pytest.mark.parametrize(("name", "options"), [*CASES[:2], ("mlp", {}), ("gated mlp", {})])
 def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend):
-    device = backends.device_of(backend)
-    x, norm, attention, mlp, adapter = arguments(torch.bfloat16, device=device)
+    device, gated = backends.device_of(backend), name == "gated mlp"
+    x, norm, attention, mlp, adapter = arguments(torch.bfloat16, gated=gated, device=device)
     weights = attention if name == "attention" else mlp
     function = gk.adapter_attention if name == "attention" else gk.adapter_mlp
     upstream = torch.randn_like(x[:, : options.get("num_queries")])
@@ -150,7 +153,7 @@ def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "identity"])
-@pytest.mark.parametrize("name", ["attention", "mlp"])
+@pytest.mark.parametrize("name", ["attention", "mlp", "gated mlp"])
 def test_activations_and_missing_biases(name, activation):
     compare(name, torch.float32, {}, draws=16, activation=activation, biases=False)
     compare(name, torch.float64, {}, activation=activation)
@@ -174,6 +177,7 @@ def test_any_shape(batch, tokens, heads, head_dim, rank, hidden, data):
     compare("attention", torch.float64, {"num_queries": queries}, **shape)
     compare("attention", torch.float64, {"grad_tokens": (start, tokens - start)}, **shape)
     compare("mlp", torch.float64, {}, **shape)
+    compare("gated mlp", torch.float64, {}, **shape)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_queries": 2}, {"grad_tokens": (1, 1)}])
@@ -183,7 +187,8 @@ def test_an_empty_batch(options):
     adapter.up_weight.requires_grad_()
     attended = gk.adapter_attention(x, norm, attention, adapter, **options)
     assert attended.shape == (0, options.get("num_queries", 19), 48)
-    for out in (attended, gk.adapter_mlp(x, norm, mlp, adapter)):
+    gated = arguments(torch.float32, gated=True)[3]
+    for out in (attended, *(gk.adapter_mlp(x, norm, each, adapter) for each in (mlp, gated))):
         d_x, d_up = torch.autograd.grad(out.sum(), (x, adapter.up_weight))
         assert d_x.shape == x.shape
         assert d_up.abs().sum() == 0
@@ -226,8 +231,23 @@ def test_gradcheck(options):
     def perceived(x, *weights):
         return gk.adapter_mlp(x, norm, mlp, gk.AdapterWeights(*weights, 0.7, "gelu"))
 
+    gated = arguments(torch.float64, width=6, heads=2, hidden=5, gated=True)[3]
+    gated = gated._replace(
+        fc1_update=update(10, 6, torch.float64, "cpu", rank=2, scale=True),
+        fc2_update=update(6, 5, torch.float64, "cpu", rank=2, scale=True),
+    )
+    trained = [gated.fc1_bias, gated.fc2_bias, *gated.fc1_update, *gated.fc2_update]
+
+    def gated_one(x, first_bias, last_bias, *updates):
+        own = gated._replace(
+            fc1_bias=first_bias, fc2_bias=last_bias, fc1_update=gk.LinearUpdate(*updates[:3]),
+            fc2_update=gk.LinearUpdate(*updates[3:]),
+        )  # fmt: skip
+        return gk.adapter_mlp(x, norm, own, adapter, drop_path=DROPPED)
+
     assert torch.autograd.gradcheck(attended, leaves)
     assert torch.autograd.gradcheck(perceived, leaves)
+    assert torch.autograd.gradcheck(gated_one, (x, *(t.requires_grad_() for t in trained)))
     qkv = normal(2, 3, 12).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: gk.prefix_attention(t, 2, **options), qkv)
 
@@ -358,6 +378,48 @@ def test_bad_arguments_are_named(change, error, message):
     given = change({"x": x, "norm": norm, "attention": attention, "adapter": adapter})
     with pytest.raises(error, match=message):
         gk.adapter_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gated": 1}, TypeError, "mlp.gated must be True or False; it is 1"),
+        (
+            {"fc1_weight": torch.ones(159, 48)}, ValueError,
+            r"as many rows for the gate as for the value; it has shape \(159, 48\)",
+        ),
+        ({"gated": False}, ValueError, r"mlp.fc2_weight must have .*here \(48, 160\)"),
+        (
+            {"fc2_weight": torch.ones(48, 160)},
+            ValueError, r"mlp.fc2_weight must have .*here \(48, 80\)",
+        ),
+        ({"fc1_bias": torch.ones(80)}, ValueError, r"mlp.fc1_bias must have .*here \(160\)"),
+        (
+            {"fc1_update": gk.LinearUpdate(scale=torch.ones(80))},
+            ValueError, r"mlp.fc1_update.scale must have .*here \(160\)",
+        ),
+        ({"activation": "swiglu"}, ValueError, "mlp.activation"),
+    ],
+)  # fmt: skip
+def test_bad_weights_of_a_gated_mlp_are_named(change, error, message):
+    x, norm, _, mlp, adapter = arguments(torch.float32, gated=True)
+    with pytest.raises(error, match=message):
+        gk.adapter_mlp(x, norm, mlp._replace(**change), adapter)
+
+
+@pytest.mark.parametrize("backend", backends.serving("sublayers", reference=True))
+def test_a_gated_mlp_is_two_layers_and_a_product(backend):
+    """SwiGLU with a layer each for gate and value, as arXiv:2002.05202 writes it."""
+    x, norm, _, mlp, _ = arguments(
+        torch.float32, gated=True, activation="silu", biases=False,
+        device=backends.device_of(backend),
+    )  # fmt: skip
+    normed = oracles.layer_norm(x, *norm)
+    gate, value = (normed @ mlp.fc1_weight[half].T for half in (slice(0, 80), slice(80, None)))
+    expected = x + (gate * torch.sigmoid(gate) * value) @ mlp.fc2_weight.T
+    with gk.use_backend(backend):
+        found = gk.adapter_mlp(x, norm, mlp)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def spaced(tensor):
