@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from gist.fusion.backbone import FusedBackbone
+from gist.fusion.timm_eva import FusedTimmEva
 from gist.fusion.timm_vit import FusedTimmViT
 from gist.methods.base import Refusal
 
@@ -15,4 +17,6 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
     """The fused forward of a backbone, or why there is none."""
     if isinstance(model, VisionTransformer):
         return FusedTimmViT(model)
+    if isinstance(model, Eva):
+        return FusedTimmEva(model)
     return Refusal(f"it is a {type(model).__name__}")
