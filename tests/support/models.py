@@ -26,6 +26,7 @@ BACKBONES = {
     "clip": {"pre_norm": True},
     "average_pooled": {"global_pool": "avg", "reg_tokens": 1},
     "average_with_final_norm": {"global_pool": "avg", "fc_norm": False},
+    "attention_pooled": {"global_pool": "map", "class_token": False},
     "qk_norm": {"qk_norm": True},
     "no_position": {"pos_embed": "none"},
 }
