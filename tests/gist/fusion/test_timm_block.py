@@ -67,6 +67,8 @@ CONFIGS = PLAIN_CONFIGS | {
         gist.LoRA(rank=3, targets=("q", "v", "proj", "fc1", "fc2")), token_dropout=0.0
     ),
     "ssf": gist.GistConfig(gist.SSF(), token_dropout=0.0),
+    "fact": gist.GistConfig(gist.FacT(rank=3, dropout=0.0), token_dropout=0.0),
+    "fact, tk": gist.GistConfig(gist.FacT(form="tk", rank=3, dropout=0.0), token_dropout=0.0),
     "biases, norms, adapter, keys": gist.GistConfig(
         (gist.BitFit(), gist.LayerNormTuning(), gist.Adapter(rank=4), gist.LoRA(targets=("k",))),
         token_dropout=0.0,
@@ -90,6 +92,31 @@ CONFIGS = PLAIN_CONFIGS | {
 )
 def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_forward):
     compare_with_own_forward(name, config, dtype, own_forward)
+
+
+@pytest.mark.parametrize("name", ["vit", "registers", "dinov2", "average_pooled"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_is_the_backbones_own_forward_in_float64(name, config, own_forward):
+    model = wrapped(name, CONFIGS[config]).double().train()
+    assert "blocks 0 to 2: fused" in gist.explain(model)
+    fused = results(model, images().double())
+    own_forward()
+    plain = results(model, images().double())
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [(gist.LoRA, "update"), (gist.FacT, "update"),
+     (gist.AdaptFormer, "adapter")],
+)  # fmt: skip
+def test_dropout_is_drawn_by_the_blocks_own_forward(method, what):
+    model = wrapped("vit", gist.GistConfig(method(dropout=0.1))).train()
+    assert f"the block's own forward, for its {what} has dropout" in gist.explain(model)
+    assert "blocks 0 to 2: fused" in gist.explain(model.eval())
+    assert "blocks 0 to 2: fused" in gist.explain(
+        wrapped("vit", gist.GistConfig(method(dropout=0.0))).train()
+    )
 
 
 @pytest.mark.triton
