@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
-from gist.methods.base import AttachedMethod, Method, new_parameters, widened
+from gist.methods.base import (
+    AttachedMethod,
+    FusedParts,
+    LayerUpdate,
+    Method,
+    Refusal,
+    new_parameters,
+    widened,
+)
 from gist.methods.hooks import Hook
+from gist.untouched import is_bare
 from gist.validate import check_count, check_finite, check_known, check_rate
 
 FORMS = ("tt", "tk")
@@ -27,6 +36,9 @@ class FacT(Method):
     (D, rank), shared by all. In the tensor-train form ("tt") each S_k is free; in the Tucker form
     ("tk") it is ``sum_r P_kr C_r`` of a core C, (rank, rank, rank). U, S, P and C start uniform as
     linear layers do, V at 0.
+
+    While training with dropout the blocks run by their own forward: set dropout to 0 for fused
+    sublayers.
 
     Parameters: of K matrices, 12 a block, ``2 * D * rank + K * rank**2`` (tt) or
     ``2 * D * rank + K * rank + rank**3`` (tk).
@@ -99,6 +111,7 @@ class Factors(AttachedMethod):
         super().__init__()
         rank, width, options = config.rank or 0, family.embed_dim, new_parameters(family.model)
         self.scale, self.dropout = config.scale, config.dropout
+        self.matrices_each = count // len(family.blocks)
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
             bound = fan_in**-0.5
@@ -117,6 +130,13 @@ class Factors(AttachedMethod):
         if hasattr(self, "cores"):
             return self.cores[k]
         return torch.einsum("r,rij->ij", self.mixture[k], self.core)
+
+    def cores_of_block(self, index: int) -> torch.Tensor:
+        """The S_k of a block, (matrices, rank, rank)."""
+        chosen = slice(index * self.matrices_each, (index + 1) * self.matrices_each)
+        if hasattr(self, "cores"):
+            return self.cores[chosen]
+        return torch.tensordot(self.mixture[chosen], self.core, dims=1)
 
     def update(
         self,
@@ -144,6 +164,27 @@ class Factors(AttachedMethod):
         # A layer's matrices cover all its outputs, in order.
         updates = torch.stack([by_output[start] for start in sorted(by_output)], dim=-2) @ v.T
         return self.scale * updates.flatten(-2)
+
+    def fused(self, index: int) -> FusedParts | Refusal:
+        if self.dropout and self.training:
+            return Refusal("its update has dropout")
+        if not is_bare(self):
+            return Refusal("its method's modules are not as gist made them")
+        down, cores = self.u.t(), self.cores_of_block(index)
+        # q, k, v and proj; then as many matrices of fc1 as of fc2.
+        first = (len(cores) + 4) // 2
+        # What reads D features shares U; V S_k^T are the rows of its outputs.
+        up = self.scale * (self.v @ cores[:first].mT)
+        # fc2 reads several times D: the columns of its inputs are (U S_k)^T, and its outputs V.
+        wide = (self.u @ cores[first:]).flatten(0, 1).t()
+        return FusedParts(
+            updates={
+                "qkv": LayerUpdate(down=down, up=up[:3].flatten(0, 1)),
+                "proj": LayerUpdate(down=down, up=up[3]),
+                "fc1": LayerUpdate(down=down, up=up[4:].flatten(0, 1)),
+                "fc2": LayerUpdate(down=wide, up=self.scale * self.v),
+            }
+        )
 
     def merge(self, family: BackboneFamily) -> None:
         width = len(self.u)

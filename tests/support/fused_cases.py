@@ -28,6 +28,8 @@ CONFIGS = PLAIN_CONFIGS | {
         gist.LoRA(rank=3, targets=("q", "v", "proj", "fc1", "fc2")), token_dropout=0.0
     ),
     "ssf": gist.GistConfig(gist.SSF(), token_dropout=0.0),
+    "fact": gist.GistConfig(gist.FacT(rank=3, dropout=0.0), token_dropout=0.0),
+    "fact, tk": gist.GistConfig(gist.FacT(form="tk", rank=3, dropout=0.0), token_dropout=0.0),
     "biases, norms, adapter, keys": gist.GistConfig(
         (gist.BitFit(), gist.LayerNormTuning(), gist.Adapter(rank=4), gist.LoRA(targets=("k",))),
         token_dropout=0.0,

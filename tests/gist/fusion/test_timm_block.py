@@ -36,6 +36,31 @@ def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_for
     compare_with_own_forward(name, config, dtype, own_forward)
 
 
+@pytest.mark.parametrize("name", ["vit", "registers", "dinov2", "average_pooled"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_is_the_backbones_own_forward_in_float64(name, config, own_forward):
+    model = wrapped(name, CONFIGS[config]).double().train()
+    assert "blocks 0 to 2: fused" in gist.explain(model)
+    fused = results(model, images().double())
+    own_forward()
+    plain = results(model, images().double())
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [(gist.LoRA, "update"), (gist.FacT, "update"),
+     (gist.AdaptFormer, "adapter")],
+)  # fmt: skip
+def test_dropout_is_drawn_by_the_blocks_own_forward(method, what):
+    model = wrapped("vit", gist.GistConfig(method(dropout=0.1))).train()
+    assert f"the block's own forward, for its {what} has dropout" in gist.explain(model)
+    assert "blocks 0 to 2: fused" in gist.explain(model.eval())
+    assert "blocks 0 to 2: fused" in gist.explain(
+        wrapped("vit", gist.GistConfig(method(dropout=0.0))).train()
+    )
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, "autocast"])
 @pytest.mark.parametrize(

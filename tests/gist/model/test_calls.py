@@ -296,7 +296,9 @@ def test_no_operator_of_gists_own_is_seen_by_modes_that_watch():
     assert not [name for name in seen if not name.startswith("aten.")]
 
 
-@pytest.mark.parametrize("method", ["adapter", "adapter, parallel", "adaptformer", "lora", "ssf"])
+@pytest.mark.parametrize(
+    "method", ["adapter", "adapter, parallel", "adaptformer", "lora", "ssf", "fact"]
+)
 def test_what_hangs_on_a_methods_module_has_the_same_effect_in_fused_blocks(method):
     model, pixels = model_of(method, "timm ViT-Ti")
     plain = model(pixels)
