@@ -31,14 +31,15 @@ def adapter_attention(
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_attention`."""
     qkv, proj = (weights[:2], weights.qkv_update), (weights[2:4], weights.proj_update)
-    arguments = _flat(x, norm, qkv, proj, weights.layer_scale, drop_path, adapter)
-    heads = weights.num_heads, None if weights.scale is None else float(weights.scale)
+    tensors, numbers = _flat(x, norm, qkv, proj, weights.layer_scale, drop_path, adapter)
+    scale = None if weights.scale is None else float(weights.scale)
+    arguments = *tensors, *numbers, weights.num_heads, scale
     if num_queries is None or num_queries >= x.shape[1]:
         operator = _OPERATORS[backend, "adapter_attention"]
-        result = operator(*arguments, *heads, grad_tokens)
+        result = operator(*arguments, grad_tokens)
     else:
         operator = _OPERATORS[backend, "adapter_attention_of_few"]
-        result = operator(*arguments, *heads, num_queries)
+        result = operator(*arguments, num_queries)
     out: torch.Tensor = result[0]
     return out
 
@@ -53,9 +54,11 @@ def adapter_mlp(
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""
     fc1, fc2 = (weights[:2], weights.fc1_update), (weights[2:4], weights.fc2_update)
-    arguments = _flat(x, norm, fc1, fc2, weights.layer_scale, drop_path, adapter)
-    options = weights.activation, weights.gated
-    out: torch.Tensor = _OPERATORS[backend, "adapter_mlp"](*arguments, *options)[0]
+    tensors, numbers = _flat(x, norm, fc1, fc2, weights.layer_scale, drop_path, adapter)
+    weight, bias, eps = weights.norm or (None, None, None)
+    options = weights.activation, weights.gated, None if eps is None else float(eps)
+    operator = _OPERATORS[backend, "adapter_mlp"]
+    out: torch.Tensor = operator(*tensors, weight, bias, *numbers, *options)[0]
     return out
 
 
@@ -79,7 +82,8 @@ def _flat(
     layer_scale: torch.Tensor | None,
     drop_path: torch.Tensor | None,
     adapter: AdapterWeights | None,
-) -> tuple[Any, ...]:
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The tensors, and the numbers."""
     dtype = matmul_dtype(x)
     of_adapter = (None, None, None, None) if adapter is None else adapter[:4]
     scale, activation = (1.0, "identity") if adapter is None else adapter[4:]
@@ -89,7 +93,7 @@ def _flat(
         matrices.append(weight.detach().to(dtype))
     frozen = *matrices, layer_scale, drop_path
     numbers = float(norm.eps), float(scale), activation
-    return x, *of_adapter, *norm[:2], *parts, *frozen, *numbers
+    return (x, *of_adapter, *norm[:2], *parts, *frozen), numbers
 
 
 def _attention_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
@@ -102,9 +106,11 @@ def _attention_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
 
 def _mlp_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
     """Sublayer and x."""
+    *tensors, norm_weight, norm_bias = tensors
     first, last, layer_scale, _ = tensors[-4:]
-    *options, activation, gated = options
-    weights = MlpWeights(first, None, last, None, activation, layer_scale, gated)
+    *options, activation, gated, eps = options
+    norm = None if eps is None else NormWeights(norm_weight, norm_bias, eps)
+    weights = MlpWeights(first, None, last, None, activation, layer_scale, gated, norm)
     return _sublayer(kernels, weights, tensors, options)
 
 
@@ -180,6 +186,7 @@ def _mlp_backward(
 def _operation(
     name: str,
     layers: tuple[str, str],
+    tables: tuple[str, ...],
     options: tuple[str, ...],
     saved: tuple[str, ...],
     forward: Any,
@@ -196,7 +203,7 @@ def _operation(
         ),
         frozen=(
             *(f"Tensor {layer}_weight" for layer in layers),
-            *("Tensor? layer_scale", "Tensor? drop_path"),
+            *("Tensor? layer_scale", "Tensor? drop_path", *tables),
         ),
         options=("float norm_eps", "float adapter_scale", "str adapter_activation", *options),
         saved=saved,
@@ -205,18 +212,20 @@ def _operation(
     )
 
 
-_QKV_PROJ, _HEADS = ("qkv", "proj"), ("int num_heads", "float? scale")
+_QKV_PROJ, _HEADS = (("qkv", "proj"), ()), ("int num_heads", "float? scale")
+_INNER_NORM = "Tensor? inner_norm_weight", "Tensor? inner_norm_bias"
 _OPERATIONS = (
     _operation(
-        "adapter_attention", _QKV_PROJ, (*_HEADS, "SymInt[]? grad_tokens"),
+        "adapter_attention", *_QKV_PROJ, (*_HEADS, "SymInt[]? grad_tokens"),
         AttentionSaved._fields, _all_forward, _all_backward,
     ),
     _operation(
-        "adapter_attention_of_few", _QKV_PROJ, (*_HEADS, "SymInt num_queries"),
+        "adapter_attention_of_few", *_QKV_PROJ, (*_HEADS, "SymInt num_queries"),
         PrefixSaved._fields, _few_forward, _few_backward,
     ),
     _operation(
-        "adapter_mlp", ("fc1", "fc2"), ("str activation", "bool gated"),
+        "adapter_mlp", ("fc1", "fc2"), _INNER_NORM,
+        ("str activation", "bool gated", "float? inner_norm_eps"),
         MlpSaved._fields, _mlp_forward, _mlp_backward,
     ),
 )  # fmt: skip

@@ -97,7 +97,8 @@ class Sublayer:
         # What scales the last layer's output, bias included.
         self.factors = [f for f in (self.weights.layer_scale, drop_path) if f is not None]
         # Backward reads them, and autograd doesn't save them.
-        self._watched = watched_tensors(*self.norm, *self.weights, drop_path)
+        inner_norm = getattr(self.weights, "norm", None) or ()  # attention has none
+        self._watched = watched_tensors(*self.norm, *self.weights, *inner_norm, drop_path)
 
     @property
     def reads_in_place(self) -> bool:
