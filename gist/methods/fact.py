@@ -112,6 +112,7 @@ class Factors(AttachedMethod):
         rank, width, options = config.rank or 0, family.embed_dim, new_parameters(family.model)
         self.scale, self.dropout = config.scale, config.dropout
         self.matrices_each = count // len(family.blocks)
+        self.matrices_of_fc2 = family.projection(0, "fc2").in_features // width
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
             bound = fan_in**-0.5
@@ -171,8 +172,8 @@ class Factors(AttachedMethod):
         if not is_bare(self):
             return Refusal("its method's modules are not as gist made them")
         down, cores = self.u.t(), self.cores_of_block(index)
-        # q, k, v and proj; then as many matrices of fc1 as of fc2.
-        first = (len(cores) + 4) // 2
+        # q, k, v, proj, those of fc1, then those of fc2. A gated MLP's fc1 has twice as many.
+        first = len(cores) - self.matrices_of_fc2
         # What reads D features shares U; V S_k^T are the rows of its outputs.
         up = self.scale * (self.v @ cores[:first].mT)
         # fc2 reads several times D: the columns of its inputs are (U S_k)^T, and its outputs V.

@@ -13,7 +13,7 @@ import gist
 UNHOOKED = [
     name for name in EVAS if getattr(backbone(name).blocks[0].attn, "q_bias", None) is not None
 ]
-OF_LAYERS = ("lora", "ssf", "biases, norms, adapter, keys")
+OF_LAYERS = ("lora", "ssf", "fact", "fact, tk", "biases, norms, adapter, keys")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
