@@ -25,6 +25,7 @@ import triton.language as tl
 
 from gist_kernels.kernels.triton import heuristics, launch
 from gist_kernels.kernels.triton.launch import INTERPRETED
+from gist_kernels.weights import Rotation
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -228,8 +229,18 @@ def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
     return q.dtype in DTYPES and _tile(q, k, num_heads) is not None
 
 
+def rotates(q: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+    """Not yet."""
+    return False
+
+
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    rotation: Rotation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
 
@@ -267,6 +278,7 @@ def backward(
     d_q: torch.Tensor,
     d_k: torch.Tensor,
     d_v: torch.Tensor,
+    rotation: Rotation | None = None,
 ) -> None:
     """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 

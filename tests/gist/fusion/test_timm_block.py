@@ -222,6 +222,7 @@ def counting(kernels, counted):
         ),
         attention=SimpleNamespace(
             serves=kernels.attention.serves,
+            rotates=kernels.attention.rotates,
             forward=attention(kernels.attention.forward, 0, 2),
             backward=attention(kernels.attention.backward, 1, 5),
         ),

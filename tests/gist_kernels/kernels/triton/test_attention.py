@@ -97,7 +97,7 @@ def test_rows_are_the_same_in_any_batch():
     assert_same(computed(attention, case), together)
     for image in range(3):
         part = slice(image, image + 1)
-        one = Case(case.shape._replace(batch=1), case.scale, *(x[part] for x in case[2:]))
+        one = Case(case.shape._replace(batch=1), case.scale, *(x[part] for x in case.tensors))
         assert_same(computed(attention, one), Result(*(x[part] for x in together)))
 
 
@@ -109,7 +109,7 @@ def test_strides_of_any_kind():
         k=case.k[:, :1].expand(-1, 12, -1),
         d_out=case.d_out[:, :1].expand(-1, 10, -1),
     )
-    dense = Case(shape, case.scale, *(x.contiguous() for x in expanded[2:]))
+    dense = Case(shape, case.scale, *(x.contiguous() for x in expanded.tensors))
     assert_same(computed(attention, expanded), computed(attention, dense))
 
 
