@@ -64,6 +64,13 @@ class FusedBackbone(ABC):
     def checkpointed(self) -> bool:
         """Whether the blocks' activations are recomputed in the backward pass."""
 
+    def recomputes(self, index: int, fused: bool) -> bool:
+        """Whether the fused forward recomputes one block's activations in the backward pass.
+
+        A block that checkpoints itself does so by its own forward, where it is not fused.
+        """
+        return self.checkpointed
+
     def parts_outside_blocks(self) -> Iterator[nn.Module]:
         """The modules whose hooks run only in the model's own forward."""
         within = {id(part) for block in self.blocks for part in block.modules()}
@@ -205,7 +212,8 @@ def features(
         return x
 
     for index in range(last + 1):
-        if backbone.checkpointed and torch.is_grad_enabled():
+        fused = not isinstance(plan.blocks[index], Refusal)
+        if torch.is_grad_enabled() and backbone.recomputes(index, fused):
             x = checkpoint(run, index, x, use_reentrant=False)
         else:
             x = run(index, x)
