@@ -64,11 +64,8 @@ class FusedBackbone(ABC):
     def checkpointed(self) -> bool:
         """Whether the blocks' activations are recomputed in the backward pass."""
 
-    def recomputes(self, index: int, fused: bool) -> bool:
-        """Whether the fused forward recomputes one block's activations in the backward pass.
-
-        A block that checkpoints itself does so by its own forward, where it is not fused.
-        """
+    def recomputes(self, index: int) -> bool:
+        """Whether one block's activations are."""
         return self.checkpointed
 
     def parts_outside_blocks(self) -> Iterator[nn.Module]:
@@ -212,8 +209,7 @@ def features(
         return x
 
     for index in range(last + 1):
-        fused = not isinstance(plan.blocks[index], Refusal)
-        if torch.is_grad_enabled() and backbone.recomputes(index, fused):
+        if torch.is_grad_enabled() and backbone.recomputes(index):
             x = checkpoint(run, index, x, use_reentrant=False)
         else:
             x = run(index, x)

@@ -154,11 +154,11 @@ class FusedTransformersViT(FusedBackbone):
 
     @property
     def checkpointed(self) -> bool:
-        return any(self.recomputes(index, True) for index in range(len(self.blocks)))
+        return any(self.recomputes(index) for index in range(len(self.blocks)))
 
-    def recomputes(self, index: int, fused: bool) -> bool:
+    def recomputes(self, index: int) -> bool:
         block: Any = self.blocks[index]
-        return fused and block.gradient_checkpointing and block.training
+        return block.gradient_checkpointing and block.training
 
 
 def _norms(block: Any) -> tuple[Any, Any]:
