@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,16 +15,11 @@ TRANSFORMERS_MODELS = (
     "Dinov2ForImageClassification",
     "Dinov2WithRegistersForImageClassification",
 )
+_VIT_NORMS = ("layernorm_before", "layernorm_after")
 
 
 class TransformersViT(BackboneFamily):
     """transformers' ViT, DINOv2 and DINOv2 with registers for image classification."""
-
-    _BLOCKS: ClassVar = {
-        "ViTLayer": ("layernorm_before", "layernorm_after", "dropout"),
-        "Dinov2Layer": ("norm1", "norm2", "drop_path"),
-        "Dinov2WithRegistersLayer": ("norm1", "norm2", "drop_path"),
-    }
 
     @property
     def encoder(self) -> Any:
@@ -37,18 +32,10 @@ class TransformersViT(BackboneFamily):
 
     def parts(self, index: int) -> BlockParts:
         block: Any = self.blocks[index]
-        names = self._BLOCKS[type(block).__name__]
-        norm1, norm2, leaves = (getattr(block, name) for name in names)
-        attention, mlp = block.attention, block.mlp
+        names = ("norm1", "norm2") if hasattr(block, "norm1") else _VIT_NORMS
+        linears, outputs = _linears(block)
         return BlockParts(
-            (norm1, norm2),
-            (leaves, leaves),
-            projections(
-                {name: getattr(attention, f"{name}_proj") for name in "qkv"},
-                proj=attention.o_proj,
-                fc1=getattr(mlp, "fc1", None),
-                fc2=getattr(mlp, "fc2", None),
-            ),
+            (getattr(block, names[0]), getattr(block, names[1])), outputs, projections(linears)
         )
 
     @property
@@ -137,3 +124,20 @@ class TransformersViT(BackboneFamily):
         name = "activation_checkpointing"  # the name in newer versions of transformers
         name = name if hasattr(self.model, f"{name}_enable") else "gradient_checkpointing"
         getattr(self.model, f"{name}_enable" if enable else f"{name}_disable")()
+
+
+def _linears(block: Any) -> tuple[dict[str, Any], tuple[nn.Module, nn.Module]]:
+    """A block's linear layers, and what its two additions to the residual stream come from."""
+    attention, mlp = block.attention, getattr(block, "mlp", None)
+    found = {name: getattr(mlp, name, None) for name in ("fc1", "fc2")}
+    if hasattr(attention, "o_proj"):
+        found |= {name: getattr(attention, f"{name}_proj") for name in "qkv"}
+        found["proj"] = attention.o_proj
+    else:  # transformers 5.0 to 5.8
+        found |= {name[0]: getattr(attention.attention, name) for name in ("query", "key", "value")}
+        found["proj"] = attention.output.dense
+    if mlp is None:
+        found |= {"fc1": block.intermediate.dense, "fc2": block.output.dense}
+        return found, (attention.output.dropout, block.output.dropout)
+    both = block.dropout if hasattr(block, "dropout") else block.drop_path
+    return found, (both, both)

@@ -78,6 +78,10 @@ class FusedBackbone(ABC):
     def checkpointed(self) -> bool:
         """Whether the blocks' activations are recomputed in the backward pass."""
 
+    def recomputes(self, index: int) -> bool:
+        """Whether one block's activations are."""
+        return self.checkpointed
+
     def parts_outside_blocks(self) -> Iterator[nn.Module]:
         """The modules whose hooks run only in the model's own forward."""
         within = {id(part) for block in self.blocks for part in block.modules()}
@@ -221,7 +225,7 @@ def features(
         return x
 
     for index in range(last + 1):
-        if backbone.checkpointed and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and backbone.recomputes(index):
             x = checkpoint(run, index, x, use_reentrant=False)
         else:
             x = run(index, x)

@@ -16,7 +16,10 @@ import gist_kernels as gk
 from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of, is_plain
+from gist_kernels.autograd.casts import frozen_joined
+from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.functional.sublayers import PreparedAttention, PreparedMlp
+from gist_kernels.tracing import needs_dispatcher
 
 DropPath: TypeAlias = Callable[[torch.Tensor], "torch.Tensor | None"]
 """Draws the (B, 1, 1) factors on a sublayer's update of its input, or gives None for 1."""
@@ -47,7 +50,13 @@ class Linears(NamedTuple):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
+        """(all out, in), joined in the dtype of matmuls."""
+        first = self.weights[0]
+        if len(self.weights) == 1:
+            return first
+        # An operator that is traced converts by itself.
+        dtype = first.dtype if needs_dispatcher() else matmul_dtype(first)
+        return frozen_joined(self.weights, dtype)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -283,9 +292,8 @@ def _linear(
     """A layer's weight and bias, and the trained update beside them."""
     if update is None:
         return (layer.weight, layer.bias), None
-    weight = layer.weight
-    bias = _shifted(layer.bias, update, weight.dtype)
-    return (weight, bias), gk.LinearUpdate(update.scale, update.down, update.up)
+    bias = _shifted(layer.bias, update, layer.weights[0].dtype)
+    return (layer.weight, bias), gk.LinearUpdate(update.scale, update.down, update.up)
 
 
 def _norm(norm: Any, update: LayerUpdate | None, dtype: torch.dtype) -> gk.NormWeights:

@@ -19,7 +19,7 @@ _KEPT = (
 
 
 class Snapshot:
-    """The state of modules: their parts, parameters, hooks and plain attributes.
+    """The state of modules: their parts, parameters, hooks, plain attributes and configs.
 
     :meth:`holds` runs at each call, so that it is one comparison of lists of dictionaries, which
     compares what they hold by identity first.
@@ -27,8 +27,10 @@ class Snapshot:
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = list({id(m): m for root in roots for m in root.modules()}.values())
+        # transformers' modules share the model's config, which says what attention computes.
+        configs = {id(c): c for m in modules if hasattr(c := m.__dict__.get("config"), "__dict__")}
         self._now = [
-            *(module.__dict__ for module in modules),
+            *(each.__dict__ for each in (*modules, *configs.values())),
             *(module.__dict__[name] for module in modules for name in _KEPT),
         ]
         self._then = [dict(now) for now in self._now]

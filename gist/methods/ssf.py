@@ -99,13 +99,17 @@ class Features(nn.ModuleDict, AttachedMethod):
         return self[name](output, isinstance(module, nn.Conv2d))
 
     def fused(self, index: int) -> FusedParts | Refusal:
-        names = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
-        parts: dict[str, Any] = {name: self[f"{index}_{name}"] for name in names}
+        qkv = ("qkv",) if f"{index}_qkv" in self else ("q", "k", "v")
+        names = ("norm1", "proj", "norm2", "fc1", "fc2")
+        parts: dict[str, Any] = {name: self[f"{index}_{name}"] for name in (*names, *qkv)}
         if not all(is_bare(part) for part in parts.values()):
             return Refusal("its method's modules are not as gist made them")
-        return FusedParts(
-            updates={n: LayerUpdate(part.scale, part.shift) for n, part in parts.items()}
+        updates = {name: LayerUpdate(parts[name].scale, parts[name].shift) for name in names}
+        updates["qkv"] = LayerUpdate(
+            torch.cat([parts[name].scale for name in qkv]),
+            torch.cat([parts[name].shift for name in qkv]),
         )
+        return FusedParts(updates=updates)
 
     def merge(self, family: BackboneFamily) -> None:
         for name, module, _ in list(_places(family)):

@@ -159,7 +159,7 @@ class _Prepared:
         self._kept: autograd.Sublayer | None = None
 
     def check_input(self, x: torch.Tensor) -> None:
-        like = self.weights[1][0]
+        like = self.weights[1][2]  # the first may be joined in another dtype
         if x.dtype is not like.dtype or x.device != like.device:
             check.alike("x", x, "the frozen weight", like)
 

@@ -360,9 +360,11 @@ def test_an_empty_batch_gives_empty_logits_where_the_backbone_does(method, famil
         backbone(pixels[:0])
     except RuntimeError as error:
         assert "timm ViT" not in family
-        with pytest.raises(RuntimeError, match=str(error)[:30]):
-            model_of(method, family)[0](pixels[:0])
-        return
+        model = model_of(method, family)[0]
+        if "fused" not in gist.explain(model):
+            with pytest.raises(RuntimeError, match=str(error)[:30]):
+                model(pixels[:0])
+            return
     model, pixels = model_of(method, family)
     assert model(pixels[:0]).shape == (0, model.num_classes)
     out = model.train()(pixels[:0])

@@ -1,0 +1,258 @@
+"""transformers' vision transformers, as the fused sublayers take them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import activations
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.dinov2 import modeling_dinov2
+from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
+from transformers.models.vit import modeling_vit
+
+from gist.backbones.transformers_vit import TransformersViT
+from gist.fusion import block as fused_block
+from gist.fusion.backbone import Embedded, FusedBackbone
+from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
+from gist.methods.base import Refusal
+from gist.untouched import is_own, written_forward
+
+
+class _Classes(NamedTuple):
+    """The classes of a block and of its parts; None where a release of transformers has none."""
+
+    layer: Any
+    attention: Any
+    mlp: Any
+    layer_scale: Any
+    drop_path: Any
+    whole: tuple[Any, ...]
+    """Those whose forward runs the embeddings, the blocks and what comes after them."""
+
+    @classmethod
+    def of(cls, module: ModuleType, prefix: str) -> _Classes:
+        def found(name: str) -> Any:
+            return getattr(module, prefix + name, None)
+
+        whole = (found(name) for name in ("ForImageClassification", "Model", "Encoder"))
+        return cls(
+            found("Layer"), found("Attention"), found("MLP"), found("LayerScale"),
+            found("DropPath"), tuple(kind for kind in whole if kind is not None),
+        )  # fmt: skip
+
+
+def _written(kind: Any) -> Callable[..., Any] | None:
+    """A class's forward; None where another one, decorated as that one or not, is in its place.
+
+    transformers' own decorators carry the name of what they decorate, as anyone's may.
+    """
+    own: Any = written_forward(kind)
+    link = own
+    while link is not None:
+        if not inspect.isfunction(link):
+            return None
+        if link.__globals__.get("__name__", "").partition(".")[0] not in ("transformers", "torch"):
+            return None
+        link = getattr(link, "__wrapped__", None)
+    return own
+
+
+_VIT = _Classes.of(modeling_vit, "ViT")
+_FAMILIES = (
+    _VIT,
+    _Classes.of(modeling_dinov2, "Dinov2"),
+    _Classes.of(modeling_dinov2_with_registers, "Dinov2WithRegisters"),
+)
+_OF_LAYER = {classes.layer: classes for classes in _FAMILIES}
+_WHOLE = {kind: _written(kind) for classes in _FAMILIES for kind in classes.whole}
+_ACTIVATIONS: dict[Any, str] = {
+    activations.LinearActivation: "identity",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    getattr(activations, "SiLUActivation", nn.SiLU): "silu",
+    activations.NewGELUActivation: "gelu_tanh",
+}
+
+
+class FusedTransformersViT(FusedBackbone):
+    """transformers' ViT, DINOv2 and DINOv2 with registers for image classification."""
+
+    FORWARDS: ClassVar[Forwards] = {
+        **COMMON_FORWARDS,
+        **{
+            kind: _written(kind)
+            for kind in (
+                *(kind for classes in _FAMILIES for kind in classes[:5] if kind is not None),
+                activations.GELUActivation, activations.GELUTanh, *_ACTIVATIONS,
+            )
+        },
+    }  # fmt: skip
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.family = TransformersViT(model)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.family.blocks
+
+    def refusal(self) -> Refusal | None:
+        encoder = self.family.encoder
+        for part in (self.model, encoder, getattr(encoder, "encoder", None)):
+            if part is None:
+                continue
+            kind = type(part)
+            if _WHOLE.get(kind) is None or kind.forward is not _WHOLE[kind]:
+                return Refusal(f"{kind.__name__} has a forward of its own")
+            if not is_own(part, "forward"):
+                return Refusal(f"the forward of its {kind.__name__} was replaced")
+        return _config_refusal(self.model.config)
+
+    def layers(self, block: Any) -> BlockLayers | Refusal:
+        reason = _block_refusal(block)
+        if reason is not None:
+            return Refusal(reason)
+        attention, mlp = block.attention, block.mlp
+        activation = _activation_name(mlp.activation_fn)
+        assert activation is not None
+        scales = (getattr(block, f"layer_scale{i}", None) for i in (1, 2))
+        drop_path = _drop_path(getattr(block, "drop_path", None))
+        first, second = (None if scale is None else scale.lambda1 for scale in scales)
+        return BlockLayers(
+            norms=_norms(block),
+            qkv=Linears.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            proj=Linears.of(attention.o_proj),
+            num_heads=attention.q_proj.out_features // attention.head_dim,
+            scale=attention.scaling,
+            fc1=Linears.of(mlp.fc1),
+            fc2=Linears.of(mlp.fc2),
+            activation=activation,
+            layer_scales=(first, second),
+            drop_paths=(drop_path, drop_path),
+        )
+
+    def is_later(self, parameter: str) -> bool:
+        return not parameter.startswith(f"{self.model.base_model_prefix}.embeddings.")
+
+    def embed(self, images: torch.Tensor) -> Embedded:
+        images = images.to(self.family.patch_projection.weight.dtype)
+        return Embedded(self.family.encoder.embeddings(images))
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.family.encoder.layernorm(x)
+        return features
+
+    @property
+    def checkpointed(self) -> bool:
+        return any(self.recomputes(index) for index in range(len(self.blocks)))
+
+    def recomputes(self, index: int) -> bool:
+        block: Any = self.blocks[index]
+        return block.gradient_checkpointing and block.training
+
+
+def _norms(block: Any) -> tuple[Any, Any]:
+    if type(block) is _VIT.layer:
+        return block.layernorm_before, block.layernorm_after
+    return block.norm1, block.norm2
+
+
+def _config_refusal(config: Any) -> Refusal | None:
+    name = config._attn_implementation or "eager"
+    functions = {"eager": None, "sdpa": sdpa_attention_forward}
+    if name not in functions:
+        return Refusal(f"its attention implementation is {name!r}")
+    if ALL_ATTENTION_FUNCTIONS.get(name) is not functions[name]:
+        return Refusal(f"another function was registered for its {name!r} attention")
+    if getattr(config, "is_causal", None):
+        return Refusal("its attention is causal")
+    if config.output_attentions or config.output_hidden_states:
+        return Refusal("its config asks for attentions or hidden states")
+    return None
+
+
+def _block_refusal(block: Any) -> str | None:
+    classes = _OF_LAYER.get(type(block))
+    if classes is None:
+        return f"it is a {type(block).__name__}"
+    if not hasattr(block.attention, "o_proj"):
+        return "its layers are those of an earlier release of transformers"
+    for part in _norms(block):
+        if type(part) is not nn.LayerNorm or len(part.normalized_shape) != 1:
+            return f"its norm is a {type(part).__name__}"
+    if classes is _VIT:
+        reason = dropout_refusal("block", block, block.dropout)
+    else:
+        reason = _scaling_refusal(block, classes)
+    return (
+        reason or _attention_refusal(block.attention, classes) or _mlp_refusal(block.mlp, classes)
+    )
+
+
+def _scaling_refusal(block: Any, classes: _Classes) -> str | None:
+    for part in (block.layer_scale1, block.layer_scale2):
+        if type(part) is not classes.layer_scale:
+            return f"its layer scale is a {type(part).__name__}"
+    if type(block.drop_path) not in (nn.Identity, classes.drop_path):
+        return f"its drop-path is a {type(block.drop_path).__name__}"
+    return None
+
+
+def _attention_refusal(attention: Any, classes: _Classes) -> str | None:
+    if type(attention) is not classes.attention:
+        return f"its attention is a {type(attention).__name__}"
+    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
+    if not all(type(layer) is nn.Linear for layer in (q, k, v, o)):
+        return "its attention's projections are not plain linears"
+    widths = q.out_features, k.out_features, v.out_features
+    if len(set(widths)) > 1 or q.out_features % attention.head_dim:
+        return "its attention's heads don't make up its projections"
+    if attention.is_causal:
+        return "its attention is causal"
+    if attention.attention_dropout and attention.training:
+        return "its attention has dropout"
+    return None
+
+
+def _mlp_refusal(mlp: Any, classes: _Classes) -> str | None:
+    if type(mlp) is not classes.mlp:
+        return f"its MLP is a {type(mlp).__name__}"
+    if not type(mlp.fc1) is type(mlp.fc2) is nn.Linear:
+        return "its MLP's layers are not plain linears"
+    if _activation_name(mlp.activation_fn) is None:
+        return f"its MLP's activation is a {type(mlp.activation_fn).__name__}"
+    return None
+
+
+def _activation_name(act: Any) -> str | None:
+    """The name of an activation in :data:`gist_kernels.activations.Activation`, or None."""
+    if type(act) is activations.GELUActivation:
+        return "gelu" if act.act is F.gelu else None
+    if type(act) is activations.GELUTanh:
+        called: Any = act.act
+        known = isinstance(called, partial) and called.func is F.gelu
+        return "gelu_tanh" if known and called.keywords == {"approximate": "tanh"} else None
+    return _ACTIVATIONS.get(type(act))
+
+
+def _drop_path(part: Any) -> fused_block.DropPath | None:
+    """The draws of a block's DropPath, whether or not it is on."""
+    return None if part is None or isinstance(part, nn.Identity) else partial(_factors, part)
+
+
+def _factors(part: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The factors that transformers' DropPath would draw for x, in its order."""
+    if part.drop_prob == 0 or not part.training:
+        return None
+    keep = 1 - part.drop_prob
+    drawn = torch.rand((x.shape[0], 1, 1), dtype=x.dtype, device=x.device)
+    return torch.floor(drawn + keep) / keep
