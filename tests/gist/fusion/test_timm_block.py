@@ -10,6 +10,7 @@ import pytest
 import torch
 from draws import geometric_mean
 from models import BACKBONES, backbone, images, wrapped
+from timm.layers import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import in_processes
@@ -30,6 +31,7 @@ def own_forward(monkeypatch):
 
     def switch_off():
         monkeypatch.setattr(timm_block, "plan", lambda *_: Refusal("a test wants it so"))
+        monkeypatch.setattr(gist.GistModel, "plan", gist.GistModel._planned)  # keeps no earlier one
 
     return switch_off
 
@@ -69,6 +71,7 @@ CONFIGS = PLAIN_CONFIGS | {
     "ssf": gist.GistConfig(gist.SSF(), token_dropout=0.0),
     "fact": gist.GistConfig(gist.FacT(rank=3, dropout=0.0), token_dropout=0.0),
     "fact, tk": gist.GistConfig(gist.FacT(form="tk", rank=3, dropout=0.0), token_dropout=0.0),
+    "difffit": gist.GistConfig(gist.DiffFit(), token_dropout=0.0),
     "biases, norms, adapter, keys": gist.GistConfig(
         (gist.BitFit(), gist.LayerNormTuning(), gist.Adapter(rank=4), gist.LoRA(targets=("k",))),
         token_dropout=0.0,
@@ -116,6 +119,16 @@ def test_dropout_is_drawn_by_the_blocks_own_forward(method, what):
     assert "blocks 0 to 2: fused" in gist.explain(model.eval())
     assert "blocks 0 to 2: fused" in gist.explain(
         wrapped("vit", gist.GistConfig(method(dropout=0.0))).train()
+    )
+
+
+def test_factors_of_an_attention_wider_than_its_tokens_run_by_hooks():
+    vit = backbone()
+    vit.blocks[1].attn = Attention(48, 3, attn_head_dim=32, qkv_bias=True)
+    said = gist.explain(gist.wrap(vit, gist.GistConfig(gist.FacT(dropout=0.0)))).splitlines()
+    assert (
+        said[1]
+        == "block 1: the block's own forward, for its attention is not as wide as its tokens"
     )
 
 
