@@ -104,6 +104,22 @@ def _pieces(family: BackboneFamily) -> tuple[dict[nn.Linear, list[_Piece]], int]
     return pieces, count
 
 
+def _matrices(family: BackboneFamily) -> list[tuple[slice, slice] | None]:
+    """Each block's matrices in the tensor: those of q, k, v, proj and fc1, and those of fc2.
+
+    None where q, k, v and proj are not one matrix each.
+    """
+    width, stop = family.embed_dim, 0
+    found: list[tuple[slice, slice] | None] = []
+    for index in range(len(family.blocks)):
+        parts = [family.projection(index, n) for n in ("q", "k", "v", "proj", "fc1", "fc2")]
+        counts = [p.in_features * p.out_features // width**2 for p in parts]
+        start, middle, stop = stop, stop + sum(counts[:-1]), stop + sum(counts)
+        plain = counts[:4] == [1] * 4
+        found.append((slice(start, middle), slice(middle, stop)) if plain else None)
+    return found
+
+
 class Factors(AttachedMethod):
     """The shared factors ``u``, ``v`` (D, rank) and the cores."""
 
@@ -111,8 +127,7 @@ class Factors(AttachedMethod):
         super().__init__()
         rank, width, options = config.rank or 0, family.embed_dim, new_parameters(family.model)
         self.scale, self.dropout = config.scale, config.dropout
-        self.matrices_each = count // len(family.blocks)
-        self.matrices_of_fc2 = family.projection(0, "fc2").in_features // width
+        self.matrices = _matrices(family)
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
             bound = fan_in**-0.5
@@ -132,9 +147,8 @@ class Factors(AttachedMethod):
             return self.cores[k]
         return torch.einsum("r,rij->ij", self.mixture[k], self.core)
 
-    def cores_of_block(self, index: int) -> torch.Tensor:
-        """The S_k of a block, (matrices, rank, rank)."""
-        chosen = slice(index * self.matrices_each, (index + 1) * self.matrices_each)
+    def cores_of(self, chosen: slice) -> torch.Tensor:
+        """Some of the S_k, (matrices, rank, rank)."""
         if hasattr(self, "cores"):
             return self.cores[chosen]
         return torch.tensordot(self.mixture[chosen], self.core, dims=1)
@@ -171,19 +185,20 @@ class Factors(AttachedMethod):
             return Refusal("its update has dropout")
         if not is_bare(self):
             return Refusal("its method's modules are not as gist made them")
-        down, cores = self.u.t(), self.cores_of_block(index)
-        # q, k, v, proj, those of fc1, then those of fc2. A gated MLP's fc1 has twice as many.
-        first = len(cores) - self.matrices_of_fc2
+        matrices = self.matrices[index]
+        if matrices is None:
+            return Refusal("its attention is not as wide as its tokens")
+        narrow, wide = matrices
         # What reads D features shares U; V S_k^T are the rows of its outputs.
-        up = self.scale * (self.v @ cores[:first].mT)
+        down, up = self.u.t(), self.scale * (self.v @ self.cores_of(narrow).mT)
         # fc2 reads several times D: the columns of its inputs are (U S_k)^T, and its outputs V.
-        wide = (self.u @ cores[first:]).flatten(0, 1).t()
+        down_wide = (self.u @ self.cores_of(wide)).flatten(0, 1).t()
         return FusedParts(
             updates={
                 "qkv": LayerUpdate(down=down, up=up[:3].flatten(0, 1)),
                 "proj": LayerUpdate(down=down, up=up[3]),
                 "fc1": LayerUpdate(down=down, up=up[4:].flatten(0, 1)),
-                "fc2": LayerUpdate(down=wide, up=self.scale * self.v),
+                "fc2": LayerUpdate(down=down_wide, up=self.scale * self.v),
             }
         )
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fused_cases import CONFIGS, PLAIN_CONFIGS, compare_with_own_forward, results
 from models import BACKBONES, backbone, images, wrapped
+from timm.layers import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import in_processes
@@ -58,6 +59,16 @@ def test_dropout_is_drawn_by_the_blocks_own_forward(method, what):
     assert "blocks 0 to 2: fused" in gist.explain(model.eval())
     assert "blocks 0 to 2: fused" in gist.explain(
         wrapped("vit", gist.GistConfig(method(dropout=0.0))).train()
+    )
+
+
+def test_factors_of_an_attention_wider_than_its_tokens_run_by_hooks():
+    vit = backbone()
+    vit.blocks[1].attn = Attention(48, 3, attn_head_dim=32, qkv_bias=True)
+    said = gist.explain(gist.wrap(vit, gist.GistConfig(gist.FacT(dropout=0.0)))).splitlines()
+    assert (
+        said[1]
+        == "block 1: the block's own forward, for its attention is not as wide as its tokens"
     )
 
 

@@ -47,6 +47,7 @@ def test_is_the_same_function_in_float64(name, config, own_forward):
         assert "own forward" not in gist.explain(mode)
         fused = results(mode, pixels)
         with own_forward():
+            assert "fused" not in gist.explain(mode)
             plain = results(mode, pixels)
         assert fused[1].keys() == plain[1].keys()
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)

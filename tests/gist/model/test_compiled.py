@@ -16,7 +16,9 @@ METHODS = {
     "adaptformer": gist.AdaptFormer(dropout=0.0),
     "lora": gist.LoRA(rank=2, targets=("q", "v", "fc1")),
     "ssf": gist.SSF(),
+    "fact": gist.FacT(rank=3, dropout=0.0),
     "bitfit": gist.BitFit(),
+    "difffit": gist.DiffFit(),
     "vpt": gist.VPT(num_tokens=2),
     "none": None,
 }
