@@ -156,7 +156,8 @@ def adapter_launches(
     kind: str = "gelu",
 ) -> list[Launch]:
     """What the adapter family launches: with LayerNorm onto x, as in a sublayer, alone onto a
-    residual, and, of rank 0, LayerNorm alone; and the activation."""
+    residual, and, of rank 0, LayerNorm alone; and the activation,
+    plain and gated."""
     x, other, d_out = torch.zeros(3, 2, features, dtype=dtype)
     norm = NormWeights(torch.zeros(features, dtype=dtype), torch.zeros(features, dtype=dtype), 1e-6)
     weights = None
@@ -177,6 +178,8 @@ def adapter_launches(
         else:
             adapter.backward(None, other, x, norm, stats, None, None, pass_through=False)
         activation.backward(d_out, activation.forward(x, kind), kind)
+        u = torch.zeros(2, 2 * features, dtype=dtype)
+        activation.gated_backward(activation.gated_forward(u, kind), u, kind)
     return found
 
 

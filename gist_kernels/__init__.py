@@ -28,6 +28,7 @@ from gist_kernels.weights import (
     LinearUpdate,
     MlpWeights,
     NormWeights,
+    Rotation,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "LinearUpdate",
     "MlpWeights",
     "NormWeights",
+    "Rotation",
     "adapter",
     "adapter_attention",
     "adapter_mlp",

@@ -59,6 +59,25 @@ class LinearUpdate(NamedTuple):
     """(O, r), or None if down is None."""
 
 
+class Rotation(NamedTuple):
+    """Rotary positions (RoPE, arXiv:2104.09864) of queries and keys, with frozen tables::
+
+        x * cos + rotated(x) * sin
+
+    The tables are timm's (``apply_rot_embed_cat``). The two features of a pair may have different
+    entries. ``rotated`` turns each pair (a, b) of a head's features into (-b, a).
+    """
+
+    sin: torch.Tensor
+    """(R, Dh), or (H, R, Dh) with a table per head, R at least 1."""
+    cos: torch.Tensor
+    """As ``sin``."""
+    start: int
+    """The first rotated token: tokens start to start + R - 1 are rotated, others are not."""
+    half: bool
+    """True pairs feature j with j + Dh / 2 (DINOv3), False pairs 2 j with 2 j + 1 (EVA-02)."""
+
+
 class AttentionWeights(NamedTuple):
     """Multi-head self-attention on D features, with H heads of Dh features each.
 
@@ -80,18 +99,24 @@ class AttentionWeights(NamedTuple):
     """(D,), factor on the projection's output."""
     qkv_update: LinearUpdate | None = None
     proj_update: LinearUpdate | None = None
+    rotation: Rotation | None = None
+    """Of queries and keys, or None for none."""
 
 
 class MlpWeights(NamedTuple):
-    """A two-layer perceptron on D features with F hidden ones.
+    """A two-layer perceptron on D features with F hidden ones, plain or gated::
 
-    Only biases and updates are trained.
+        fc2(activation(fc1(x)))
+        fc2(activation(gate) * value), where gate, value = fc1(x)
+
+    SwiGLU and GEGLU (arXiv:2002.05202) are the second with "silu" and "gelu". Only biases and
+    updates are trained.
     """
 
     fc1_weight: torch.Tensor
-    """(F, D)."""
+    """(F, D). If gated, (2 F, D): the rows of the gate, then of the value."""
     fc1_bias: torch.Tensor | None
-    """(F,)."""
+    """(F,), or (2 F,) if gated."""
     fc2_weight: torch.Tensor
     """(D, F)."""
     fc2_bias: torch.Tensor | None
@@ -102,3 +127,4 @@ class MlpWeights(NamedTuple):
     """(D,), factor on the second layer's output."""
     fc1_update: LinearUpdate | None = None
     fc2_update: LinearUpdate | None = None
+    gated: bool = False

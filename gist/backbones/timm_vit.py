@@ -96,6 +96,12 @@ class TimmViT(BackboneFamily):
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         return self.model.pool(features)
 
+    def pool_token(self, token: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Where the model pools by attention, its pooling of the Gist token alone: the pool's query
+        has one key, so that its projections and MLP apply to that token's value."""
+        by_attention = self.model.attn_pool
+        return token if by_attention is None else by_attention(token[:, None])
+
     def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
         return (head or self.model.head)(self.pre_logits(pooled))
 
@@ -114,10 +120,11 @@ class TimmViT(BackboneFamily):
     def refusal(self, gist: bool) -> str | None:
         if not self.pooling:
             return "has no pooling (global_pool=''); use global_pool='token'"
-        if gist and self.model.attn_pool is not None:
+        by_attention = self.model.attn_pool
+        if gist and getattr(by_attention, "pos_embed", None) is not None:
             return (
-                f"pools by attention (global_pool={self.pooling!r}), for which the Gist token's "
-                "logits are not defined; use global_pool='token' or 'avg'"
+                f"pools by attention (global_pool={self.pooling!r}) with a position for each "
+                "patch, of which the Gist token has none; use global_pool='token' or 'avg'"
             )
         return super().refusal(gist)
 

@@ -10,12 +10,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import gist_kernels as gk
 from gist.fusion import block as fused_block
 from gist.fusion.block import BlockLayers, Forwards, Plan
 from gist.methods.base import AttachedMethod, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of
 from gist_kernels.tracing import autocast_enabled, exporting, under_transform, watched
+
+
+class Embedded(NamedTuple):
+    """What enters the blocks."""
+
+    tokens: torch.Tensor
+    """(B, N, D), which enter the first one."""
+    rotary: Any = None
+    """What the family's own blocks take as rotary positions."""
 
 
 class FusedBackbone(ABC):
@@ -47,13 +57,17 @@ class FusedBackbone(ABC):
         """Whether a parameter of the model, by its name, comes after what :meth:`embed` does."""
 
     @abstractmethod
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) images to the (B, N, D) tokens that enter the first block."""
+    def embed(self, images: torch.Tensor) -> Embedded:
+        """(B, 3, H, W) images to what enters the blocks."""
 
-    def run_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+    def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
         """A block by its own call, hooks included."""
         output: torch.Tensor = self.blocks[index](x)
         return output
+
+    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | None:
+        """The rotary positions of a block's queries and keys, the Gist token being there."""
+        return None
 
     @abstractmethod
     def norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,7 +194,8 @@ def features(
         or any(method.reaches_embedding for method in methods)
     )
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        x = backbone.embed(images)
+        embedded = backbone.embed(images)
+    x = embedded.tokens
     if autocast_enabled(x.device.type):
         # Where no float32 position has been added.
         x = x.to(next(backbone.model.parameters()).dtype)
@@ -193,7 +208,7 @@ def features(
     def run(index: int, x: torch.Tensor) -> torch.Tensor:
         how = plan.blocks[index]
         if isinstance(how, Refusal):
-            return backbone.run_block(index, x)
+            return backbone.run_block(index, x, embedded)
         if index == 0 and token is not None:
             x = token(x)
         for method in methods:
@@ -202,6 +217,7 @@ def features(
             how, x,
             num_queries=num_read if index == last else None,
             grad_tokens=grad_tokens if index == 0 else None,
+            rotation=backbone.rotation(index, embedded),
         )  # fmt: skip
         if index == last and num_read is None:
             for method in methods:

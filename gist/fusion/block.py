@@ -86,6 +86,8 @@ class BlockLayers(NamedTuple):
     fc2: Linears
     activation: str
     """A name in :data:`gist_kernels.activations.Activation`."""
+    gated: bool = False
+    """Whether the first half of fc1's outputs, activated, multiplies the second half."""
     layer_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
 
@@ -163,6 +165,7 @@ def run(
     *,
     num_queries: int | None,
     grad_tokens: tuple[int, int] | None,
+    rotation: gk.Rotation | None,
 ) -> torch.Tensor:
     """Run a block as :func:`plan` says.
 
@@ -170,6 +173,7 @@ def run(
         x: (B, N, D) tokens.
         num_queries: compute only the first tokens of the output; None for all.
         grad_tokens: compute x's gradient only for these tokens: start and count.
+        rotation: the rotary positions of queries and keys.
     """
     sublayers = plan.sublayers()
     of_attention, of_mlp = plan.drop_paths
@@ -178,6 +182,7 @@ def run(
         num_queries=num_queries,
         drop_path=None if of_attention is None else of_attention(x),
         grad_tokens=grad_tokens,
+        rotation=rotation,
     )
     return sublayers.mlp.run(x, drop_path=None if of_mlp is None else of_mlp(x))
 
@@ -220,7 +225,15 @@ def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
         ),
         PreparedMlp(
             _norm(norm2, updates.get("norm2"), dtype),
-            gk.MlpWeights(*fc1, *fc2, layers.activation, scale2, fc1_update, fc2_update),
+            gk.MlpWeights(
+                *fc1,
+                *fc2,
+                layers.activation,
+                scale2,
+                fc1_update,
+                fc2_update,
+                layers.gated,
+            ),
             parts.mlp,
         ),
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from gist.backbones.transformers_vit import TRANSFORMERS_MODELS
 from gist.fusion.backbone import FusedBackbone
+from gist.fusion.timm_eva import FusedTimmEva
 from gist.fusion.timm_vit import FusedTimmViT
 from gist.methods.base import Refusal
 
@@ -16,6 +18,8 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
     """The fused forward of a backbone, or why there is none."""
     if isinstance(model, VisionTransformer):
         return FusedTimmViT(model)
+    if isinstance(model, Eva):
+        return FusedTimmEva(model)
     if type(model).__name__ in TRANSFORMERS_MODELS:
         # Which imports transformers, as the model's maker has.
         from gist.fusion.transformers_vit import FusedTransformersViT

@@ -31,8 +31,9 @@ def embed_patches(module: Any, images: torch.Tensor) -> torch.Tensor:
     patches = images.reshape(batch, channels, height // high, high, width // wide, wide)
     rows = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * high * wide)
     embedded = _linear()(rows, proj.weight.flatten(1), proj.bias)
-    patches_each = (height // high) * (width // wide)
-    return module.norm(embedded.view(batch, patches_each, proj.out_channels))
+    grid = (height // high, width // wide)
+    shape = (grid[0] * grid[1],) if module.flatten else grid
+    return module.norm(embedded.view(batch, *shape, proj.out_channels))
 
 
 def _linear() -> Callable[..., torch.Tensor]:
@@ -47,7 +48,7 @@ def _is_plain(module: Any) -> bool:
     return (
         type(module) is PatchEmbed
         and type(module.proj) is nn.Conv2d
-        and module.flatten
+        and (module.flatten or module.output_fmt == "NHWC")
         and not module.dynamic_img_pad
         and module.proj.kernel_size == module.proj.stride == module.patch_size
         and module.proj.groups == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from gist.fusion import block as fused_block
-from gist.fusion.backbone import FusedBackbone
+from gist.fusion.backbone import Embedded, FusedBackbone
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
 from gist.methods.base import Refusal
@@ -53,12 +53,9 @@ class FusedTimmViT(FusedBackbone):
         return self.model.blocks
 
     def refusal(self) -> Refusal | None:
-        kind = type(self.model)
-        for name, own in _METHODS.items():
-            if getattr(kind, name) is not own:
-                return Refusal(f"{kind.__name__} has a {name} of its own")
-            if not is_own(self.model, name):
-                return Refusal(f"its {name} was replaced")
+        reason = methods_refusal(self.model, _METHODS)
+        if reason is not None:
+            return Refusal(reason)
         if type(self.model.blocks).forward is not _SEQUENTIAL:
             return Refusal("its blocks are not a plain nn.Sequential")
         return None
@@ -87,10 +84,10 @@ class FusedTimmViT(FusedBackbone):
     def is_later(self, parameter: str) -> bool:
         return parameter.startswith(_LATER)
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> Embedded:
         model = self.model
         x = model.patch_drop(model._pos_embed(embed_patches(model.patch_embed, images)))
-        return model.norm_pre(x)
+        return Embedded(model.norm_pre(x))
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         return self.model.norm(x)
@@ -98,6 +95,17 @@ class FusedTimmViT(FusedBackbone):
     @property
     def checkpointed(self) -> bool:
         return self.model.grad_checkpointing
+
+
+def methods_refusal(model: Any, written: Mapping[str, Any]) -> str | None:
+    """Why a model's methods are not those that its library has written, or None."""
+    kind = type(model)
+    for name, own in written.items():
+        if getattr(kind, name) is not own:
+            return f"{kind.__name__} has a {name} of its own"
+        if not is_own(model, name):
+            return f"its {name} was replaced"
+    return None
 
 
 def _block_refusal(block: Any) -> str | None:

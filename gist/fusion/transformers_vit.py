@@ -20,7 +20,7 @@ from transformers.models.vit import modeling_vit
 
 from gist.backbones.transformers_vit import TransformersViT
 from gist.fusion import block as fused_block
-from gist.fusion.backbone import FusedBackbone
+from gist.fusion.backbone import Embedded, FusedBackbone
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.methods.base import Refusal
@@ -33,6 +33,7 @@ class _Classes(NamedTuple):
     layer: Any
     attention: Any
     mlp: Any
+    gated_mlp: Any
     layer_scale: Any
     drop_path: Any
     whole: tuple[Any, ...]
@@ -43,10 +44,10 @@ class _Classes(NamedTuple):
         def found(name: str) -> Any:
             return getattr(module, prefix + name, None)
 
-        whole = (found(name) for name in ("ForImageClassification", "Model", "Encoder"))
+        whole = [found(name) for name in ("ForImageClassification", "Model", "Encoder")]
         return cls(
-            found("Layer"), found("Attention"), found("MLP"), found("LayerScale"),
-            found("DropPath"), tuple(kind for kind in whole if kind is not None),
+            found("Layer"), found("Attention"), found("MLP"), found("SwiGLUFFN"),
+            found("LayerScale"), found("DropPath"), tuple(k for k in whole if k is not None),
         )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ class FusedTransformersViT(FusedBackbone):
         **{
             kind: _written(kind)
             for kind in (
-                *(kind for classes in _FAMILIES for kind in classes[:5] if kind is not None),
+                *(kind for classes in _FAMILIES for kind in classes[:-1] if kind is not None),
                 activations.GELUActivation, activations.GELUTanh, *_ACTIVATIONS,
             )
         },
@@ -121,8 +122,8 @@ class FusedTransformersViT(FusedBackbone):
         reason = _block_refusal(block)
         if reason is not None:
             return Refusal(reason)
-        attention, mlp = block.attention, block.mlp
-        activation = _activation_name(mlp.activation_fn)
+        attention, mlp = block.attention, _mlp_layers(block.mlp)
+        activation = _activation_name(mlp.act)
         assert activation is not None
         scales = (getattr(block, f"layer_scale{i}", None) for i in (1, 2))
         drop_path = _drop_path(getattr(block, "drop_path", None))
@@ -133,9 +134,10 @@ class FusedTransformersViT(FusedBackbone):
             proj=Linears.of(attention.o_proj),
             num_heads=attention.q_proj.out_features // attention.head_dim,
             scale=attention.scaling,
-            fc1=Linears.of(mlp.fc1),
-            fc2=Linears.of(mlp.fc2),
+            fc1=Linears.of(*mlp.first),
+            fc2=Linears.of(mlp.last),
             activation=activation,
+            gated=len(mlp.first) == 2,
             layer_scales=(first, second),
             drop_paths=(drop_path, drop_path),
         )
@@ -143,10 +145,9 @@ class FusedTransformersViT(FusedBackbone):
     def is_later(self, parameter: str) -> bool:
         return not parameter.startswith(f"{self.model.base_model_prefix}.embeddings.")
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> Embedded:
         images = images.to(self.family.patch_projection.weight.dtype)
-        tokens: torch.Tensor = self.family.encoder.embeddings(images)
-        return tokens
+        return Embedded(self.family.encoder.embeddings(images))
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.family.encoder.layernorm(x)
@@ -185,7 +186,7 @@ def _block_refusal(block: Any) -> str | None:
     classes = _OF_LAYER.get(type(block))
     if classes is None:
         return f"it is a {type(block).__name__}"
-    if not hasattr(block.attention, "o_proj"):
+    if not hasattr(block.attention, "o_proj") or hasattr(block.mlp, "weights_in"):
         return "its layers are those of an earlier release of transformers"
     for part in _norms(block):
         if type(part) is not nn.LayerNorm or len(part.normalized_shape) != 1:
@@ -225,13 +226,27 @@ def _attention_refusal(attention: Any, classes: _Classes) -> str | None:
 
 
 def _mlp_refusal(mlp: Any, classes: _Classes) -> str | None:
-    if type(mlp) is not classes.mlp:
+    if type(mlp) not in (classes.mlp, classes.gated_mlp):
         return f"its MLP is a {type(mlp).__name__}"
-    if not type(mlp.fc1) is type(mlp.fc2) is nn.Linear:
+    layers = _mlp_layers(mlp)
+    if not all(type(layer) is nn.Linear for layer in (*layers.first, layers.last)):
         return "its MLP's layers are not plain linears"
-    if _activation_name(mlp.activation_fn) is None:
-        return f"its MLP's activation is a {type(mlp.activation_fn).__name__}"
+    if _activation_name(layers.act) is None:
+        return f"its MLP's activation is a {type(layers.act).__name__}"
     return None
+
+
+class _MlpLayers(NamedTuple):
+    first: tuple[Any, ...]
+    """One layer, or gate and value."""
+    last: Any
+    act: Any
+
+
+def _mlp_layers(mlp: Any) -> _MlpLayers:
+    if hasattr(mlp, "gate_proj"):
+        return _MlpLayers((mlp.gate_proj, mlp.up_proj), mlp.down_proj, mlp.act_fn)
+    return _MlpLayers((mlp.fc1,), mlp.fc2, mlp.activation_fn)
 
 
 def _activation_name(act: Any) -> str | None:

@@ -5,7 +5,7 @@ The operators are for calls that kernels serve.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from gist_kernels.autograd.derivatives import once_differentiable
 from gist_kernels.autograd.operators import Operation
 from gist_kernels.autograd.tensors import in_memory
 from gist_kernels.kernels.protocols import AttentionKernels
-from gist_kernels.weights import AttentionWeights
+from gist_kernels.weights import AttentionWeights, Rotation
 
 
 class AttentionGraph(NamedTuple):
@@ -41,6 +41,7 @@ def attention_forward(
     v: torch.Tensor,
     num_heads: int,
     scale: float | None,
+    rotation: Rotation | None,
     need_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionGraph | None]:
     """``(out, lse, graph)`` of (B, Q, H Dh) queries and (B, N, H Dh) keys and values.
@@ -48,15 +49,17 @@ def attention_forward(
     Backward takes one of the log-sum-exps, (B, H, Q), and of the graph; the other is None.
     """
     if kernels.serves(q, k, num_heads):
+        if rotation is not None:
+            q, k = (_rotated(part, num_heads, rotation) for part in (q, k))
         out, lse = kernels.forward(q, k, v, num_heads, _scale(q, num_heads, scale))
         return out, lse, None
     from gist_kernels import reference
 
     if not need_grad:
-        return reference.attention(q, k, v, num_heads, scale), None, None
+        return reference.attention(q, k, v, num_heads, scale, rotation), None, None
     leaves = q, k, v = tuple(part.detach().requires_grad_() for part in (q, k, v))
     with torch.enable_grad():
-        out = reference.attention(q, k, v, num_heads, scale)
+        out = reference.attention(q, k, v, num_heads, scale, rotation)
     return out.detach(), None, AttentionGraph(out, leaves)
 
 
@@ -70,6 +73,7 @@ def attention_backward(
     graph: AttentionGraph | None,
     num_heads: int,
     scale: float | None,
+    rotation: Rotation | None,
     d_q: torch.Tensor,
     d_k: torch.Tensor,
     d_v: torch.Tensor,
@@ -77,13 +81,27 @@ def attention_backward(
     """Writes the gradients of ``q``, ``k`` and ``v`` into the last three."""
     if lse is not None:
         scale = _scale(q, num_heads, scale)
+        if rotation is not None:
+            q, k = (_rotated(part, num_heads, rotation) for part in (q, k))
         kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v)
+        if rotation is not None:
+            from gist_kernels.reference.rotation import rotate_gradient_
+
+            for grad in (d_q, d_k):
+                rotate_gradient_(grad, num_heads, rotation)
         return
     assert graph is not None
     # Kept: a second backward of the node around it asks again.
     grads = torch.autograd.grad(graph.out, graph.leaves, d_out, retain_graph=True)
     for grad, place in zip(grads, (d_q, d_k, d_v), strict=True):
         place.copy_(grad)
+
+
+def _rotated(x: torch.Tensor, num_heads: int, rotation: Rotation) -> torch.Tensor:
+    """(B, T, H Dh) from the first token on, rotated; x itself if none of its tokens is."""
+    from gist_kernels.reference.rotation import rotate
+
+    return rotate(x.unflatten(-1, (num_heads, -1)), rotation).flatten(2)
 
 
 def _scale(q: torch.Tensor, num_heads: int, scale: float | None) -> float:
@@ -96,21 +114,29 @@ def prefix_attention(
     num_heads: int,
     num_queries: int | None,
     scale: float | None,
+    rotation: Rotation | None,
 ) -> torch.Tensor:
     """Attention of the first tokens, or all, of a packed (B, N, 3 H Dh)."""
     need_grad = torch.is_grad_enabled()
     result: torch.Tensor = _PrefixAttention.apply(
-        kernels, need_grad, num_heads, num_queries, scale, qkv
+        kernels, need_grad, num_heads, num_queries, scale, rotation, qkv
     )
     return result
 
 
 def prefix_attention_operator(
-    backend: str, qkv: torch.Tensor, num_heads: int, num_queries: int | None, scale: float | None
+    backend: str,
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_queries: int | None,
+    scale: float | None,
+    rotation: Rotation | None,
 ) -> torch.Tensor:
     """As :func:`prefix_attention`, by the registered operator, where kernels serve the call."""
     scale = None if scale is None else float(scale)
-    out: torch.Tensor = _OPERATORS[backend](qkv, num_heads, num_queries, scale)[0]
+    sin, cos, start, half = flat_rotation(rotation)
+    results = _OPERATORS[backend](qkv, sin, cos, num_heads, num_queries, scale, start, half)
+    out: torch.Tensor = results[0]
     return out
 
 
@@ -128,24 +154,43 @@ class _PrefixAttention(torch.autograd.Function):
         num_heads: int,
         num_queries: int | None,
         scale: float | None,
+        rotation: Rotation | None,
         qkv: torch.Tensor,
     ) -> torch.Tensor:
         qkv = _packed(qkv)
-        ctx.options = num_heads, num_queries, scale
+        ctx.options = num_heads, num_queries, scale, rotation
         out, lse, ctx.graph = _of_packed(kernels, qkv, ctx.options, need_grad)
         ctx.kernels = kernels
-        ctx.save_for_backward(qkv, lse)
+        # The tables too: autograd sees to their versions.
+        ctx.save_for_backward(qkv, lse, *flat_rotation(rotation)[:2])
         return out
 
     @staticmethod
     @once_differentiable("prefix_attention")
     def backward(ctx: Any, saved: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        qkv, lse = saved
+        qkv, lse, *_ = saved
         d_qkv = _of_packed_backward(ctx.kernels, qkv, ctx.options, lse, ctx.graph, d_out)
-        return None, None, None, None, None, d_qkv
+        return None, None, None, None, None, None, d_qkv
 
 
-_Options: TypeAlias = "tuple[int, int | None, float | None]"
+_Options: TypeAlias = "tuple[int, int | None, float | None, Rotation | None]"
+
+ROTATION_TABLES = "Tensor? rotation_sin", "Tensor? rotation_cos"
+ROTATION_OPTIONS = "SymInt rotation_start", "bool rotation_half"
+"""What an operator's schema has of a rotation."""
+
+
+def flat_rotation(
+    rotation: Rotation | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int, bool]:
+    """Sine, cosine, start and pairing."""
+    return (None, None, 0, False) if rotation is None else rotation
+
+
+def rotation_of(tables: Sequence[torch.Tensor | None], options: Sequence[Any]) -> Rotation | None:
+    """That of an operator's flat arguments."""
+    sin, cos = tables
+    return None if sin is None or cos is None else Rotation(sin, cos, *options)
 
 
 def _packed(qkv: torch.Tensor) -> torch.Tensor:
@@ -155,9 +200,10 @@ def _packed(qkv: torch.Tensor) -> torch.Tensor:
 def _of_packed(
     kernels: AttentionKernels, qkv: torch.Tensor, options: _Options, need_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionGraph | None]:
-    num_heads, num_queries, scale = options
+    num_heads, num_queries, scale, rotation = options
     q, k, v = qkv.chunk(3, dim=-1)
-    return attention_forward(kernels, q[:, :num_queries], k, v, num_heads, scale, need_grad)
+    q = q[:, :num_queries]
+    return attention_forward(kernels, q, k, v, num_heads, scale, rotation, need_grad)
 
 
 def _of_packed_backward(
@@ -168,7 +214,7 @@ def _of_packed_backward(
     graph: AttentionGraph | None,
     d_out: torch.Tensor,
 ) -> torch.Tensor:
-    num_heads, num_queries, scale = options
+    num_heads, num_queries, scale, rotation = options
     q, k, v = qkv.chunk(3, dim=-1)
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
@@ -178,28 +224,37 @@ def _of_packed_backward(
     if d_out.stride(2) != 1:
         d_out = d_out.contiguous()
     attention_backward(
-        kernels, d_out, q[:, :num_queries], k, v, lse, graph, num_heads, scale,
+        kernels, d_out, q[:, :num_queries], k, v, lse, graph, num_heads, scale, rotation,
         d_q[:, :num_queries], d_k, d_v,
     )  # fmt: skip
     return d_qkv
 
 
+def _of_flat(tensors: Any, options: Any) -> tuple[torch.Tensor, _Options]:
+    """The packed tensor, and the options."""
+    qkv, *tables = tensors
+    num_heads, num_queries, scale, *rotation = options
+    return _packed(qkv), (num_heads, num_queries, scale, rotation_of(tables, rotation))
+
+
 def _forward(kernels: AttentionKernels, tensors: Any, options: Any) -> Any:
-    out, lse, _ = _of_packed(kernels, _packed(tensors[0]), options, False)
+    out, lse, _ = _of_packed(kernels, *_of_flat(tensors, options), False)
     return out, (lse,)
 
 
 def _backward(
     kernels: AttentionKernels, tensors: Any, options: Any, saved: Any, needs: Any, d_out: Any
 ) -> tuple[torch.Tensor]:
-    return (_of_packed_backward(kernels, _packed(tensors[0]), options, saved[0], None, d_out),)
+    qkv, options = _of_flat(tensors, options)
+    return (_of_packed_backward(kernels, qkv, options, saved[0], None, d_out),)
 
 
 _OPERATORS: dict[str, Any] = {}
 _OPERATION = Operation(
     "prefix_attention",
     trained=("Tensor qkv",),
-    options=("int num_heads", "SymInt? num_queries", "float? scale"),
+    frozen=ROTATION_TABLES,
+    options=("int num_heads", "SymInt? num_queries", "float? scale", *ROTATION_OPTIONS),
     saved=("lse",),
     forward=_forward,
     backward=_backward,
@@ -229,6 +284,10 @@ def token_gradients(
         return torch.empty(split.shape, dtype=lse.dtype, device=qkv.device).copy_(split).unbind(0)
 
     (q, k, v), (d,), (o,) = by_head(qkv, 3), by_head(d_out, 1), by_head(out, 1)
+    if weights.rotation is not None:
+        q, k = (  # rounded as forward rounded them: lse is that of these scores
+            _rotated_heads(part, weights.rotation).to(qkv.dtype).to(part.dtype) for part in (q, k)
+        )
     scale = q.shape[-1] ** -0.5 if weights.scale is None else weights.scale
     k = k * scale
     delta = (d * o).sum(-1)
@@ -241,6 +300,21 @@ def token_gradients(
 
     _, d_rows = d_scores(q[:, :, tokens], k, v, d[:, :, tokens], tokens)
     p, d_columns = d_scores(q, k[:, :, tokens], v[:, :, tokens], d, slice(None))
-    parts = torch.stack((d_rows @ k, scale * d_columns.mT @ q, p.mT @ d))
+    d_q, d_k = d_rows @ k, scale * d_columns.mT @ q
+    if weights.rotation is not None:
+        d_q, d_k = (
+            _rotated_heads(part, weights.rotation, tokens.start, transposed=True)
+            for part in (d_q, d_k)
+        )
+    parts = torch.stack((d_q, d_k, p.mT @ d))
     # (3, B, H, T, Dh)
     return parts.permute(1, 3, 0, 2, 4).to(qkv.dtype).flatten(2)
+
+
+def _rotated_heads(
+    x: torch.Tensor, rotation: Rotation, first: int = 0, *, transposed: bool = False
+) -> torch.Tensor:
+    """As ``reference.rotation.rotate``, (B, H, T, Dh)."""
+    from gist_kernels.reference.rotation import rotate
+
+    return rotate(x.transpose(1, 2), rotation, first, transposed=transposed).transpose(1, 2)

@@ -71,7 +71,7 @@ def all_attention_forward(
     qkv = qkv.view(*x.shape[:2], qkv.shape[1])
     q, k, v = qkv.chunk(3, dim=-1)
     attended, lse, graph = attention_forward(
-        kernels.attention, q, k, v, weights.num_heads, weights.scale, need_grad
+        kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad
     )
     result, of_proj = sublayer.add_last(rows, adapted, attended)
     read_again = sublayer.last.parts.down is not None or grad_tokens is not None
@@ -108,7 +108,7 @@ def all_attention_backward(
         d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
         attention_backward(
             kernels.attention, d_attended, q, k, v, lse, graph,
-            weights.num_heads, weights.scale, d_q, d_k, d_v,
+            weights.num_heads, weights.scale, weights.rotation, d_q, d_k, d_v,
         )  # fmt: skip
         of_qkv = LinearSaved(saved.qkv_unscaled, saved.qkv_low)
         d_x, grads = sublayer.first_backward(d_qkv, of_qkv, needs.trained, rows)
@@ -165,7 +165,7 @@ def few_attention_forward(
     kv = kv.view(*x.shape[:2], kv.shape[1])
     k, v = kv.chunk(2, dim=-1)
     attended, lse, graph = attention_forward(
-        kernels.attention, q, k, v, weights.num_heads, weights.scale, need_grad
+        kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad
     )
     result, of_proj = sublayer.add_last(read, adapted, attended)
     kept = attended if sublayer.last.parts.down is not None else None
@@ -198,7 +198,7 @@ def few_attention_backward(
     d_k, d_v = d_kv.chunk(2, dim=-1)
     attention_backward(
         kernels.attention, d_attended.view(q.shape), q, k, v, saved.lse, graph,
-        weights.num_heads, weights.scale, d_q, d_k, d_v,
+        weights.num_heads, weights.scale, weights.rotation, d_q, d_k, d_v,
     )  # fmt: skip
     q_linear, kv_linear = split_projection(sublayer.first)
     d_normed, kv_grads = kv_linear.backward(
@@ -239,29 +239,38 @@ class MlpSaved(NamedTuple):
 
 
 def mlp_forward(sublayer: Sublayer, x: torch.Tensor) -> tuple[torch.Tensor, MlpSaved]:
-    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
     rows = rows_of(x)
-    normed, adapted, z, stats = sublayer.normed_and_adapted(rows, norm)
+    normed, adapted, z, stats = sublayer.normed_and_adapted(rows, sublayer.norm)
     u, of_fc1 = sublayer.first.forward(normed)
-    hidden = kernels.activation.forward(u, weights.activation)
+    hidden = _hidden(sublayer, u)
     hidden = hidden.view(*x.shape[:2], hidden.shape[1])
     result, of_fc2 = sublayer.add_last(rows, adapted, hidden)
     return result, MlpSaved(z, stats, u, *of_fc1, *of_fc2)
 
 
+def _hidden(sublayer: Sublayer, u: torch.Tensor) -> torch.Tensor:
+    """What the last layer reads, from the first layer's output; backward computes it once more."""
+    activation, weights = sublayer.kernels.activation, sublayer.weights
+    forward = activation.gated_forward if weights.gated else activation.forward
+    return forward(u, weights.activation)
+
+
 def mlp_backward(
     sublayer: Sublayer, x: torch.Tensor, saved: MlpSaved, needs: Needs, d_out: torch.Tensor
 ) -> Gradients:
-    activation, name = sublayer.kernels.activation, sublayer.weights.activation
+    activation, weights = sublayer.kernels.activation, sublayer.weights
     rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
     d_hidden, d_fc2 = sublayer.last_backward(
-        d_out, lambda: activation.forward(saved.u, name),
+        d_out, lambda: _hidden(sublayer, saved.u),
         LinearSaved(saved.fc2_unscaled, saved.fc2_low), needs.trained.last, needs.inner,
     )  # fmt: skip
     if d_hidden is None:
         adapter = sublayer.adapter_grads(rows.d_out, rows.x, rows.z)
         return Gradients(None, Trained(adapter, last=d_fc2))
-    d_u = activation.backward(d_hidden, saved.u, name, into_d_a=True)
+    if weights.gated:
+        d_u = activation.gated_backward(d_hidden, saved.u, weights.activation)
+    else:
+        d_u = activation.backward(d_hidden, saved.u, weights.activation, into_d_a=True)
     of_fc1 = LinearSaved(saved.fc1_unscaled, saved.fc1_low)
     d_x, grads = sublayer.first_backward(d_u, of_fc1, needs.trained, rows)
     return Gradients(d_x.view(x.shape), grads._replace(last=d_fc2))

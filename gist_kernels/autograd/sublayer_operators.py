@@ -11,6 +11,12 @@ from typing import Any
 import torch
 
 from gist_kernels.autograd import equations, shapes
+from gist_kernels.autograd.attention import (
+    ROTATION_OPTIONS,
+    ROTATION_TABLES,
+    flat_rotation,
+    rotation_of,
+)
 from gist_kernels.autograd.equations import AttentionSaved, MlpSaved, Needs, PrefixSaved
 from gist_kernels.autograd.linear import FrozenLinear, LinearParts, matmul_dtype
 from gist_kernels.autograd.operators import Operation
@@ -31,14 +37,16 @@ def adapter_attention(
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_attention`."""
     qkv, proj = (weights[:2], weights.qkv_update), (weights[2:4], weights.proj_update)
-    arguments = _flat(x, norm, qkv, proj, weights.layer_scale, drop_path, adapter)
-    heads = weights.num_heads, None if weights.scale is None else float(weights.scale)
+    tensors, numbers = _flat(x, norm, qkv, proj, weights.layer_scale, drop_path, adapter)
+    sin, cos, *rotation = flat_rotation(weights.rotation)
+    scale = None if weights.scale is None else float(weights.scale)
+    arguments = *tensors, sin, cos, *numbers, weights.num_heads, scale, *rotation
     if num_queries is None or num_queries >= x.shape[1]:
         operator = _OPERATORS[backend, "adapter_attention"]
-        result = operator(*arguments, *heads, grad_tokens)
+        result = operator(*arguments, grad_tokens)
     else:
         operator = _OPERATORS[backend, "adapter_attention_of_few"]
-        result = operator(*arguments, *heads, num_queries)
+        result = operator(*arguments, num_queries)
     out: torch.Tensor = result[0]
     return out
 
@@ -53,8 +61,9 @@ def adapter_mlp(
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""
     fc1, fc2 = (weights[:2], weights.fc1_update), (weights[2:4], weights.fc2_update)
-    arguments = _flat(x, norm, fc1, fc2, weights.layer_scale, drop_path, adapter)
-    out: torch.Tensor = _OPERATORS[backend, "adapter_mlp"](*arguments, weights.activation)[0]
+    tensors, numbers = _flat(x, norm, fc1, fc2, weights.layer_scale, drop_path, adapter)
+    operator = _OPERATORS[backend, "adapter_mlp"]
+    out: torch.Tensor = operator(*tensors, *numbers, weights.activation, weights.gated)[0]
     return out
 
 
@@ -78,7 +87,8 @@ def _flat(
     layer_scale: torch.Tensor | None,
     drop_path: torch.Tensor | None,
     adapter: AdapterWeights | None,
-) -> tuple[Any, ...]:
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The tensors, and the numbers."""
     dtype = matmul_dtype(x)
     of_adapter = (None, None, None, None) if adapter is None else adapter[:4]
     scale, activation = (1.0, "identity") if adapter is None else adapter[4:]
@@ -88,22 +98,26 @@ def _flat(
         matrices.append(weight.detach().to(dtype))
     frozen = *matrices, layer_scale, drop_path
     numbers = float(norm.eps), float(scale), activation
-    return x, *of_adapter, *norm[:2], *parts, *frozen, *numbers
+    return (x, *of_adapter, *norm[:2], *parts, *frozen), numbers
 
 
 def _attention_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
     """Sublayer, x, and num_queries or grad_tokens."""
+    *tensors, sin, cos = tensors
     first, last, layer_scale, _ = tensors[-4:]
-    *options, num_heads, scale, own = options
-    weights = AttentionWeights(first, None, last, None, num_heads, scale, layer_scale)
+    *options, num_heads, scale, start, half, own = options
+    rotation = rotation_of((sin, cos), (start, half))
+    weights = AttentionWeights(
+        first, None, last, None, num_heads, scale, layer_scale, rotation=rotation
+    )
     return *_sublayer(kernels, weights, tensors, options), own
 
 
 def _mlp_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
     """Sublayer and x."""
     first, last, layer_scale, _ = tensors[-4:]
-    *options, activation = options
-    weights = MlpWeights(first, None, last, None, activation, layer_scale)
+    *options, activation, gated = options
+    weights = MlpWeights(first, None, last, None, activation, layer_scale, gated=gated)
     return _sublayer(kernels, weights, tensors, options)
 
 
@@ -179,6 +193,7 @@ def _mlp_backward(
 def _operation(
     name: str,
     layers: tuple[str, str],
+    tables: tuple[str, ...],
     options: tuple[str, ...],
     saved: tuple[str, ...],
     forward: Any,
@@ -195,7 +210,7 @@ def _operation(
         ),
         frozen=(
             *(f"Tensor {layer}_weight" for layer in layers),
-            *("Tensor? layer_scale", "Tensor? drop_path"),
+            *("Tensor? layer_scale", "Tensor? drop_path", *tables),
         ),
         options=("float norm_eps", "float adapter_scale", "str adapter_activation", *options),
         saved=saved,
@@ -204,18 +219,19 @@ def _operation(
     )
 
 
-_QKV_PROJ, _HEADS = ("qkv", "proj"), ("int num_heads", "float? scale")
+_QKV_PROJ = ("qkv", "proj"), ROTATION_TABLES
+_HEADS = "int num_heads", "float? scale", *ROTATION_OPTIONS
 _OPERATIONS = (
     _operation(
-        "adapter_attention", _QKV_PROJ, (*_HEADS, "SymInt[]? grad_tokens"),
+        "adapter_attention", *_QKV_PROJ, (*_HEADS, "SymInt[]? grad_tokens"),
         AttentionSaved._fields, _all_forward, _all_backward,
     ),
     _operation(
-        "adapter_attention_of_few", _QKV_PROJ, (*_HEADS, "SymInt num_queries"),
+        "adapter_attention_of_few", *_QKV_PROJ, (*_HEADS, "SymInt num_queries"),
         PrefixSaved._fields, _few_forward, _few_backward,
     ),
     _operation(
-        "adapter_mlp", ("fc1", "fc2"), ("str activation",),
+        "adapter_mlp", ("fc1", "fc2"), (), ("str activation", "bool gated"),
         MlpSaved._fields, _mlp_forward, _mlp_backward,
     ),
 )  # fmt: skip

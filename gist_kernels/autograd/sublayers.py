@@ -26,6 +26,7 @@ from gist_kernels.weights import (
     LinearUpdate,
     MlpWeights,
     NormWeights,
+    Rotation,
 )
 
 
@@ -37,7 +38,10 @@ def sublayer_of(
     adapter: AdapterWeights | None,
 ) -> Sublayer:
     """What :func:`adapter_attention` or :func:`adapter_mlp` takes, for matmuls in ``dtype``."""
-    first_update, last_update = weights[-2:]
+    if isinstance(weights, AttentionWeights):
+        first_update, last_update = weights.qkv_update, weights.proj_update
+    else:
+        first_update, last_update = weights.fc1_update, weights.fc2_update
     first = _frozen(kernels, dtype, *weights[:2], first_update)
     last = _frozen(kernels, dtype, *weights[2:4], last_update)
     return Sublayer(kernels, norm, weights, first, last, adapter)
@@ -62,9 +66,10 @@ def adapter_attention(
     num_queries: int | None,
     drop_path: torch.Tensor | None,
     grad_tokens: tuple[int, int] | None,
+    rotation: Rotation | None,
 ) -> torch.Tensor:
-    """See :func:`gist_kernels.adapter_attention`."""
-    sublayer, need_grad = sublayer.with_drop_path(drop_path), torch.is_grad_enabled()
+    """See :func:`gist_kernels.adapter_attention`; ``rotation`` is None for the weights' own."""
+    sublayer, need_grad = sublayer.of_call(drop_path, rotation), torch.is_grad_enabled()
     if num_queries is None or num_queries >= x.shape[1]:
         return _Attention.apply(sublayer, need_grad, grad_tokens, *sublayer.trained, x)
     return _PrefixAttention.apply(sublayer, need_grad, num_queries, *sublayer.trained, x)
@@ -74,7 +79,7 @@ def adapter_mlp(
     sublayer: Sublayer, x: torch.Tensor, drop_path: torch.Tensor | None
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""
-    sublayer = sublayer.with_drop_path(drop_path)
+    sublayer = sublayer.of_call(drop_path)
     return _Mlp.apply(sublayer, *sublayer.trained, x)
 
 

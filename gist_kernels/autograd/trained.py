@@ -19,7 +19,7 @@ from gist_kernels.autograd.tensors import (
     watched_tensors,
 )
 from gist_kernels.kernels.protocols import SublayerKernels
-from gist_kernels.weights import AdapterWeights, NormWeights
+from gist_kernels.weights import AdapterWeights, NormWeights, Rotation
 
 
 class AdapterParts(NamedTuple):
@@ -91,13 +91,14 @@ class Sublayer:
         self.first, self.last, self.adapter = first, last, adapter
         parts = AdapterParts() if adapter is None else AdapterParts(*adapter[:4])
         self.trained = Trained(parts, NormParts(*norm[:2]), first.parts, last.parts).flat()
-        self._of_call(drop_path)
+        self._set_call(drop_path)
 
-    def _of_call(self, drop_path: torch.Tensor | None) -> None:
+    def _set_call(self, drop_path: torch.Tensor | None) -> None:
         # What scales the last layer's output, bias included.
         self.factors = [f for f in (self.weights.layer_scale, drop_path) if f is not None]
         # Backward reads them, and autograd doesn't save them.
-        self._watched = watched_tensors(*self.norm, *self.weights, drop_path)
+        rotation = getattr(self.weights, "rotation", None) or ()  # an MLP has none
+        self._watched = watched_tensors(*self.norm, *self.weights, *rotation, drop_path)
 
     @property
     def reads_in_place(self) -> bool:
@@ -107,12 +108,14 @@ class Sublayer:
         given = weights[0] is self.first.weight and weights[2] is self.last.weight
         return given and all(layer.parts is layer.computed for layer in (self.first, self.last))
 
-    def with_drop_path(self, drop_path: torch.Tensor | None) -> Sublayer:
-        """The sublayer of one call that has drawn factors."""
-        if drop_path is None:
+    def of_call(self, drop_path: torch.Tensor | None, rotation: Rotation | None = None) -> Sublayer:
+        """The sublayer of one call that has drawn factors or has positions of its own."""
+        if drop_path is None and rotation is None:
             return self
         found = copy.copy(self)
-        found._of_call(drop_path)
+        if rotation is not None:
+            found.weights = self.weights._replace(rotation=rotation)
+        found._set_call(drop_path)
         return found
 
     def versions(self) -> list[int]:

@@ -11,8 +11,8 @@ using std::int64_t;
 
 constexpr const ActivationKernels *kKernels[] = GIST_TABLE(ActivationKernels, activation_rows);
 
-template <class Kernel>
-void run(const ActivationCall &call, Kernel kernel, int threads) {
+template <class Call, class Kernel>
+void run(const Call &call, Kernel kernel, int threads) {
   const int64_t parts = (call.size + kNumbersPerPart - 1) / kNumbersPerPart;
   parallel_for(parts, useful_threads(call.size, threads), [&](int64_t part) {
     const int64_t begin = part * kNumbersPerPart, end = begin + kNumbersPerPart;
@@ -28,6 +28,14 @@ void activation_forward(const ActivationCall &call, int threads) {
 
 void activation_backward(const ActivationCall &call, int threads) {
   run(call, kKernels[current_set()]->backward, threads);
+}
+
+void gated_forward(const GatedCall &call, int threads) {
+  run(call, kKernels[current_set()]->gated_forward, threads);
+}
+
+void gated_backward(const GatedCall &call, int threads) {
+  run(call, kKernels[current_set()]->gated_backward, threads);
 }
 
 }  // namespace gist

@@ -326,6 +326,26 @@ void activation_backward(int dtype, int activation, int64_t size, Address u, Add
   gist::activation_backward(call, threads);
 }
 
+gist::GatedCall gated_call(int dtype, int activation, const Shape &shape, Address u,
+                           Address result) {
+  const auto [rows, width] = shape;
+  return {activation_call(dtype, activation, rows * width, u, result), width};
+}
+
+void gated_activation_forward(int dtype, int activation, const Shape &shape, Address u,
+                              Address result, int threads) {
+  const nb::gil_scoped_release release;
+  gist::gated_forward(gated_call(dtype, activation, shape, u, result), threads);
+}
+
+void gated_activation_backward(int dtype, int activation, const Shape &shape, Address u,
+                               Address d_a, Address result, int threads) {
+  const nb::gil_scoped_release release;
+  gist::GatedCall call = gated_call(dtype, activation, shape, u, result);
+  call.d_a = pointer(d_a);
+  gist::gated_backward(call, threads);
+}
+
 // Groups of attention's arguments.
 using AttentionSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 using AttentionTensor = std::tuple<Address, int64_t, int64_t>;
@@ -451,6 +471,13 @@ void define_activation(nb::module_ &m) {
   m.def("activation_backward", &activation_backward, "dtype"_a, "activation"_a, "size"_a, "u"_a,
         "d_a"_a, "result"_a, "threads"_a,
         "Writes d_a * act'(u) of `size` contiguous numbers; the result may be d_a.");
+  m.def("gated_activation_forward", &gated_activation_forward, "dtype"_a, "activation"_a, "shape"_a,
+        "u"_a, "result"_a, "threads"_a,
+        "Writes act(gate) * value, of `shape` (rows, width), for rows of u with the gates before "
+        "the values.");
+  m.def("gated_activation_backward", &gated_activation_backward, "dtype"_a, "activation"_a,
+        "shape"_a, "u"_a, "d_a"_a, "result"_a, "threads"_a,
+        "Writes the gradient of u, shaped as u, from that of act(gate) * value.");
 }
 
 void define_attention(nb::module_ &m) {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from gist_kernels import autograd, check
+from gist_kernels.autograd.attention import flat_rotation
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.tracing import needs_dispatcher, takes_operators
+from gist_kernels.weights import Rotation
 
 for _backend in BACKENDS:
     if _backend.attention is not None:
@@ -20,6 +22,7 @@ def prefix_attention(
     *,
     num_queries: int | None = None,
     scale: float | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """Multi-head self-attention over a packed projection, for the first tokens or all.
 
@@ -29,12 +32,15 @@ def prefix_attention(
         num_heads: H.
         num_queries: compute the result for this many first tokens. Default: for all.
         scale: factor on the scores. Default: ``Dh ** -0.5``.
+        rotation: of queries and keys, by frozen tables of any floating dtype. It is computed in
+            float32 at least. Default: none.
 
     Returns:
         (B, num_queries, H Dh), dense, in qkv's dtype.
 
     Raises:
-        TypeError: not a floating-point tensor. ValueError: a wrong shape or value.
+        TypeError: not a floating-point tensor. ValueError: a wrong shape or value, or a table that
+            requires a gradient.
     """
     check.floating("qkv", qkv)
     check.shape("qkv", qkv, (None, None, None), "(B, N, 3 * num_heads * head_dim)")
@@ -48,21 +54,58 @@ def prefix_attention(
     check.token_count("num_queries", num_queries, qkv.shape[1])
     if scale is not None:
         check.finite("scale", scale)
+    if rotation is not None:
+        check_rotation("rotation", rotation, "qkv", qkv, num_heads, qkv.shape[2] // 3 // num_heads)
     kernels = select("attention", qkv)
-    if needs_dispatcher(qkv):
+    if needs_dispatcher(qkv, *flat_rotation(rotation)[:2]):
         width = qkv.shape[2] // 3
         if (
             kernels is None
-            or not takes_operators(qkv)
+            or not takes_operators(qkv, rotation)
             or not autograd.served(kernels, qkv, qkv.dtype, num_heads, width)
         ):
             from gist_kernels import reference
 
-            return reference.prefix_attention(qkv, num_heads, num_queries, scale)
+            return reference.prefix_attention(qkv, num_heads, num_queries, scale, rotation)
         backend = serving("attention", qkv.device.type, qkv.dtype)
-        return autograd.prefix_attention_operator(backend, qkv, num_heads, num_queries, scale)
-    if kernels is None or negated(qkv):
+        return autograd.prefix_attention_operator(
+            backend, qkv, num_heads, num_queries, scale, rotation
+        )
+    if kernels is None or negated(qkv, rotation):
         from gist_kernels import reference
 
-        return reference.prefix_attention(qkv, num_heads, num_queries, scale)
-    return autograd.prefix_attention(kernels, qkv, num_heads, num_queries, scale)
+        return reference.prefix_attention(qkv, num_heads, num_queries, scale, rotation)
+    return autograd.prefix_attention(kernels, qkv, num_heads, num_queries, scale, rotation)
+
+
+def check_rotation(
+    name: str, rotation: Rotation, like: str, x: torch.Tensor, num_heads: int, head_dim: int
+) -> None:
+    """Check the rotation of x's (B, N, ...) tokens; ``like`` is the name of x."""
+    if not isinstance(rotation, Rotation):
+        raise TypeError(f"{name} must be a gist_kernels.Rotation, not {type(rotation).__name__}")
+    if head_dim % 2:
+        raise ValueError(
+            f"{name} needs heads with an even number of features; they have {head_dim}"
+        )
+    sin, cos, start, half = rotation
+    check.boolean(f"{name}.half", half)
+    if isinstance(start, bool) or not isinstance(start, int):
+        raise TypeError(f"{name}.start must be an integer, not {type(start).__name__}")
+    check.tensor(f"{name}.sin", sin)
+    heads = (num_heads,) if sin.ndim == 3 else ()
+    meaning = "(rows, head_dim) or (num_heads, rows, head_dim)"
+    check.shape(f"{name}.sin", sin, (*heads, None, head_dim), meaning)
+    check.shape(f"{name}.cos", cos, sin.shape, f"of {name}.sin")
+    rows = sin.shape[-2]
+    if rows < 1 or start < 0 or start + rows > x.shape[1]:
+        raise ValueError(
+            f"{name} must be of 1 or more of {like}'s {x.shape[1]} tokens; "
+            f"it starts at {start} and its tables have {rows} rows"
+        )
+    for table, tensor in (("sin", sin), ("cos", cos)):
+        check.alike(f"{name}.{table}", tensor, like, x, any_float=True)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}.{table} requires a gradient, but is frozen here; pass it detached"
+            )

@@ -14,6 +14,7 @@ from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.check import unknown_name
+from gist_kernels.functional.attention import check_rotation
 from gist_kernels.kernels.protocols import SublayerKernels
 from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
@@ -22,6 +23,7 @@ from gist_kernels.weights import (
     LinearUpdate,
     MlpWeights,
     NormWeights,
+    Rotation,
 )
 
 for _backend in BACKENDS:
@@ -44,13 +46,13 @@ def adapter_attention(
         x + drop_path * (layer_scale * attention(norm(x))) + adapter(x)
 
     GIST places the adapter so (arXiv:2312.07255). The result is differentiable in x and in the
-    tensors of adapter, norm, biases and updates; matrices and layer scale are frozen.
+    tensors of adapter, norm, biases and updates; matrices, layer scale and rotation are frozen.
 
     Args:
         x: (B, N, D), floating point.
         norm: the LayerNorm, tensors of any floating dtype.
-        attention: the attention; matrices and layer scale of x's dtype, biases and updates of any
-            floating one.
+        attention: the attention; matrices and layer scale of x's dtype, biases, updates and
+            rotation of any floating one.
         adapter: the bottleneck, tensors of any floating dtype, or None.
         num_queries: compute the result for this many first tokens only; all tokens are keys and
             values. Default: for all.
@@ -78,6 +80,8 @@ def adapter_attention(
         )
     if attention.scale is not None:
         check.finite("attention.scale", attention.scale)
+    if attention.rotation is not None:
+        check_rotation("attention.rotation", attention.rotation, "x", x, heads, inner // heads)
     _check_weights("attention", attention, x, {
         "qkv_weight": (3 * inner, width), "qkv_bias": (3 * inner,),
         "proj_weight": (width, inner), "proj_bias": (width,), "layer_scale": (width,),
@@ -111,18 +115,27 @@ def adapter_mlp(
 
         x + drop_path * (layer_scale * fc2(act(fc1(norm(x))))) + adapter(x)
 
-    Arguments, result and errors are those of :func:`adapter_attention`.
+    If ``mlp.gated``, ``act(gate) * value`` takes the place of ``act``: fc1 computes both, the gate
+    first. Arguments, result and errors are those of :func:`adapter_attention`.
     """
     _check_block_input(x, norm, adapter, drop_path)
     _check_kind("mlp", mlp, MlpWeights)
     if mlp.activation not in ACTIVATIONS:
         raise ValueError(unknown_name("mlp.activation", mlp.activation, ACTIVATIONS))
-    width, hidden = x.shape[2], mlp.fc1_weight.shape[0]
+    if not isinstance(mlp.gated, bool):
+        raise TypeError(f"mlp.gated must be True or False; it is {mlp.gated!r}")
+    width, inner = x.shape[2], mlp.fc1_weight.shape[0]
+    if mlp.gated and inner % 2:
+        raise ValueError(
+            "mlp.fc1_weight of a gated MLP must have as many rows for the gate as for the value; "
+            f"it has shape {tuple(mlp.fc1_weight.shape)}"
+        )
+    hidden = inner // 2 if mlp.gated else inner
     _check_weights("mlp", mlp, x, {
-        "fc1_weight": (hidden, width), "fc1_bias": (hidden,),
+        "fc1_weight": (inner, width), "fc1_bias": (inner,),
         "fc2_weight": (width, hidden), "fc2_bias": (width,), "layer_scale": (width,),
     })  # fmt: skip
-    _check_update("mlp.fc1_update", mlp.fc1_update, x, width, hidden)
+    _check_update("mlp.fc1_update", mlp.fc1_update, x, width, inner)
     _check_update("mlp.fc2_update", mlp.fc2_update, x, hidden, width)
     return PreparedMlp(norm, mlp, adapter).run(x, drop_path=drop_path)
 
@@ -165,10 +178,12 @@ class PreparedAttention(_Prepared):
         num_queries: int | None,
         drop_path: torch.Tensor | None,
         grad_tokens: tuple[int, int] | None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
+        """``rotation``, unchecked, takes the place of the weights' own."""
         self.check_input(x)
         kernels = select("sublayers", x)
-        arguments = x, *self.weights, num_queries, drop_path, grad_tokens
+        arguments = x, *self._weights(rotation), num_queries, drop_path, grad_tokens
         if needs_dispatcher(x):
             attention = self.weights[1]
             heads, inner = attention.num_heads, attention.qkv_weight.shape[0] // 3
@@ -182,10 +197,18 @@ class PreparedAttention(_Prepared):
         elif kernels is not None and not negated(x, drop_path):
             sublayer = self.sublayer(kernels, matmul_dtype(x))
             if sublayer is not None:
-                return autograd.adapter_attention(sublayer, x, num_queries, drop_path, grad_tokens)
+                return autograd.adapter_attention(
+                    sublayer, x, num_queries, drop_path, grad_tokens, rotation
+                )
         from gist_kernels import reference
 
         return reference.adapter_attention(*arguments)
+
+    def _weights(self, rotation: Rotation | None) -> tuple[Any, ...]:
+        if rotation is None:
+            return self.weights
+        norm, attention, adapter = self.weights
+        return norm, attention._replace(rotation=rotation), adapter
 
 
 class PreparedMlp(_Prepared):

@@ -186,7 +186,10 @@ class AdapterKernels(Protocol):
 
 
 class ActivationKernels(Protocol):
-    """Element-wise activations of contiguous tensors."""
+    """Element-wise activations of contiguous tensors, plain and gated.
+
+    A gated one takes rows (M, 2 F), the gates in the first half and the values in the second.
+    """
 
     def forward(self, u: torch.Tensor, activation: str) -> torch.Tensor:
         """``act(u)``."""
@@ -195,6 +198,15 @@ class ActivationKernels(Protocol):
         self, d_a: torch.Tensor, u: torch.Tensor, activation: str, *, into_d_a: bool = False
     ) -> torch.Tensor:
         """``d_a * act'(u)``; ``into_d_a`` writes over d_a."""
+
+    def gated_forward(self, u: torch.Tensor, activation: str) -> torch.Tensor:
+        """``act(gate) * value``, (M, F)."""
+
+    def gated_backward(
+        self, d_hidden: torch.Tensor, u: torch.Tensor, activation: str
+    ) -> torch.Tensor:
+        """The gradient of ``u``, (M, 2 F): ``d_hidden * value * act'(gate)``, then
+        ``d_hidden * act(gate)``."""
 
 
 class AttentionKernels(Protocol):

@@ -7,22 +7,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gist_kernels.reference.rotation import rotate
 from gist_kernels.tracing import needs_dispatcher, transformed, under_transform
+from gist_kernels.weights import Rotation
 
 
 def prefix_attention(
-    qkv: torch.Tensor, num_heads: int, num_queries: int | None, scale: float | None
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_queries: int | None,
+    scale: float | None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """Attention over a packed (B, N, 3 H Dh), see :func:`gist_kernels.prefix_attention`."""
     q, k, v = qkv.chunk(3, dim=-1)
-    return attention(q[:, :num_queries], k, v, num_heads, scale)
+    return attention(q[:, :num_queries], k, v, num_heads, scale, rotation)
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_heads: int,
+    scale: float | None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
-    """Attention (B, Q, H Dh) of (B, Q, H Dh) queries over (B, N, H Dh) keys and values."""
-    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+    """Attention (B, Q, H Dh) of the first tokens' (B, Q, H Dh) queries over all tokens'
+    (B, N, H Dh) keys and values."""
+    q, k, v = (part.unflatten(-1, (num_heads, -1)) for part in (q, k, v))
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     if needs_dispatcher(q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     elif under_transform():

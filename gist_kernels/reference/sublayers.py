@@ -36,7 +36,7 @@ def adapter_attention(
         x = torch.cat((before.detach(), tokens, after.detach()), dim=1)
     normed = _normed(x, norm)
     q, k, v = _projections(normed, weights, num_queries)
-    out = attention(q, k, v, weights.num_heads, weights.scale)
+    out = attention(q, k, v, weights.num_heads, weights.scale, weights.rotation)
     out = linear(out, weights.proj_weight, weights.proj_bias, weights.proj_update)
     return _join(x[:, :num_queries], out, weights.layer_scale, adapter, drop_path)
 
@@ -51,7 +51,12 @@ def adapter_mlp(
     """See :func:`gist_kernels.adapter_mlp`."""
     normed = _normed(x, norm)
     u = linear(normed, weights.fc1_weight, weights.fc1_bias, weights.fc1_update)
-    hidden = ACTIVATIONS[weights.activation](u)
+    activate = ACTIVATIONS[weights.activation]
+    if weights.gated:
+        gate, value = u.chunk(2, dim=-1)
+        hidden = activate(gate) * value
+    else:
+        hidden = activate(u)
     out = linear(hidden, weights.fc2_weight, weights.fc2_bias, weights.fc2_update)
     return _join(x, out, weights.layer_scale, adapter, drop_path)
 

@@ -99,6 +99,22 @@ def test_activation(kind):
     torch.testing.assert_close(back.double(), gradient, rtol=5e-7, atol=4e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(3, 1100), (40, 9)])
+def test_gated_activation(rows, width, dtype):
+    u, d_hidden = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    exact = u.double().requires_grad_()
+    gate, value = exact.chunk(2, dim=1)
+    truth = ACTIVATIONS["silu"](gate) * value
+    (gradient,) = torch.autograd.grad(truth, exact, d_hidden.double())
+    with executed(80):
+        found = activation.gated_forward(u, "silu")
+        back = activation.gated_backward(d_hidden, u, "silu")
+    rtol = max(1e-6, torch.finfo(dtype).eps)
+    torch.testing.assert_close(found.double(), truth.detach(), rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(back.double(), gradient, rtol=rtol, atol=4e-5)
+
+
 def test_attention():
     with executed(80, seed=0):
         shape = attention_cases.Shape(1, 2, 40, 50, 32)

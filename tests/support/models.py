@@ -8,6 +8,7 @@ import functools
 import pytest
 import timm
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 import gist
@@ -25,15 +26,38 @@ BACKBONES = {
     "clip": {"pre_norm": True},
     "average_pooled": {"global_pool": "avg", "reg_tokens": 1},
     "average_with_final_norm": {"global_pool": "avg", "fc_norm": False},
+    "attention_pooled": {"global_pool": "map", "class_token": False},
     "qk_norm": {"qk_norm": True},
     "no_position": {"pos_embed": "none"},
 }
 
 
-def backbone(name: str = "vit", **options) -> VisionTransformer:
+EVAS = {
+    "dinov3": {
+        "rope_type": "dinov3", "rope_rotate_half": True, "rope_temperature": 100.0,
+        "init_values": 0.3, "num_reg_tokens": 4, "no_embed_class": True, "use_abs_pos_emb": False,
+        "use_fc_norm": False, "dynamic_img_size": True,
+    },
+    "dinov3, biases, gated in two": {
+        "rope_type": "dinov3", "rope_rotate_half": True, "qkv_bias": True, "swiglu_mlp": True,
+        "swiglu_align_to": 8, "global_pool": "avg",
+    },
+    "eva02": {"qkv_bias": True, "swiglu_mlp": True, "global_pool": "avg"},
+    "eva02, separate": {"qkv_bias": True, "qkv_fused": False, "swiglu_mlp": True},
+    "rope": {"attn_type": "rope", "qkv_bias": True, "init_values": 0.2, "ref_feat_shape": (4, 4)},
+    "rope, mixed": {"attn_type": "rope", "rope_type": "mixed", "qkv_bias": True},
+    "no rotation": {"use_rot_pos_emb": False, "qkv_bias": True, "num_reg_tokens": 1},
+}  # fmt: skip
+
+
+def backbone(name: str = "vit", **options) -> VisionTransformer | Eva:
     """A small backbone with random weights large enough for every part to matter."""
     torch.manual_seed(1)
-    model = VisionTransformer(**{**TINY, **BACKBONES[name], **options})
+    if name in EVAS:
+        own = {"use_rot_pos_emb": True, "qkv_bias": False, "global_pool": "token"}
+        model = Eva(**{**TINY, **own, **EVAS[name], **options})
+    else:
+        model = VisionTransformer(**{**TINY, **BACKBONES[name], **options})
     model.pretrained_cfg = {}
     with torch.no_grad():
         for parameter in model.parameters():

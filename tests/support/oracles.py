@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,27 @@ def attention(
     q, k, v = (x.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for x in (q, k, v))
     scores = scale * (q @ k.mT)
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores.logsumexp(-1)
+
+
+def rotation_matrices(rotation: Any, num_heads: int, tokens: int) -> torch.Tensor:
+    """The (H, N, Dh, Dh) matrices that rotary positions multiply each token's head by: the identity
+    outside the rotated tokens."""
+    sin, cos = (t.double().expand(num_heads, *t.shape[-2:]) for t in (rotation.sin, rotation.cos))
+    head_dim = sin.shape[-1]
+    matrices = torch.eye(head_dim).to(sin).repeat(num_heads, tokens, 1, 1)
+    own = matrices[:, rotation.start : rotation.start + sin.shape[1]]
+    for pair in range(head_dim // 2):
+        i, j = (pair, pair + head_dim // 2) if rotation.half else (2 * pair, 2 * pair + 1)
+        own[..., i, i], own[..., i, j] = cos[..., i], -sin[..., i]
+        own[..., j, i], own[..., j, j] = sin[..., j], cos[..., j]
+    return matrices
+
+
+def rotated(x: torch.Tensor, num_heads: int, rotation: Any) -> torch.Tensor:
+    """Rotary positions of (B, T, H Dh) from the first token on, in x's dtype."""
+    count = max(x.shape[1], rotation.start + rotation.sin.shape[-2])
+    matrices = rotation_matrices(rotation, num_heads, count)[:, : x.shape[1]].to(x)
+    return torch.einsum("htij,bthj->bthi", matrices, x.unflatten(-1, (num_heads, -1))).flatten(2)
 
 
 def reduced(

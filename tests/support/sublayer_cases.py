@@ -18,6 +18,8 @@ def exact_attention(x, norm, attention, adapter, num_queries=None, drop_path=Non
         + (0 if attention.qkv_bias is None else attention.qkv_bias)
     ).chunk(3, dim=-1)
     heads = attention.num_heads
+    if attention.rotation is not None:
+        q, k = (oracles.rotated(t, heads, attention.rotation) for t in (q, k))
     scale = (q.shape[-1] // heads) ** -0.5 if attention.scale is None else attention.scale
     out, _ = oracles.attention(q, k, v, heads, scale)
     out = out @ attention.proj_weight.T
@@ -28,7 +30,13 @@ def exact_attention(x, norm, attention, adapter, num_queries=None, drop_path=Non
 def exact_mlp(x, norm, mlp, adapter, drop_path=None):
     hidden = oracles.layer_norm(x, *norm) @ mlp.fc1_weight.T
     hidden = hidden if mlp.fc1_bias is None else hidden + mlp.fc1_bias
-    out = oracles.ACTIVATIONS[mlp.activation](hidden) @ mlp.fc2_weight.T
+    if mlp.gated:
+        features = mlp.fc2_weight.shape[1]
+        gate, value = hidden[..., :features], hidden[..., features:]
+        hidden = oracles.ACTIVATIONS[mlp.activation](gate) * value
+    else:
+        hidden = oracles.ACTIVATIONS[mlp.activation](hidden)
+    out = hidden @ mlp.fc2_weight.T
     out = out if mlp.fc2_bias is None else out + mlp.fc2_bias
     return joined(x, out, mlp.layer_scale, adapter, drop_path)
 
@@ -43,10 +51,23 @@ def normal(*shape, dtype=torch.float64, spread=0.3, device="cpu"):
     return (spread * torch.randn(*shape, dtype=torch.float64)).to(device, dtype)
 
 
+def rotation_of(
+    span, head_dim, *, half=True, heads=None, dtype=torch.float32, device="cpu",
+):  # fmt: skip
+    """Rotary positions of tokens ``span[0]`` and the ``span[1]`` - 1 after it, with a table per
+    head for ``heads``. The features of a pair have different entries."""
+    start, rows = span
+    shape = (rows, head_dim) if heads is None else (heads, rows, head_dim)
+    angles = 3 * torch.randn(shape, dtype=torch.float64)
+    factors = 1 + 0.2 * torch.randn(shape, dtype=torch.float64)
+    tables = (factors * angles.sin(), factors * angles.cos())
+    return gk.Rotation(*(t.to(device, dtype) for t in tables), start, half)
+
+
 def arguments(
     dtype, *, batch=2, tokens=19, width=48, heads=3, rank=4, hidden=80,
     with_adapter=True, layer_scale=False, biases=True, activation="gelu",
-    device="cpu",
+    gated=False, device="cpu", rotation=None,
 ):  # fmt: skip
     """x and the three groups of weights, rounded to ``dtype``."""
 
@@ -57,11 +78,12 @@ def arguments(
     scale = of(width) if layer_scale else None
     attention = gk.AttentionWeights(
         of(3 * width, width), of(3 * width, optional=True), of(width, width),
-        of(width, optional=True), heads, layer_scale=scale,
+        of(width, optional=True), heads, layer_scale=scale, rotation=rotation,
     )  # fmt: skip
+    inner = 2 * hidden if gated else hidden
     mlp = gk.MlpWeights(
-        of(hidden, width), of(hidden, optional=True), of(width, hidden),
-        of(width, optional=True), activation, scale,
+        of(inner, width), of(inner, optional=True), of(width, hidden),
+        of(width, optional=True), activation, scale, gated=gated,
     )  # fmt: skip
     adapter = gk.AdapterWeights(
         of(rank, width), of(rank, optional=True), of(width, rank), of(width, optional=True),

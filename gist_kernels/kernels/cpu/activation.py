@@ -1,4 +1,5 @@
-"""The element-wise activation on CPU tensors: allocates outputs, hands over addresses.
+"""The element-wise activation on CPU tensors, plain and gated: allocates outputs, hands over
+addresses.
 
 What is checked here is what the native code's memory safety rests on.
 """
@@ -63,6 +64,62 @@ def backward(
         torch.get_num_threads(),
     )
     return result
+
+
+def gated_forward(u: torch.Tensor, activation: str) -> torch.Tensor:
+    """``act(gate) * value``, a new (M, F) tensor, of contiguous (M, 2 F) rows ``u`` that hold the
+    gates in the first half and the values in the second.
+
+    Raises:
+        ValueError: ``u`` is not such a tensor, or not a floating-point one on the CPU.
+    """
+    rows, width = _gated(u)
+    hidden = memory.empty((rows, width), u.dtype)
+    _native.gated_activation_forward(
+        _DTYPE_CODES[u.dtype],
+        ACTIVATION_CODES[activation],
+        (rows, width),
+        u.data_ptr(),
+        hidden.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return hidden
+
+
+def gated_backward(d_hidden: torch.Tensor, u: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient in ``u``, a new (M, 2 F) tensor, from that in ``gated_forward(u, activation)``.
+
+    Args:
+        d_hidden: (M, F), contiguous, of ``u``'s dtype.
+        u: as in :func:`gated_forward`.
+        activation: a key of ``activations.ACTIVATIONS``.
+
+    Raises:
+        ValueError: a tensor is not as above.
+    """
+    rows, width = _gated(u)
+    _check("d_hidden", d_hidden)
+    if d_hidden.shape != (rows, width) or d_hidden.dtype is not u.dtype:
+        raise ValueError("d_hidden must have half of u's columns, and u's rows and dtype")
+    d_u = memory.empty((rows, 2 * width), u.dtype)
+    _native.gated_activation_backward(
+        _DTYPE_CODES[u.dtype],
+        ACTIVATION_CODES[activation],
+        (rows, width),
+        u.data_ptr(),
+        d_hidden.data_ptr(),
+        d_u.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return d_u
+
+
+def _gated(u: torch.Tensor) -> tuple[int, int]:
+    """M and F."""
+    _check("u", u)
+    if u.ndim != 2 or u.shape[1] % 2:
+        raise ValueError(f"u must be (M, 2 F); it has shape {tuple(u.shape)}")
+    return u.shape[0], u.shape[1] // 2
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:

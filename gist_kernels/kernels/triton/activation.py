@@ -87,6 +87,48 @@ def _backward_kernel(
     tl.store(d_u + at, value.to(d_u.dtype.element_ty), mask)
 
 
+@triton.jit(do_not_specialize=("units", "chunks"))
+def _gated_forward_kernel(
+    u,
+    hidden,  # written
+    units, chunks, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``act(gate) * value`` of rows of ``units`` hidden features, ``chunks`` programs a row."""
+    row, column = _place(chunks, BLOCK)
+    width = units * ALIGN
+    mask = column < width
+    gate = u + row * (2 * width) + column
+    value = tl.load(gate + width, mask, 0.0).to(tl.float32)
+    value *= activate(tl.load(gate, mask, 0.0).to(tl.float32), KIND)
+    tl.store(hidden + row * width + column, value.to(hidden.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=("units", "chunks"))
+def _gated_backward_kernel(
+    d_hidden, u,
+    d_u,  # written
+    units, chunks, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, column = _place(chunks, BLOCK)
+    width = units * ALIGN
+    mask = column < width
+    at = row * (2 * width) + column
+    gate = tl.load(u + at, mask, 0.0).to(tl.float32)
+    value = tl.load(u + at + width, mask, 0.0).to(tl.float32)
+    upstream = tl.load(d_hidden + row * width + column, mask, 0.0).to(tl.float32)
+    d_gate, d_value = upstream * value * slope(gate, KIND), upstream * activate(gate, KIND)
+    tl.store(d_u + at, d_gate.to(d_u.dtype.element_ty), mask)
+    tl.store(d_u + at + width, d_value.to(d_u.dtype.element_ty), mask)
+
+
+@triton.jit
+def _place(chunks, BLOCK: tl.constexpr):
+    """A program's row, and the columns of its chunk of that row."""
+    program = tl.program_id(0)
+    row = program // chunks
+    return row.to(tl.int64), (program - row * chunks) * BLOCK + tl.arange(0, BLOCK)
+
+
 def forward(u: torch.Tensor, activation: str) -> torch.Tensor:
     """The activation of every element, in a contiguous tensor of ``u``'s shape and dtype."""
     u = u.contiguous()
@@ -108,6 +150,39 @@ def backward(
     d_u = d_a if into_d_a else torch.empty_like(u)
     _launch(_backward_kernel, (d_a, u, d_u), activation)
     return d_u
+
+
+def gated_forward(u: torch.Tensor, activation: str) -> torch.Tensor:
+    """``act(gate) * value``, contiguous (M, F), of (M, 2 F) rows ``u``: gates, then values."""
+    u = u.contiguous()
+    hidden = u.new_empty((u.shape[0], u.shape[1] // 2))
+    _launch_gated(_gated_forward_kernel, (u, hidden), hidden, activation)
+    return hidden
+
+
+def gated_backward(d_hidden: torch.Tensor, u: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient of ``u``, contiguous, in ``u``'s shape and dtype, from the gradient
+    ``d_hidden``, (M, F)."""
+    d_hidden, u = d_hidden.contiguous(), u.contiguous()
+    d_u = torch.empty_like(u)
+    _launch_gated(_gated_backward_kernel, (d_hidden, u, d_u), d_hidden, activation)
+    return d_u
+
+
+def _launch_gated(
+    kernel: Any, tensors: tuple[torch.Tensor, ...], hidden: torch.Tensor, kind: str
+) -> None:
+    (rows, width), device = hidden.shape, hidden.device
+    if hidden.numel():
+        align = launch.alignment(width)
+        tile = heuristics.ELEMENTWISE
+        chunks = tile.chunks(width)
+        with launch.on(device):
+            kernel[(rows * chunks,)](
+                *(*tensors, width // align, chunks, kind, align, tile.block),
+                num_warps=tile.threads // launch.warp_size(device),
+                enable_fp_fusion=True,
+            )
 
 
 def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], kind: str) -> None:

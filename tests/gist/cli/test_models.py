@@ -99,7 +99,6 @@ def test_a_folder_of_transformers_trains_predicts_and_merges(
     ("options", "message"),
     [
         (["--model", "resnet18"], "it is a ResNet, which has no sequence of tokens"),
-        (["--model", "vit_base_patch16_siglip_224"], "pools by attention"),
         (["--model", "eva02_tiny_patch14_224", "--img-size", "32"], "patch size, 14; take 28"),
         (["--model", "vit_small_patch16_dinov3_qkvb"], "no plain linear layer to attach to"),
         (["--model", "hf:nowhere"], "nowhere has no config.json"),

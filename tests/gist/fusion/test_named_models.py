@@ -23,6 +23,12 @@ MODELS = {
     "ViT-B/16": ("vit_base_patch16_224", {"depth": 2, "img_size": 96}),
     "DINOv2 S/14": ("vit_small_patch14_dinov2", {"depth": 3, "img_size": 98}),
     "DINOv2 S/14, registers": ("vit_small_patch14_reg4_dinov2", {"depth": 3, "img_size": 98}),
+    "DeiT-III S/16": ("deit3_small_patch16_224", {"depth": 2, "img_size": 96}),
+    "SigLIP B/16, averaged": ("vit_base_patch16_siglip_gap_224", {"depth": 2, "img_size": 96}),
+    "DINOv3 S/16": ("vit_small_patch16_dinov3", {"depth": 3, "img_size": 96}),
+    "DINOv3 S+/16": ("vit_small_plus_patch16_dinov3", {"depth": 2, "img_size": 96}),
+    "EVA-02 Ti/14": ("eva02_tiny_patch14_224", {"depth": 3, "img_size": 98}),
+    "RoPE ViT-S/16": ("vit_small_patch16_rope_224", {"depth": 2, "img_size": 96}),
 }
 
 
@@ -36,7 +42,7 @@ def named(key: str) -> gist.GistModel:
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gamma"):
+            if "gamma" in name:
                 parameter.normal_(0.3, 0.1)
             elif parameter.ndim > 1 and "embed" not in name and "token" not in name:
                 parameter.normal_(0.0, 0.5 * parameter[0].numel() ** -0.5)

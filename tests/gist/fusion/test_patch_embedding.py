@@ -40,6 +40,7 @@ def pixels(*size: int, dtype=torch.float32) -> torch.Tensor:
         ({"patch_size": (4, 8)}, (24, 24)),
         ({"img_size": None}, (16, 40)),
         ({"strict_img_size": False}, (16, 40)),
+        ({"strict_img_size": False, "output_fmt": "NHWC"}, (16, 40)),
     ],
 )
 def test_a_plain_embedding_is_one_product(options, size, products):
@@ -58,7 +59,7 @@ def test_a_plain_embedding_is_one_product(options, size, products):
     ("options", "size", "dtype"),
     [
         ({"dynamic_img_pad": True, "strict_img_size": False}, (20, 20), torch.float32),
-        ({"output_fmt": "NHWC"}, (24, 24), torch.float32),
+        ({"output_fmt": "NCHW", "flatten": False}, (24, 24), torch.float32),
         ({}, (24, 24), torch.bfloat16),
         ({}, (24, 24), torch.float64),
     ],

@@ -81,8 +81,9 @@ def prefix_case(num_queries: int | None) -> Case:
 
 def sublayer_case(name: str, updated: bool, **options: Any) -> Case:
     x, norm, attention, mlp, adapter = arguments(
-        torch.float64, tokens=5, width=8, heads=2, rank=2, hidden=6, layer_scale=True
-    )
+        torch.float64, tokens=5, width=8, heads=2, rank=2, hidden=6, layer_scale=True,
+        gated=name == "gated mlp",
+    )  # fmt: skip
     weights: Any = attention if name == "attention" else mlp
     fields = weights._fields
     changes = [
@@ -145,6 +146,7 @@ CASES = {
     "adapter_attention of a token": lambda: sublayer_case("attention", False, grad_tokens=(1, 1)),
     "adapter_mlp": lambda: sublayer_case("mlp", False, drop_path=DROPPED),
     "adapter_mlp with updates": lambda: sublayer_case("mlp", True),
+    "adapter_mlp, gated": lambda: sublayer_case("gated mlp", True, drop_path=DROPPED),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -319,6 +321,8 @@ def test_second_derivatives_of_triton_kernels_are_refused(squared):
         "adapter_attention": (lambda t: gk.adapter_attention(t, norm, attention, adapter), x),
         "adapter_mlp": (lambda t: gk.adapter_mlp(t, norm, mlp, adapter), x),
     }
+    gated = arguments(torch.float32, width=16, hidden=8, gated=True, device=device)[3]
+    calls["gated mlp"] = (lambda t: gk.adapter_mlp(t, norm, gated, adapter), x)
     for function, value in calls.values():
         with gk.use_backend("triton"), pytest.raises(NotImplementedError, match=REFUSED):
             hessian_product(lambda t, function=function: function(t), {"t": value}, squared)

@@ -40,6 +40,7 @@ CASES = [
     ("attention", {"drop_path": DROPPED}),
     ("mlp", {}),
     ("mlp", {"drop_path": DROPPED}),
+    ("gated mlp", {"drop_path": DROPPED}),
 ]
 
 
@@ -58,7 +59,8 @@ def compare(name, kind, options, dtype, draws=None, eps=None, **how):
 
 def draw(name, kind, options, dtype, backend="auto", device="cpu", **shape):
     """Results and gradients of ours, of the reference and of the equations."""
-    x, norm, attention, mlp, adapter = arguments(dtype, device=device, **shape)
+    gated = name == "gated mlp"
+    x, norm, attention, mlp, adapter = arguments(dtype, gated=gated, device=device, **shape)
     weights = attention if name == "attention" else mlp
     matrices, fields = (weights[0], weights[2]), weights._fields
     changes = [update(*m.shape, dtype, device, **KINDS[kind]) for m in matrices]
@@ -253,7 +255,7 @@ def test_converted_weights_are_not_kept():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["attention", "mlp"])
+@pytest.mark.parametrize("name", ["attention", "mlp", "gated mlp"])
 def test_layers_without_biases(name, kind):
     compare(name, kind, {}, torch.float64, biases=False)
 

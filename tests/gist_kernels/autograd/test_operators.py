@@ -7,7 +7,7 @@ from functools import partial
 import backends
 import pytest
 import torch
-from sublayer_cases import DROPPED, arguments, normal, update
+from sublayer_cases import DROPPED, arguments, normal, rotation_of, update
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -59,8 +59,10 @@ def case(name, dtype=torch.float32, **shape):
     x, norm, attention, mlp, adapter = arguments(dtype, **shape)
     changed = partial(update, dtype=dtype, device=x.device, rank=3, scale=True)
     scale, dropped = normal(48, dtype=dtype), DROPPED.to(x)
+    rotation = rotation_of((2, 15), 16, half=False, heads=3, device=x.device)
+    turned = attention._replace(rotation=rotation)
     plain = [
-        (attention.qkv_weight, attention.proj_weight),
+        (attention.qkv_weight, attention.proj_weight, rotation),
         (mlp.fc1_weight, mlp.fc2_weight, scale),
     ]
     tuned = attention._replace(
@@ -69,6 +71,11 @@ def case(name, dtype=torch.float32, **shape):
     tuned_mlp = mlp._replace(
         fc1_update=changed(80, 48), fc2_update=changed(48, 80), layer_scale=scale
     )
+    gated = arguments(dtype, gated=True, device=x.device, **shape)[3]
+    tuned_gated = gated._replace(
+        fc1_update=changed(160, 48), fc2_update=changed(48, 80), layer_scale=scale
+    )
+    plain.append((gated.fc1_weight, gated.fc2_weight))
     attended = partial(Case, gk.adapter_attention, frozen=plain)
     perceived = partial(Case, gk.adapter_mlp, frozen=plain)
     return {
@@ -78,9 +85,21 @@ def case(name, dtype=torch.float32, **shape):
         "updates": lambda: attended((x, norm, tuned, adapter)),
         "few": lambda: attended((x, norm, attention, adapter), num_queries=2),
         "few, updates": lambda: attended((x, norm, tuned), num_queries=1, drop_path=dropped),
+        "rotated": lambda: attended((x, norm, turned, adapter)),
+        "rotated first block": lambda: attended((x, norm, turned), grad_tokens=(1, 3)),
+        "rotated few": lambda: attended((x, norm, turned, adapter), num_queries=4),
+        "rotated prefix": lambda: Case(
+            gk.prefix_attention,
+            (normal(2, 19, 144, dtype=dtype),),
+            num_heads=3,
+            num_queries=4,
+            rotation=rotation._replace(half=True),
+        ),
         "mlp": lambda: perceived((x, norm, mlp, adapter)),
         "mlp, no adapter": lambda: perceived((x, norm, mlp), drop_path=dropped),
         "mlp, updates": lambda: perceived((x, norm, tuned_mlp, adapter)),
+        "mlp, gated": lambda: perceived((x, norm, gated, adapter)),
+        "mlp, gated, updates": lambda: perceived((x, norm, tuned_gated), drop_path=dropped),
         "adapter": lambda: Case(
             lambda x, r, *w: gk.adapter(x, *w, residual=r), (x, 2 * x, *adapter[:4])
         ),
@@ -98,7 +117,9 @@ def case(name, dtype=torch.float32, **shape):
 
 NAMES = (
     "attention", "first block", "no adapter", "updates", "few", "few, updates", "mlp",
-    "mlp, no adapter", "mlp, updates", "adapter", "adapter onto x", "prefix", "prefix of few",
+    "mlp, no adapter", "mlp, updates", "mlp, gated", "mlp, gated, updates", "adapter",
+    "adapter onto x", "prefix", "prefix of few",
+    "rotated", "rotated first block", "rotated few", "rotated prefix",
 )  # fmt: skip
 
 
@@ -135,8 +156,9 @@ def compiled(call, **options):
 @pytest.mark.parametrize(
     "name",
     [
-        *("first block", "updates", "few", "few, updates", "mlp, updates"),
-        *("adapter", "adapter onto x", "prefix of few"),
+        *("first block", "updates", "few", "few, updates", "mlp, updates", "mlp, gated"),
+        *("mlp, gated, updates", "adapter", "adapter onto x", "prefix of few"),
+        *("rotated", "rotated first block", "rotated few", "rotated prefix"),
     ],
 )
 def test_opcheck(name):
@@ -163,7 +185,7 @@ def test_compiled_is_eager_to_the_bit(name, dtype, served_by):
 
 
 def test_compiled_under_autocast_is_eager_to_the_bit():
-    for name in ("attention", "few", "mlp"):
+    for name in ("attention", "few", "mlp", "mlp, gated"):
         each = case(name)
         device = each.leaves[0].device.type
 
@@ -177,7 +199,10 @@ def test_compiled_under_autocast_is_eager_to_the_bit():
         assert len(names[0]) == 1
 
 
-@pytest.mark.parametrize("name", ["attention", "first block", "few", "mlp", "adapter", "prefix"])
+@pytest.mark.parametrize(
+    "name",
+    ["attention", "first block", "few", "mlp", "mlp, gated", "adapter", "prefix", "rotated"],
+)
 def test_one_graph_takes_batches_of_any_size(name):
     each = case(name)
     operation, x = each.operation, each.flat[0].detach()
@@ -199,7 +224,7 @@ def test_one_graph_takes_batches_of_any_size(name):
 
 @pytest.mark.parametrize("which", ["x", "one weight", "nothing"])
 def test_only_gradients_that_are_needed_are_asked_for(which):
-    for name in ("attention", "first block", "few", "mlp", "adapter onto x"):
+    for name in ("attention", "first block", "few", "mlp", "mlp, gated", "adapter onto x"):
         each = case(name)
         kept = {"x": each.leaves[:1], "one weight": each.leaves[-1:], "nothing": []}[which]
         for leaf in each.leaves:
@@ -217,7 +242,7 @@ def test_only_gradients_that_are_needed_are_asked_for(which):
 def test_attention_that_no_kernel_serves_is_composed_of_operators_of_pytorch(served_by):
     if served_by == "triton":
         pytest.skip("it takes no float64")
-    for name in ("attention", "few", "prefix"):
+    for name in ("attention", "few", "prefix", "rotated", "rotated prefix"):
         each = case(name, torch.float64)
         call, names = compiled(each)
         for found, truth in zip(each.results(call), each.results(), strict=True):

@@ -17,6 +17,8 @@ from sublayer_cases import (
     exact_attention,
     exact_mlp,
     normal,
+    rotation_of,
+    update,
 )
 
 import gist_kernels as gk
@@ -52,7 +54,7 @@ def compare(name, dtype, options, backend="auto", draws=1, **shape):
 
 def draw(name, dtype, options, backend, **shape):
     """Value and gradients of ours, of the reference and of the equations."""
-    x, norm, attention, mlp, adapter = arguments(dtype, **shape)
+    x, norm, attention, mlp, adapter = arguments(dtype, gated=name == "gated mlp", **shape)
     weights = attention if name == "attention" else mlp
     public = gk.adapter_attention if name == "attention" else gk.adapter_mlp
     equations = exact_attention if name == "attention" else exact_mlp
@@ -98,6 +100,8 @@ CASES = [
     ("attention", {"drop_path": DROPPED, "grad_tokens": (1, 1)}),
     ("mlp", {}),
     ("mlp", {"drop_path": DROPPED}),
+    ("gated mlp", {}),
+    ("gated mlp", {"drop_path": DROPPED}),
 ]
 
 
@@ -110,6 +114,21 @@ def test_value_and_every_gradient(name, options, layer_scale, with_adapter, dtyp
     compare(name, dtype, options, draws=draws, layer_scale=layer_scale, with_adapter=with_adapter)
 
 
+@pytest.mark.parametrize("backend", backends.serving("sublayers"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("half", "per_head", "span"), [
+    (True, False, (2, 17)), (False, True, (1, 14)),
+])  # fmt: skip
+@pytest.mark.parametrize("options", [options for name, options in CASES if name == "attention"])
+def test_rotated_value_and_every_gradient(options, half, per_head, span, dtype, backend):
+    device = backends.device_of(backend)
+    if not backends.takes(backend, dtype):
+        backend = "auto"  # what serves such a call
+    rotation = rotation_of(span, 16, half=half, heads=3 if per_head else None, device=device)
+    draws = 1 if dtype is torch.float64 else 16
+    compare("attention", dtype, options, backend, draws, device=device, rotation=rotation)
+
+
 @pytest.mark.parametrize("backend", backends.besides_the_default("sublayers"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_adapter", [True, False])
@@ -120,10 +139,10 @@ def test_value_and_every_gradient_by_name(name, options, with_adapter, dtype, ba
 
 
 @pytest.mark.parametrize("backend", backends.serving("sublayers", reference=True))
-@pytest.mark.parametrize(("name", "options"), [*CASES[:2], ("mlp", {})])
+@pytest.mark.parametrize(("name", "options"), [*CASES[:2], ("mlp", {}), ("gated mlp", {})])
 def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend):
-    device = backends.device_of(backend)
-    x, norm, attention, mlp, adapter = arguments(torch.bfloat16, device=device)
+    device, gated = backends.device_of(backend), name == "gated mlp"
+    x, norm, attention, mlp, adapter = arguments(torch.bfloat16, gated=gated, device=device)
     weights = attention if name == "attention" else mlp
     function = gk.adapter_attention if name == "attention" else gk.adapter_mlp
     upstream = torch.randn_like(x[:, : options.get("num_queries")])
@@ -150,7 +169,7 @@ def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "identity"])
-@pytest.mark.parametrize("name", ["attention", "mlp"])
+@pytest.mark.parametrize("name", ["attention", "mlp", "gated mlp"])
 def test_activations_and_missing_biases(name, activation):
     compare(name, torch.float32, {}, draws=16, activation=activation, biases=False)
     compare(name, torch.float64, {}, activation=activation)
@@ -174,6 +193,7 @@ def test_any_shape(batch, tokens, heads, head_dim, rank, hidden, data):
     compare("attention", torch.float64, {"num_queries": queries}, **shape)
     compare("attention", torch.float64, {"grad_tokens": (start, tokens - start)}, **shape)
     compare("mlp", torch.float64, {}, **shape)
+    compare("gated mlp", torch.float64, {}, **shape)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_queries": 2}, {"grad_tokens": (1, 1)}])
@@ -183,7 +203,8 @@ def test_an_empty_batch(options):
     adapter.up_weight.requires_grad_()
     attended = gk.adapter_attention(x, norm, attention, adapter, **options)
     assert attended.shape == (0, options.get("num_queries", 19), 48)
-    for out in (attended, gk.adapter_mlp(x, norm, mlp, adapter)):
+    gated = arguments(torch.float32, gated=True)[3]
+    for out in (attended, *(gk.adapter_mlp(x, norm, each, adapter) for each in (mlp, gated))):
         d_x, d_up = torch.autograd.grad(out.sum(), (x, adapter.up_weight))
         assert d_x.shape == x.shape
         assert d_up.abs().sum() == 0
@@ -226,8 +247,23 @@ def test_gradcheck(options):
     def perceived(x, *weights):
         return gk.adapter_mlp(x, norm, mlp, gk.AdapterWeights(*weights, 0.7, "gelu"))
 
+    gated = arguments(torch.float64, width=6, heads=2, hidden=5, gated=True)[3]
+    gated = gated._replace(
+        fc1_update=update(10, 6, torch.float64, "cpu", rank=2, scale=True),
+        fc2_update=update(6, 5, torch.float64, "cpu", rank=2, scale=True),
+    )
+    trained = [gated.fc1_bias, gated.fc2_bias, *gated.fc1_update, *gated.fc2_update]
+
+    def gated_one(x, first_bias, last_bias, *updates):
+        own = gated._replace(
+            fc1_bias=first_bias, fc2_bias=last_bias, fc1_update=gk.LinearUpdate(*updates[:3]),
+            fc2_update=gk.LinearUpdate(*updates[3:]),
+        )  # fmt: skip
+        return gk.adapter_mlp(x, norm, own, adapter, drop_path=DROPPED)
+
     assert torch.autograd.gradcheck(attended, leaves)
     assert torch.autograd.gradcheck(perceived, leaves)
+    assert torch.autograd.gradcheck(gated_one, (x, *(t.requires_grad_() for t in trained)))
     qkv = normal(2, 3, 12).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: gk.prefix_attention(t, 2, **options), qkv)
 
@@ -327,6 +363,10 @@ def test_compiles_without_a_graph_break():
         (lambda a: a | {"adapter": 4}, TypeError, "adapter must be a gist_kernels.AdapterWeights"),
         (lambda a: a | {"drop_path": torch.ones(2)}, ValueError, "drop_path"),
         (
+            lambda a: a | {"attention": a["attention"]._replace(rotation=rotation_of((1, 19), 16))},
+            ValueError, "attention.rotation must be of 1 or more of x's 19 tokens",
+        ),
+        (
             lambda a: a | {"attention": a["attention"]._replace(num_heads=5)},
             ValueError, "num_heads is 5",
         ),
@@ -358,6 +398,48 @@ def test_bad_arguments_are_named(change, error, message):
     given = change({"x": x, "norm": norm, "attention": attention, "adapter": adapter})
     with pytest.raises(error, match=message):
         gk.adapter_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gated": 1}, TypeError, "mlp.gated must be True or False; it is 1"),
+        (
+            {"fc1_weight": torch.ones(159, 48)}, ValueError,
+            r"as many rows for the gate as for the value; it has shape \(159, 48\)",
+        ),
+        ({"gated": False}, ValueError, r"mlp.fc2_weight must have .*here \(48, 160\)"),
+        (
+            {"fc2_weight": torch.ones(48, 160)},
+            ValueError, r"mlp.fc2_weight must have .*here \(48, 80\)",
+        ),
+        ({"fc1_bias": torch.ones(80)}, ValueError, r"mlp.fc1_bias must have .*here \(160\)"),
+        (
+            {"fc1_update": gk.LinearUpdate(scale=torch.ones(80))},
+            ValueError, r"mlp.fc1_update.scale must have .*here \(160\)",
+        ),
+        ({"activation": "swiglu"}, ValueError, "mlp.activation"),
+    ],
+)  # fmt: skip
+def test_bad_weights_of_a_gated_mlp_are_named(change, error, message):
+    x, norm, _, mlp, adapter = arguments(torch.float32, gated=True)
+    with pytest.raises(error, match=message):
+        gk.adapter_mlp(x, norm, mlp._replace(**change), adapter)
+
+
+@pytest.mark.parametrize("backend", backends.serving("sublayers", reference=True))
+def test_a_gated_mlp_is_two_layers_and_a_product(backend):
+    """SwiGLU with a layer each for gate and value, as arXiv:2002.05202 writes it."""
+    x, norm, _, mlp, _ = arguments(
+        torch.float32, gated=True, activation="silu", biases=False,
+        device=backends.device_of(backend),
+    )  # fmt: skip
+    normed = oracles.layer_norm(x, *norm)
+    gate, value = (normed @ mlp.fc1_weight[half].T for half in (slice(0, 80), slice(80, None)))
+    expected = x + (gate * torch.sigmoid(gate) * value) @ mlp.fc2_weight.T
+    with gk.use_backend(backend):
+        found = gk.adapter_mlp(x, norm, mlp)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def spaced(tensor):

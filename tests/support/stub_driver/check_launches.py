@@ -274,6 +274,25 @@ def test_activation():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("width", "chunks"), [(1000, 1), (2728, 3)])
+def test_gated_activation(width, chunks):
+    u, d_hidden = torch.zeros(3, 2 * width, dtype=BF16), torch.zeros(3, width, dtype=BF16)
+    with stub_driver.recorded() as launches:
+        hidden = activation.gated_forward(u, "silu")
+        d_u = activation.gated_backward(d_hidden, u, "silu")
+    forward, backward = launches
+    # Units of 8 columns, 1,024 columns of one row a program.
+    sizes = {"units": width // 8, "chunks": chunks}
+    check(
+        forward, activation._gated_forward_kernel, (3 * chunks,), 128,
+        {"u": u, "hidden": hidden, **sizes},
+    )  # fmt: skip
+    check(
+        backward, activation._gated_backward_kernel, (3 * chunks,), 128,
+        {"d_hidden": d_hidden, "u": u, "d_u": d_u, **sizes},
+    )  # fmt: skip
+
+
 # ---- attention ----
 
 

@@ -1,4 +1,4 @@
-"""The native element-wise activation, on every instruction set this processor has."""
+"""The native activation, plain and gated, on every instruction set this processor has."""
 
 from __future__ import annotations
 
@@ -145,3 +145,130 @@ def test_refuses_what_it_cannot_read_safely():
     for other in (u[:3], u.double()):
         with pytest.raises(ValueError, match="shape and dtype"):
             activation.backward(other, u, "gelu")
+
+
+# ---- gated ----
+
+
+def gated(u, d_hidden, name):
+    """Result, and the gradients of gates and values."""
+    gradient = activation.gated_backward(d_hidden, u, name)
+    return activation.gated_forward(u, name), *gradient.chunk(2, dim=1)
+
+
+def gated_by_autograd(function, u, d_hidden):
+    gate, value = (half.clone().requires_grad_() for half in u.chunk(2, dim=1))
+    hidden = function(gate) * value
+    return hidden.detach(), *torch.autograd.grad(hidden, (gate, value), d_hidden)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gated_error_is_no_larger_than_that_of_pytorch(name):
+    """In each row, whose gates span 1/4."""
+    gate = torch.linspace(-14, 14, 28 * 4 * 500).view(-1, 500)
+    u, d_hidden = torch.cat((gate, torch.randn_like(gate)), 1), torch.randn_like(gate)
+    result = gated(u, d_hidden, name)
+    pytorch = gated_by_autograd(ACTIVATIONS[name], u, d_hidden)
+    exact = gated_by_autograd(oracles.ACTIVATIONS[name], u.double(), d_hidden.double())
+    for x, theirs, y in zip(result, pytorch, exact, strict=True):
+        assert x.dtype is torch.float32
+        error = (x.double() - y).abs().amax(1)
+        ulp = torch.finfo(torch.float32).eps * y.abs().amax(1).clamp(min=1)
+        allowed = (theirs.double() - y).abs().amax(1) + 2 * ulp
+        assert (error <= allowed).all(), (error / ulp).max()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gated_float64(name):
+    gate = torch.linspace(-14, 14, 20_001).double()[None]
+    u, d_hidden = torch.cat((gate, torch.randn_like(gate)), 1), torch.randn_like(gate)
+    exact = gated_by_autograd(oracles.ACTIVATIONS[name], u, d_hidden)
+    size = u[:, 20_001:].abs().max().item() * d_hidden.abs().max().item()
+    for x, y in zip(gated(u, d_hidden, name), exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-15, atol=4e-15 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gated_is_the_plain_one_times_the_values(name, dtype):
+    """Rows of any length; more numbers than a part that a thread takes, which ends within a row."""
+    for rows, width in ((0, 4), (3, 0), (1, 1), (5, 1), (3, 7), (3, 16), (70, 1001), (1, 70_001)):
+        gate, value, d_hidden = 4 * torch.randn(3, rows, width, dtype=dtype)
+        u = torch.cat((gate, value), 1)
+        before = u.clone(), d_hidden.clone()
+        hidden, d_gate, d_value = gated(u, d_hidden, name)
+        a, d_a = activation.forward(gate, name), d_hidden * value
+        assert torch.equal(hidden, a * value)
+        assert torch.equal(d_value, d_hidden * a)
+        # A compiler may contract the derivative's sums in either way.
+        error = (d_gate - activation.backward(d_a, gate, name)).abs()
+        assert (error <= 2 * torch.finfo(dtype).eps * d_a.abs()).all()
+        assert torch.equal(u, before[0])
+        assert torch.equal(d_hidden, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gated_of_every_width(name, dtype):
+    """A number's result is the same wherever it lies in a tensor."""
+    gate, value, d_hidden = torch.randn(3, 5, 100).to(dtype)
+    expected = gated(torch.cat((gate, value), 1), d_hidden, name)
+    for n in (1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 99):
+        u = torch.cat((gate[:, :n], value[:, :n]), 1)
+        for x, y in zip(gated(u, d_hidden[:, :n].contiguous(), name), expected, strict=True):
+            assert torch.equal(x, y[:, :n])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gated_halves_are_float32_rounded_once(name, dtype):
+    u, d_hidden = (4 * torch.randn(37, 2 * 53)).to(dtype), torch.randn(37, 53).to(dtype)
+    low, wide = gated(u, d_hidden, name), gated(u.float(), d_hidden.float(), name)
+    for x, y in zip(low, wide, strict=True):
+        assert x.dtype is dtype
+        assert torch.equal(x, y.to(dtype))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_extremes(name, dtype):
+    top = torch.finfo(dtype).max
+    gate = torch.tensor([[0.0, -0.0, top, -top, math.inf, -math.inf, 3.0, math.nan]], dtype=dtype)
+    value = torch.full_like(gate, 0.5)
+    value[0, 6] = -math.inf
+    a, slope = both(gate, torch.ones_like(gate), name)
+    hidden, d_gate, d_value = gated(torch.cat((gate, value), 1), 2 * torch.ones_like(gate), name)
+    linear = name == "identity"
+    assert hidden[0, :7].tolist() == [
+        0, 0, top / 2, -top / 2 if linear else 0, math.inf, -math.inf if linear else 0, -math.inf,
+    ]  # fmt: skip
+    assert hidden[0, 7].isnan()
+    assert torch.equal(d_gate[0, :6], slope[0, :6])  # 2 * 0.5 * act'
+    assert d_gate[0, 6] == (-math.inf if slope[0, 6] > 0 else math.inf)
+    assert torch.equal(d_value[0, :7], 2 * a[0, :7])
+    assert d_value[0, 7].isnan()
+
+
+def test_gated_is_bitwise_equal_over_threads(set_threads):
+    u, d_hidden = torch.randn(151, 2 * 1003), torch.randn(151, 1003)
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(gated(u, d_hidden, "gelu"))
+    for result in results[1:]:
+        for x, y in zip(result, results[0], strict=True):
+            assert torch.equal(x, y)
+
+
+def test_gated_refuses_what_it_cannot_read_safely():
+    u, d_hidden = torch.randn(4, 6), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="u must be a contiguous"):
+        activation.gated_forward(u.t(), "gelu")
+    for shape in ((4, 5), (2, 2, 6), (6,)):
+        with pytest.raises(ValueError, match=r"u must be \(M, 2 F\)"):
+            activation.gated_forward(torch.randn(shape), "gelu")
+    with pytest.raises(ValueError, match="d_hidden must be a contiguous"):
+        activation.gated_backward(torch.randn(3, 4).t(), u, "gelu")
+    for other in (u, d_hidden[:3], d_hidden.double()):
+        with pytest.raises(ValueError, match="d_hidden must have half of u's columns"):
+            activation.gated_backward(other, u, "gelu")

@@ -77,6 +77,23 @@ def test_gradients_past_the_cache_have_the_same_bits():
     assert torch.equal(gradient, many[2])
 
 
+@pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0, 4.0, 0.5), (1.0, 2.0, 0.5, 4.0)])
+@pytest.mark.parametrize("scale", [1e-2, 1e-3])
+def test_close_sides_at_different_temperatures_keep_their_digits(scale, temperatures):
+    settings = (1 / len(temperatures),) * len(temperatures), temperatures
+    common = torch.randn(4, 1000)
+    logits = [t * (common + scale * torch.randn(4, 1000)) for t in temperatures]
+    exact = [x.double().requires_grad_() for x in logits]
+    truth = oracles.jensen_shannon_rows(exact, *settings)
+    found, *gradients = both_ways(logits, settings)
+    assert (found > 0).all()
+    relative = 4e-7 + 1e-7 / scale
+    torch.testing.assert_close(found.double(), truth.detach(), rtol=relative, atol=0)
+    for x, y in zip(gradients, torch.autograd.grad(truth.sum(), exact), strict=True):
+        error = (x.double() - y).abs().max().item()
+        assert error <= relative * y.abs().max().item()
+
+
 def test_what_is_masked_and_what_is_nan():
     a, b = torch.randn(2, 4, 40).unbind()
     a[0, :20] = b[0, 20:] = -math.inf  # nothing in common

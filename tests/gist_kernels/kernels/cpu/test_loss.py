@@ -164,13 +164,14 @@ def test_float64(kind, classes):
         assert_close(ours(a, b, target, opts), exact, tolerance)
 
 
+@pytest.mark.parametrize("gist_scale", [1.0, 0.5])
 @pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
-def test_small_kl_is_relatively_accurate_and_not_negative(scale):
+def test_small_kl_is_relatively_accurate_and_not_negative(scale, gist_scale):
     a = torch.randn(4, 1000)
-    b = a + scale * torch.randn(4, 1000)
-    opts = options(reduction="none", temperature=1.0)
+    b = (a + scale * torch.randn(4, 1000)) / gist_scale
+    opts = options(reduction="none", temperature=1.0, gist_scale=gist_scale)
     kl = loss.forward(a, b, None, opts)[1][2:]
-    exact = torch.stack(reference.kl_rows(a.double(), b.double(), 1.0))
+    exact = torch.stack(reference.kl_rows(a.double(), b.double() * gist_scale, 1.0))
     assert (kl >= 0).all()
     torch.testing.assert_close(kl.double(), exact, rtol=4e-7 + 1e-7 / scale, atol=0)
 

@@ -205,3 +205,32 @@ def test_elementwise_activation(activation, dtype):
     assert torch.equal(upstream.cpu(), d_a)
     assert elementwise.backward(upstream, there, activation, into_d_a=True) is upstream
     assert torch.equal(upstream, d_u)
+
+
+# In units of 1, 2, 4 and 16; more columns than a program takes.
+@pytest.mark.parametrize("shape", [(3, 7), (5, 1030), (2, 100), (9, 64), (0, 8), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_activation(activation, dtype, shape):
+    gate, value, d_hidden = (4 * torch.randn(3, *shape)).to(dtype)
+    gate[:1, :4] = torch.tensor([0.0, -0.0, 1e3, -1e3])[: shape[1]]
+    exact = [half.double().requires_grad_() for half in (gate, value)]
+    truth = ACTIVATIONS[activation](exact[0]) * exact[1]
+    gradients = torch.autograd.grad(truth, exact, d_hidden.double())
+    u = torch.cat((gate, value), 1)
+    there, upstream = u.to(DEVICE), d_hidden.to(DEVICE)
+    hidden = elementwise.gated_forward(there, activation)
+    d_u = elementwise.gated_backward(upstream, there, activation)
+    assert hidden.dtype is d_u.dtype is dtype
+    assert d_u.shape == u.shape
+    # The plain kernels' absolute errors, times what multiplies the activation or its derivative.
+    for found, true, factor in (
+        (hidden, truth.detach(), value),
+        (d_u[:, : shape[1]], gradients[0], d_hidden.double() * value),
+        (d_u[:, shape[1] :], gradients[1], d_hidden),
+    ):
+        error = (found.cpu().double() - true).abs()
+        allowed = 4 * torch.finfo(dtype).eps * true.abs() + 4e-6 * (1 + factor.abs())
+        assert (error <= allowed).all(), (error / allowed).max()
+    assert torch.equal(there.cpu(), u)
+    assert torch.equal(upstream.cpu(), d_hidden)
