@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
+from transformers.models.siglip import modeling_siglip
 from transformers.models.vit import modeling_vit
 
 from gist.backbones.transformers_vit import TransformersViT
@@ -68,8 +69,19 @@ def _written(kind: Any) -> Callable[..., Any] | None:
 
 
 _VIT = _Classes.of(modeling_vit, "ViT")
+_SIGLIP = _Classes(
+    modeling_siglip.SiglipEncoderLayer, modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP,
+    None, None, None,
+    (
+        modeling_siglip.SiglipForImageClassification,
+        # Earlier releases have a transformer, and a model around it that classification is without.
+        getattr(modeling_siglip, "SiglipVisionTransformer", modeling_siglip.SiglipVisionModel),
+        modeling_siglip.SiglipEncoder,
+    ),
+)  # fmt: skip
 _FAMILIES = (
     _VIT,
+    _SIGLIP,
     _Classes.of(modeling_dinov2, "Dinov2"),
     _Classes.of(modeling_dinov2_with_registers, "Dinov2WithRegisters"),
 )
@@ -85,7 +97,7 @@ _ACTIVATIONS: dict[Any, str] = {
 
 
 class FusedTransformersViT(FusedBackbone):
-    """transformers' ViT, DINOv2 and DINOv2 with registers for image classification."""
+    """transformers' ViT, DINOv2, DINOv2 with registers and SigLIP for image classification."""
 
     FORWARDS: ClassVar[Forwards] = {
         **COMMON_FORWARDS,
@@ -98,9 +110,9 @@ class FusedTransformersViT(FusedBackbone):
         },
     }  # fmt: skip
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.family = TransformersViT(model)
+    def __init__(self, family: TransformersViT) -> None:
+        super().__init__(family.model)
+        self.family = family
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -116,13 +128,13 @@ class FusedTransformersViT(FusedBackbone):
                 return Refusal(f"{kind.__name__} has a forward of its own")
             if not is_own(part, "forward"):
                 return Refusal(f"the forward of its {kind.__name__} was replaced")
-        return _config_refusal(self.model.config)
+        return _config_refusal(encoder.config)
 
     def layers(self, block: Any) -> BlockLayers | Refusal:
         reason = _block_refusal(block)
         if reason is not None:
             return Refusal(reason)
-        attention, mlp = block.attention, _mlp_layers(block.mlp)
+        attention, mlp = _attention_layers(_attention(block)), _mlp_layers(block.mlp)
         activation = _activation_name(mlp.act)
         assert activation is not None
         scales = (getattr(block, f"layer_scale{i}", None) for i in (1, 2))
@@ -130,10 +142,10 @@ class FusedTransformersViT(FusedBackbone):
         first, second = (None if scale is None else scale.lambda1 for scale in scales)
         return BlockLayers(
             norms=_norms(block),
-            qkv=Linears.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            proj=Linears.of(attention.o_proj),
-            num_heads=attention.q_proj.out_features // attention.head_dim,
-            scale=attention.scaling,
+            qkv=Linears.of(*attention.qkv),
+            proj=Linears.of(attention.out),
+            num_heads=attention.qkv[0].out_features // attention.head_dim,
+            scale=attention.scale,
             fc1=Linears.of(*mlp.first),
             fc2=Linears.of(mlp.last),
             activation=activation,
@@ -143,14 +155,20 @@ class FusedTransformersViT(FusedBackbone):
         )
 
     def is_later(self, parameter: str) -> bool:
-        return not parameter.startswith(f"{self.model.base_model_prefix}.embeddings.")
+        return not parameter.startswith(f"{self.family.encoder_name}.embeddings.")
 
     def embed(self, images: torch.Tensor) -> Embedded:
         images = images.to(self.family.patch_projection.weight.dtype)
         return Embedded(self.family.encoder.embeddings(images))
 
+    def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
+        block = self.blocks[index]
+        # SigLIP's has no default for its mask.
+        output: torch.Tensor = block(x, None) if type(block) is _SIGLIP.layer else block(x)
+        return output
+
     def norm(self, x: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.family.encoder.layernorm(x)
+        features: torch.Tensor = self.family.output_norm(x)
         return features
 
     @property
@@ -163,9 +181,35 @@ class FusedTransformersViT(FusedBackbone):
 
 
 def _norms(block: Any) -> tuple[Any, Any]:
-    if type(block) is _VIT.layer:
-        return block.layernorm_before, block.layernorm_after
+    for names in (("layernorm_before", "layernorm_after"), ("layer_norm1", "layer_norm2")):
+        if hasattr(block, names[0]):
+            return getattr(block, names[0]), getattr(block, names[1])
     return block.norm1, block.norm2
+
+
+def _attention(block: Any) -> Any:
+    return block.self_attn if hasattr(block, "self_attn") else block.attention
+
+
+class _AttentionLayers(NamedTuple):
+    qkv: tuple[Any, Any, Any]
+    out: Any
+    head_dim: int
+    scale: float
+    dropout: float
+
+
+def _attention_layers(attention: Any) -> _AttentionLayers:
+    out, scale, dropout = "o_proj", "scaling", "attention_dropout"
+    if hasattr(attention, "out_proj"):
+        out, scale, dropout = "out_proj", "scale", "dropout"
+    return _AttentionLayers(
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        getattr(attention, out),
+        attention.head_dim,
+        getattr(attention, scale),
+        getattr(attention, dropout),
+    )
 
 
 def _config_refusal(config: Any) -> Refusal | None:
@@ -186,21 +230,25 @@ def _block_refusal(block: Any) -> str | None:
     classes = _OF_LAYER.get(type(block))
     if classes is None:
         return f"it is a {type(block).__name__}"
-    if not hasattr(block.attention, "o_proj") or hasattr(block.mlp, "weights_in"):
+    earlier = not hasattr(_attention(block), "q_proj") or hasattr(block.mlp, "weights_in")
+    if earlier:
         return "its layers are those of an earlier release of transformers"
     for part in _norms(block):
         if type(part) is not nn.LayerNorm or len(part.normalized_shape) != 1:
             return f"its norm is a {type(part).__name__}"
-    if classes is _VIT:
-        reason = dropout_refusal("block", block, block.dropout)
-    else:
-        reason = _scaling_refusal(block, classes)
     return (
-        reason or _attention_refusal(block.attention, classes) or _mlp_refusal(block.mlp, classes)
+        _branch_refusal(block, classes)
+        or _attention_refusal(_attention(block), classes)
+        or _mlp_refusal(block.mlp, classes)
     )
 
 
-def _scaling_refusal(block: Any, classes: _Classes) -> str | None:
+def _branch_refusal(block: Any, classes: _Classes) -> str | None:
+    """Why what a block does with its sublayers' outputs can't be fused, or None."""
+    if classes is _VIT:
+        return dropout_refusal("block", block, block.dropout)
+    if classes is _SIGLIP:
+        return None
     for part in (block.layer_scale1, block.layer_scale2):
         if type(part) is not classes.layer_scale:
             return f"its layer scale is a {type(part).__name__}"
@@ -212,15 +260,15 @@ def _scaling_refusal(block: Any, classes: _Classes) -> str | None:
 def _attention_refusal(attention: Any, classes: _Classes) -> str | None:
     if type(attention) is not classes.attention:
         return f"its attention is a {type(attention).__name__}"
-    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
-    if not all(type(layer) is nn.Linear for layer in (q, k, v, o)):
+    layers = _attention_layers(attention)
+    if not all(type(layer) is nn.Linear for layer in (*layers.qkv, layers.out)):
         return "its attention's projections are not plain linears"
-    widths = q.out_features, k.out_features, v.out_features
-    if len(set(widths)) > 1 or q.out_features % attention.head_dim:
+    widths = {layer.out_features for layer in layers.qkv}
+    if len(widths) > 1 or layers.qkv[0].out_features % layers.head_dim:
         return "its attention's heads don't make up its projections"
     if attention.is_causal:
         return "its attention is causal"
-    if attention.attention_dropout and attention.training:
+    if layers.dropout and attention.training:
         return "its attention has dropout"
     return None
 

@@ -25,6 +25,7 @@ KINDS = {
     "DINOv2": ("Dinov2", {"drop_path_rate": 0.4}),
     "DINOv2, eager attention": ("Dinov2", {"attn_implementation": "eager"}),
     "DINOv2, gated MLP": ("Dinov2", {"use_swiglu_ffn": True}),
+    "SigLIP": ("Siglip", {"intermediate_size": 96}),
     "DINOv2 with registers": ("Dinov2WithRegisters", {"num_register_tokens": 3}),
 }  # fmt: skip
 METHODS = {
@@ -44,10 +45,11 @@ METHODS = {
 def template(kind):
     """A model every part of which shows in its logits, LayerScale and biases too."""
     name, options = KINDS[kind]
-    config = getattr(transformers, name + "Config")(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8,
-        num_labels=5, **options,
-    )  # fmt: skip
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes |= {"image_size": 32, "patch_size": 8, **options}
+    if name == "Siglip":
+        sizes = {"vision_config": sizes}
+    config = getattr(transformers, name + "Config")(num_labels=5, **sizes)
     torch.manual_seed(1)
     model = getattr(transformers, name + "ForImageClassification")(config)
     with torch.no_grad():
