@@ -350,8 +350,9 @@ def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
 
     Args:
         backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
-            transformers' ViT or DINOv2 for image classification, with a classifier. A backbone
-            adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for it.
+            transformers' ViT, DINOv2 or SigLIP for image classification, with a classifier. A
+            backbone adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for
+            it.
         config: what to train; the default is ``GistConfig()``, the released adapter with GIST.
 
     Raises:
