@@ -11,7 +11,7 @@ from torch import nn
 
 from gist.backbones.base import BackboneFamily
 from gist.backbones.timm_vit import TimmDistilled, TimmEva, TimmViT
-from gist.backbones.transformers_vit import TRANSFORMERS_MODELS, TransformersViT
+from gist.backbones.transformers_vit import TRANSFORMERS_MODELS, transformers_family
 
 _NO_PLACE = {
     "Beit": "its attention adds a bias for each pair of relative positions, of which a Gist token "
@@ -35,12 +35,15 @@ def family_of(backbone: nn.Module) -> BackboneFamily:
         return (TimmDistilled if hasattr(model, "head_dist") else TimmViT)(model)
     if isinstance(model, Eva):
         return TimmEva(model)
-    if type(model).__name__ in TRANSFORMERS_MODELS:
-        return TransformersViT(model)
+    family = transformers_family(model)
+    if family is not None:
+        return family
     kind = type(model).__name__
+    if kind == "TimmWrapperForImageClassification":
+        raise TypeError("backbone is a model of timm's in a wrapper; give its backbone.timm_model")
     reason = _NO_PLACE.get(kind, "which has no sequence of tokens that a Gist token could join")
     raise TypeError(
         "backbone must be a vision transformer for classification: timm's VisionTransformer or "
         "Eva, such as timm.create_model('vit_base_patch16_224'), or one of transformers' "
-        f"{', '.join(TRANSFORMERS_MODELS)}; it is a {kind}, {reason}"
+        f"{', '.join(TRANSFORMERS_MODELS)}, SiglipForImageClassification; it is a {kind}, {reason}"
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from gist.backbones.base import BackboneFamily, BlockParts, projections
 
+# Those that a folder may hold, see gist.backbones.hf_folder.
 TRANSFORMERS_MODELS = (
     "ViTForImageClassification",
     "Dinov2ForImageClassification",
@@ -22,8 +23,13 @@ class TransformersViT(BackboneFamily):
     """transformers' ViT, DINOv2 and DINOv2 with registers for image classification."""
 
     @property
+    def encoder_name(self) -> str:
+        """The attribute that holds the model without its classifier."""
+        return self.model.base_model_prefix
+
+    @property
     def encoder(self) -> Any:
-        return getattr(self.model, self.model.base_model_prefix)
+        return getattr(self.model, self.encoder_name)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -99,7 +105,7 @@ class TransformersViT(BackboneFamily):
             )
         old = self.model.classifier
         like = next(self.encoder.parameters())
-        width = self.embed_dim * (1 if self.pooling == "token" else 2)
+        width = self.embed_dim * (2 if self.pooling == "token+avg" else 1)
         new: nn.Module = nn.Identity()
         if num_classes:
             new = linear = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
@@ -126,6 +132,74 @@ class TransformersViT(BackboneFamily):
         getattr(self.model, f"{name}_enable" if enable else f"{name}_disable")()
 
 
+class TransformersSiglip(TransformersViT):
+    """transformers' SigLIP for image classification, which averages the patches.
+
+    The attention pooling of its image tower has no part in the logits.
+    """
+
+    @property
+    def encoder_name(self) -> str:
+        return "vision_model"
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.encoder.encoder.layers
+
+    def parts(self, index: int) -> BlockParts:
+        block: Any = self.blocks[index]
+        attention, mlp = block.self_attn, block.mlp
+        by_name = {name: getattr(attention, f"{name}_proj") for name in "qkv"}
+        return BlockParts(
+            (block.layer_norm1, block.layer_norm2),
+            (attention.out_proj, mlp),
+            projections(by_name, proj=attention.out_proj, fc1=mlp.fc1, fc2=mlp.fc2),
+        )
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.config.vision_config.hidden_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return 0
+
+    @property
+    def has_class_token(self) -> bool:
+        return False
+
+    @property
+    def class_position(self) -> torch.Tensor | None:
+        return None
+
+    @property
+    def patch_projection(self) -> nn.Conv2d:
+        return self.encoder.embeddings.patch_embedding
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        config = self.model.config.vision_config
+        return config.num_channels, config.image_size, config.image_size
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.encoder.post_layernorm
+
+    @property
+    def output_norm(self) -> nn.Module:
+        return self.encoder.post_layernorm
+
+    @property
+    def pooling(self) -> str:
+        return "avg"
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        return features.mean(1)
+
+    def pool_token(self, token: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return token
+
+
 def _linears(block: Any) -> tuple[dict[str, Any], tuple[nn.Module, nn.Module]]:
     """A block's linear layers, and what its two additions to the residual stream come from."""
     attention, mlp = block.attention, getattr(block, "mlp", None)
@@ -141,3 +215,15 @@ def _linears(block: Any) -> tuple[dict[str, Any], tuple[nn.Module, nn.Module]]:
         return found, (attention.output.dropout, block.output.dropout)
     both = block.dropout if hasattr(block, "dropout") else block.drop_path
     return found, (both, both)
+
+
+_FAMILIES = {
+    **dict.fromkeys(TRANSFORMERS_MODELS, TransformersViT),
+    "SiglipForImageClassification": TransformersSiglip,
+}
+
+
+def transformers_family(model: Any) -> TransformersViT | None:
+    """The family of one of transformers' models, or None."""
+    family = _FAMILIES.get(type(model).__name__)
+    return None if family is None else family(model)

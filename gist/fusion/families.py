@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from gist.backbones.transformers_vit import TRANSFORMERS_MODELS
+from gist.backbones.transformers_vit import transformers_family
 from gist.fusion.backbone import FusedBackbone
 from gist.fusion.timm_eva import FusedTimmEva
 from gist.fusion.timm_vit import FusedTimmViT
@@ -20,9 +20,10 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
         return FusedTimmViT(model)
     if isinstance(model, Eva):
         return FusedTimmEva(model)
-    if type(model).__name__ in TRANSFORMERS_MODELS:
+    family = transformers_family(model)
+    if family is not None:
         # Which imports transformers, as the model's maker has.
         from gist.fusion.transformers_vit import FusedTransformersViT
 
-        return FusedTransformersViT(model)
+        return FusedTransformersViT(family)
     return Refusal(f"it is a {type(model).__name__}")

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
+from transformers.models.siglip import modeling_siglip
 from transformers.models.vit import modeling_vit
 
 from gist.backbones.transformers_vit import TransformersViT
@@ -33,6 +34,7 @@ class _Classes(NamedTuple):
     layer: Any
     attention: Any
     mlp: Any
+    gated_mlp: Any
     layer_scale: Any
     drop_path: Any
     whole: tuple[Any, ...]
@@ -43,10 +45,10 @@ class _Classes(NamedTuple):
         def found(name: str) -> Any:
             return getattr(module, prefix + name, None)
 
-        whole = (found(name) for name in ("ForImageClassification", "Model", "Encoder"))
+        whole = [found(name) for name in ("ForImageClassification", "Model", "Encoder")]
         return cls(
-            found("Layer"), found("Attention"), found("MLP"), found("LayerScale"),
-            found("DropPath"), tuple(kind for kind in whole if kind is not None),
+            found("Layer"), found("Attention"), found("MLP"), found("SwiGLUFFN"),
+            found("LayerScale"), found("DropPath"), tuple(k for k in whole if k is not None),
         )  # fmt: skip
 
 
@@ -67,8 +69,19 @@ def _written(kind: Any) -> Callable[..., Any] | None:
 
 
 _VIT = _Classes.of(modeling_vit, "ViT")
+_SIGLIP = _Classes(
+    modeling_siglip.SiglipEncoderLayer, modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP,
+    None, None, None,
+    (
+        modeling_siglip.SiglipForImageClassification,
+        # Earlier releases have a transformer, and a model around it that classification is without.
+        getattr(modeling_siglip, "SiglipVisionTransformer", modeling_siglip.SiglipVisionModel),
+        modeling_siglip.SiglipEncoder,
+    ),
+)  # fmt: skip
 _FAMILIES = (
     _VIT,
+    _SIGLIP,
     _Classes.of(modeling_dinov2, "Dinov2"),
     _Classes.of(modeling_dinov2_with_registers, "Dinov2WithRegisters"),
 )
@@ -84,22 +97,22 @@ _ACTIVATIONS: dict[Any, str] = {
 
 
 class FusedTransformersViT(FusedBackbone):
-    """transformers' ViT, DINOv2 and DINOv2 with registers for image classification."""
+    """transformers' ViT, DINOv2, DINOv2 with registers and SigLIP for image classification."""
 
     FORWARDS: ClassVar[Forwards] = {
         **COMMON_FORWARDS,
         **{
             kind: _written(kind)
             for kind in (
-                *(kind for classes in _FAMILIES for kind in classes[:5] if kind is not None),
+                *(kind for classes in _FAMILIES for kind in classes[:-1] if kind is not None),
                 activations.GELUActivation, activations.GELUTanh, *_ACTIVATIONS,
             )
         },
     }  # fmt: skip
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.family = TransformersViT(model)
+    def __init__(self, family: TransformersViT) -> None:
+        super().__init__(family.model)
+        self.family = family
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -115,40 +128,47 @@ class FusedTransformersViT(FusedBackbone):
                 return Refusal(f"{kind.__name__} has a forward of its own")
             if not is_own(part, "forward"):
                 return Refusal(f"the forward of its {kind.__name__} was replaced")
-        return _config_refusal(self.model.config)
+        return _config_refusal(encoder.config)
 
     def layers(self, block: Any) -> BlockLayers | Refusal:
         reason = _block_refusal(block)
         if reason is not None:
             return Refusal(reason)
-        attention, mlp = block.attention, block.mlp
-        activation = _activation_name(mlp.activation_fn)
+        attention, mlp = _attention_layers(_attention(block)), _mlp_layers(block.mlp)
+        activation = _activation_name(mlp.act)
         assert activation is not None
         scales = (getattr(block, f"layer_scale{i}", None) for i in (1, 2))
         drop_path = _drop_path(getattr(block, "drop_path", None))
         first, second = (None if scale is None else scale.lambda1 for scale in scales)
         return BlockLayers(
             norms=_norms(block),
-            qkv=Linears.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            proj=Linears.of(attention.o_proj),
-            num_heads=attention.q_proj.out_features // attention.head_dim,
-            scale=attention.scaling,
-            fc1=Linears.of(mlp.fc1),
-            fc2=Linears.of(mlp.fc2),
+            qkv=Linears.of(*attention.qkv),
+            proj=Linears.of(attention.out),
+            num_heads=attention.qkv[0].out_features // attention.head_dim,
+            scale=attention.scale,
+            fc1=Linears.of(*mlp.first),
+            fc2=Linears.of(mlp.last),
             activation=activation,
+            gated=len(mlp.first) == 2,
             layer_scales=(first, second),
             drop_paths=(drop_path, drop_path),
         )
 
     def is_later(self, parameter: str) -> bool:
-        return not parameter.startswith(f"{self.model.base_model_prefix}.embeddings.")
+        return not parameter.startswith(f"{self.family.encoder_name}.embeddings.")
 
     def embed(self, images: torch.Tensor) -> Embedded:
         images = images.to(self.family.patch_projection.weight.dtype)
         return Embedded(self.family.encoder.embeddings(images))
 
+    def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
+        block = self.blocks[index]
+        # SigLIP's has no default for its mask.
+        output: torch.Tensor = block(x, None) if type(block) is _SIGLIP.layer else block(x)
+        return output
+
     def norm(self, x: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.family.encoder.layernorm(x)
+        features: torch.Tensor = self.family.output_norm(x)
         return features
 
     @property
@@ -161,9 +181,35 @@ class FusedTransformersViT(FusedBackbone):
 
 
 def _norms(block: Any) -> tuple[Any, Any]:
-    if type(block) is _VIT.layer:
-        return block.layernorm_before, block.layernorm_after
+    for names in (("layernorm_before", "layernorm_after"), ("layer_norm1", "layer_norm2")):
+        if hasattr(block, names[0]):
+            return getattr(block, names[0]), getattr(block, names[1])
     return block.norm1, block.norm2
+
+
+def _attention(block: Any) -> Any:
+    return block.self_attn if hasattr(block, "self_attn") else block.attention
+
+
+class _AttentionLayers(NamedTuple):
+    qkv: tuple[Any, Any, Any]
+    out: Any
+    head_dim: int
+    scale: float
+    dropout: float
+
+
+def _attention_layers(attention: Any) -> _AttentionLayers:
+    out, scale, dropout = "o_proj", "scaling", "attention_dropout"
+    if hasattr(attention, "out_proj"):
+        out, scale, dropout = "out_proj", "scale", "dropout"
+    return _AttentionLayers(
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        getattr(attention, out),
+        attention.head_dim,
+        getattr(attention, scale),
+        getattr(attention, dropout),
+    )
 
 
 def _config_refusal(config: Any) -> Refusal | None:
@@ -184,21 +230,25 @@ def _block_refusal(block: Any) -> str | None:
     classes = _OF_LAYER.get(type(block))
     if classes is None:
         return f"it is a {type(block).__name__}"
-    if not hasattr(block.attention, "o_proj"):
+    earlier = not hasattr(_attention(block), "q_proj") or hasattr(block.mlp, "weights_in")
+    if earlier:
         return "its layers are those of an earlier release of transformers"
     for part in _norms(block):
         if type(part) is not nn.LayerNorm or len(part.normalized_shape) != 1:
             return f"its norm is a {type(part).__name__}"
-    if classes is _VIT:
-        reason = dropout_refusal("block", block, block.dropout)
-    else:
-        reason = _scaling_refusal(block, classes)
     return (
-        reason or _attention_refusal(block.attention, classes) or _mlp_refusal(block.mlp, classes)
+        _branch_refusal(block, classes)
+        or _attention_refusal(_attention(block), classes)
+        or _mlp_refusal(block.mlp, classes)
     )
 
 
-def _scaling_refusal(block: Any, classes: _Classes) -> str | None:
+def _branch_refusal(block: Any, classes: _Classes) -> str | None:
+    """Why what a block does with its sublayers' outputs can't be fused, or None."""
+    if classes is _VIT:
+        return dropout_refusal("block", block, block.dropout)
+    if classes is _SIGLIP:
+        return None
     for part in (block.layer_scale1, block.layer_scale2):
         if type(part) is not classes.layer_scale:
             return f"its layer scale is a {type(part).__name__}"
@@ -210,27 +260,41 @@ def _scaling_refusal(block: Any, classes: _Classes) -> str | None:
 def _attention_refusal(attention: Any, classes: _Classes) -> str | None:
     if type(attention) is not classes.attention:
         return f"its attention is a {type(attention).__name__}"
-    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
-    if not all(type(layer) is nn.Linear for layer in (q, k, v, o)):
+    layers = _attention_layers(attention)
+    if not all(type(layer) is nn.Linear for layer in (*layers.qkv, layers.out)):
         return "its attention's projections are not plain linears"
-    widths = q.out_features, k.out_features, v.out_features
-    if len(set(widths)) > 1 or q.out_features % attention.head_dim:
+    widths = {layer.out_features for layer in layers.qkv}
+    if len(widths) > 1 or layers.qkv[0].out_features % layers.head_dim:
         return "its attention's heads don't make up its projections"
     if attention.is_causal:
         return "its attention is causal"
-    if attention.attention_dropout and attention.training:
+    if layers.dropout and attention.training:
         return "its attention has dropout"
     return None
 
 
 def _mlp_refusal(mlp: Any, classes: _Classes) -> str | None:
-    if type(mlp) is not classes.mlp:
+    if type(mlp) not in (classes.mlp, classes.gated_mlp):
         return f"its MLP is a {type(mlp).__name__}"
-    if not type(mlp.fc1) is type(mlp.fc2) is nn.Linear:
+    layers = _mlp_layers(mlp)
+    if not all(type(layer) is nn.Linear for layer in (*layers.first, layers.last)):
         return "its MLP's layers are not plain linears"
-    if _activation_name(mlp.activation_fn) is None:
-        return f"its MLP's activation is a {type(mlp.activation_fn).__name__}"
+    if _activation_name(layers.act) is None:
+        return f"its MLP's activation is a {type(layers.act).__name__}"
     return None
+
+
+class _MlpLayers(NamedTuple):
+    first: tuple[Any, ...]
+    """One layer, or gate and value."""
+    last: Any
+    act: Any
+
+
+def _mlp_layers(mlp: Any) -> _MlpLayers:
+    if hasattr(mlp, "gate_proj"):
+        return _MlpLayers((mlp.gate_proj, mlp.up_proj), mlp.down_proj, mlp.act_fn)
+    return _MlpLayers((mlp.fc1,), mlp.fc2, mlp.activation_fn)
 
 
 def _activation_name(act: Any) -> str | None:

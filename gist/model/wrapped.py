@@ -356,8 +356,9 @@ def wrap(
 
     Args:
         backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
-            transformers' ViT or DINOv2 for image classification, with a classifier. A backbone
-            adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for it.
+            transformers' ViT, DINOv2 or SigLIP for image classification, with a classifier. A
+            backbone adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for
+            it.
         config: what to train; the default is ``GistConfig()``, the released adapter with GIST.
         num_classes: give the backbone a new linear classifier for so many classes. 0 removes it,
             for a head of one's own: outputs are then its (B, F) inputs, of class and Gist token in

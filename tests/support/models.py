@@ -123,6 +123,17 @@ def transformers_dinov2(registers=0):
     return getattr(transformers, kind + "ForImageClassification")(config)
 
 
+def transformers_siglip():
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "intermediate_size": 192, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    return transformers.SiglipForImageClassification(
+        transformers.SiglipConfig(vision_config=sizes, num_labels=5)
+    )
+
+
 def eva(**options):
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -140,6 +151,7 @@ FAMILIES = {
     "timm DINOv2-S": (timm_dinov2, 28),
     "transformers ViT": (transformers_vit, 32),
     "transformers DINOv2": (transformers_dinov2, 32),
+    "transformers SigLIP": (transformers_siglip, 32),
 }
 
 

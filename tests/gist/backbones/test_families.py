@@ -8,9 +8,11 @@ import math
 import pytest
 import timm
 import torch
-from models import backbone, eva, images, wrapped
+from models import backbone, eva, images, transformers_siglip, wrapped
+from torch import nn
 
 import gist
+from gist.backbones.families import family_of
 
 TARGET = torch.tensor([1, 4])
 
@@ -96,7 +98,7 @@ def test_transformers_models_give_what_timms_give_with_their_weights(kind):
     torch.testing.assert_close(out.cls_logits, head(cls), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.gist_logits, head(token), rtol=0, atol=1e-5)
     torch.testing.assert_close(theirs.eval()(images()), out.cls_logits, rtol=0, atol=1e-5)
-    assert "Dinov2" in gist.explain(theirs) or "ViTFor" in gist.explain(theirs)
+    assert "blocks 0 to 1: fused sublayers" in gist.explain(theirs)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
@@ -104,10 +106,81 @@ def test_transformers_models_without_gist_are_themselves(kind):
     theirs = transformers_model(kind, **TRANSFORMERS[kind])
     expected = theirs(images()).logits
     model = gist.wrap(theirs, gist.GistConfig(None, gist=False)).eval()
-    assert torch.equal(model(images()), expected)
+    torch.testing.assert_close(model(images()), expected, rtol=0, atol=1e-5)
     model.reset_classifier(9)
     assert model(images()).shape == (2, 9)
     assert model.num_classes == 9
+
+
+def test_blocks_of_earlier_releases_of_transformers_have_the_same_parts():
+    """transformers 5.0 has q, k and v within attention.attention, and ViT has no MLP module."""
+
+    def holding(**parts):
+        module = nn.Module()
+        for name, part in parts.items():
+            setattr(module, name, part)
+        return module
+
+    def dense():
+        return holding(dense=nn.Linear(48, 48), dropout=nn.Dropout(0.0))
+
+    def attention():
+        qkv = {name: nn.Linear(48, 48) for name in ("query", "key", "value")}
+        return holding(attention=holding(**qkv), output=dense())
+
+    norms = {"layernorm_before": nn.LayerNorm(48), "layernorm_after": nn.LayerNorm(48)}
+    vit = holding(attention=attention(), intermediate=dense(), output=dense(), **norms)
+    mlp = holding(fc1=nn.Linear(48, 96), fc2=nn.Linear(96, 48))
+    norms = {"norm1": nn.LayerNorm(48), "norm2": nn.LayerNorm(48)}
+    dinov2 = holding(attention=attention(), mlp=mlp, drop_path=nn.Identity(), **norms)
+    for kind, block in (("ViT", vit), ("Dinov2", dinov2)):
+        model = transformers_model(kind)
+        family = family_of(model)
+        family.blocks[0] = block
+        parts = family.parts(0)
+        own = block.attention.attention
+        expected = {
+            "q": own.query,
+            "k": own.key,
+            "v": own.value,
+            "proj": block.attention.output.dense,
+        }
+        if kind == "ViT":
+            expected |= {"fc1": vit.intermediate.dense, "fc2": vit.output.dense}
+            assert parts.branch_outputs == (vit.attention.output.dropout, vit.output.dropout)
+        else:
+            expected |= {"fc1": mlp.fc1, "fc2": mlp.fc2}
+            assert parts.branch_outputs == (dinov2.drop_path, dinov2.drop_path)
+        assert {name: found.layer for name, found in parts.projections.items()} == expected
+        assert parts.norms == tuple(m for m in block.children() if isinstance(m, nn.LayerNorm))
+
+
+def test_siglip_pools_the_patches_and_the_token_alone():
+    transformers = pytest.importorskip("transformers")
+    plain = transformers_siglip()
+    expected = plain.eval()(images()).logits
+    alone = gist.wrap(copy.deepcopy(plain), gist.GistConfig(None, gist=False)).eval()
+    torch.testing.assert_close(alone(images()), expected, rtol=0, atol=1e-5)
+    model = gist.wrap(plain, gist.GistConfig(None, token_dropout=0.0)).train()
+    features = model.forward_features(images())
+    assert features.shape == (2, 17, 48)
+    out, head = model(images()), model.backbone.classifier
+    torch.testing.assert_close(out.gist_logits, head(features[:, 0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.cls_logits, head(features[:, 1:].mean(1)), rtol=0, atol=1e-5)
+    model.reset_classifier(9)
+    assert model.eval()(images()).shape == (2, 9)
+    assert type(plain) is transformers.SiglipForImageClassification
+
+
+def test_a_timm_model_within_a_wrapper_of_transformers_is_named():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", num_labels=5, model_args={"depth": 2}
+    )
+    wrapper = transformers.TimmWrapperForImageClassification(config)
+    with pytest.raises(TypeError, match=r"give its backbone\.timm_model"):
+        gist.wrap(wrapper)
+    assert "fused" in gist.explain(gist.wrap(wrapper.timm_model))
 
 
 def test_a_distilled_backbones_two_heads_both_see_the_gist_token():
