@@ -92,6 +92,20 @@ def test_attention_fits_or_is_left_to_pytorch(card, keys, head_dim, cards):
     check(launches, target)
 
 
+@pytest.mark.parametrize(
+    ("card", "keys", "head_dim", "half"),
+    [
+        *(("sm_90", 198, 64, half) for half in (False, True)),
+        *(("sm_80", 100, 64, half) for half in (False, True)),
+    ],
+)
+def test_attention_with_rotary_positions_fits(card, keys, head_dim, half):
+    target = binaries.TARGETS[card]
+    launches = binaries.attention_launches(keys, head_dim, target, half=half)
+    assert [launch.arguments["sin"] is not None for launch in launches] == [True, True]
+    check(launches, target)
+
+
 def test_what_a_card_has_not_is_told():
     target = binaries.TARGETS["sm_86"]
     launch = binaries.attention_launches(100, 64, target)[0]
