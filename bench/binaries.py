@@ -213,7 +213,7 @@ def attention_launches(
         rotation = Rotation(*torch.zeros(2, heads, keys - 1, head_dim), 1, half)
     with recorded(target) as found:
         if attention.serves(q, k, heads):
-            if rotation is not None and not attention.rotates(q, heads, rotation):
+            if rotation is not None and not attention.rotates(q, k, heads, rotation):
                 rotation = None
             out, lse = attention.forward(q, k, v, heads, 0.125, rotation)
             attention.backward(out, q, k, v, lse, heads, 0.125, q, k, v, rotation)

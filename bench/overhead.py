@@ -134,7 +134,7 @@ _ACTIVATION: Any = SimpleNamespace(
 )
 _ATTENTION: Any = SimpleNamespace(
     serves=lambda q, k, num_heads: True,
-    rotates=lambda q, num_heads, rotation: True,
+    rotates=lambda q, k, num_heads, rotation: True,
     forward=_attention_forward,
     backward=lambda *arguments: None,
 )

@@ -49,7 +49,7 @@ def attention_forward(
     Backward takes one of the log-sum-exps, (B, H, Q), and of the graph; the other is None.
     """
     if kernels.serves(q, k, num_heads):
-        if rotation is not None and not kernels.rotates(q, num_heads, rotation):
+        if rotation is not None and not kernels.rotates(q, k, num_heads, rotation):
             q, k = (_rotated(part, num_heads, rotation) for part in (q, k))
             rotation = None
         out, lse = kernels.forward(q, k, v, num_heads, _scale(q, num_heads, scale), rotation)
@@ -82,7 +82,7 @@ def attention_backward(
     """Writes the gradients of ``q``, ``k`` and ``v`` into the last three."""
     if lse is not None:
         scale = _scale(q, num_heads, scale)
-        if rotation is None or kernels.rotates(q, num_heads, rotation):
+        if rotation is None or kernels.rotates(q, k, num_heads, rotation):
             kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v, rotation)
         else:
             from gist_kernels.reference.rotation import rotate_gradient_

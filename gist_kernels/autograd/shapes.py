@@ -55,7 +55,7 @@ class _Attention:
         return self._load().serves(q, k, num_heads)
 
     @staticmethod
-    def rotates(q: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+    def rotates(q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
         return True
 
     @staticmethod

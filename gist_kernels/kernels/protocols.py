@@ -218,7 +218,7 @@ class AttentionKernels(Protocol):
     def serves(self, q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
         """Whether the kernels take such tensors; PyTorch's attention serves the rest."""
 
-    def rotates(self, q: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+    def rotates(self, q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
         """Whether forward and backward take such a rotation; where not, queries and keys come
         rotated and their gradients are rotated back."""
 

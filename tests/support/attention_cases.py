@@ -140,7 +140,7 @@ def computed(attention: Any, case: Case) -> Result:
     (batch, heads, queries, keys, _), scale, q, k, v, d_out, rotation = case
     width = case.shape.width
     inputs = q, k, v, d_out, *(() if rotation is None else rotation[:2])
-    assert rotation is None or attention.rotates(q, heads, rotation)
+    assert rotation is None or attention.rotates(q, k, heads, rotation)
     before = [x.clone() for x in inputs]
     out, lse = attention.forward(q, k, v, heads, scale, rotation)
     assert out.is_contiguous()

@@ -26,8 +26,8 @@ def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
     return q.dtype in DTYPES and q.shape[2] // num_heads <= MAX_HEAD_DIM
 
 
-def rotates(q: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
-    """Whether :func:`forward` and :func:`backward` rotate such queries and their keys."""
+def rotates(q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+    """Whether :func:`forward` and :func:`backward` rotate such queries and keys."""
     return True
 
 

@@ -369,10 +369,15 @@ def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
     return q.dtype in DTYPES and _tile(q, k, num_heads) is not None
 
 
-def rotates(q: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
-    """Whether the kernels rotate queries and keys of such heads. A tile's columns are exchanged, so
-    that it may have none beside the head's. Those of 128 spill."""
-    return q.shape[2] // num_heads in (16, 32, 64)
+def rotates(q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+    """Whether the kernels rotate such queries and keys. A tile's columns are exchanged, so that it
+    may have none beside the head's."""
+    tile = _tile(q, k, num_heads)
+    if tile is None or tile.columns != q.shape[2] // num_heads:
+        return False
+    return tile.takes_rotation(
+        rotation.half, reads_shared=launch.tensor_cores_read_shared_memory(q.device)
+    )
 
 
 def forward(

@@ -240,6 +240,15 @@ class AttentionTile(NamedTuple):
         each = min(blocks, max(1, blocks * heads // (2 * multiprocessors)))
         return -(-blocks // each), each
 
+    def takes_rotation(self, half: bool, *, reads_shared: bool) -> bool:
+        """Whether rotary positions leave enough registers, as bench/binaries.py checks: those of
+        neighbours keep more tables at once."""
+        if self.columns > 64:
+            return False
+        if reads_shared:
+            return half or self.keys * self.columns <= 8192
+        return self.keys <= 128 or self.columns <= 16
+
     def rotated_backward(self) -> AttentionTile:
         """The tile of the backward pass with rotary positions, which take registers too."""
         return self._replace(queries=self.queries // 2)

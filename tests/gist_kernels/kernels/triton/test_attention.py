@@ -68,11 +68,13 @@ def test_rotary_positions(queries, keys, head_dim, turn):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "rotates"), [(8, False), (16, True), (64, True), (80, False), (128, False)]
+    ("keys", "head_dim", "rotates"),
+    [(5, 8, False), (5, 16, True), (100, 64, True), (5, 80, False), (5, 128, False)],
 )
-def test_which_heads_it_rotates(head_dim, rotates):
-    rotation = Rotation(*torch.zeros(2, 5, head_dim), 0, True)
-    assert attention.rotates(torch.empty(1, 5, 2 * head_dim), 2, rotation) == rotates
+def test_which_heads_it_rotates(keys, head_dim, rotates):
+    rotation = Rotation(*torch.zeros(2, keys, head_dim), 0, True)
+    q = torch.empty(1, keys, 2 * head_dim, dtype=torch.bfloat16, device=DEVICE)
+    assert attention.rotates(q, q, 2, rotation) == rotates
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 4, 6])

@@ -93,16 +93,21 @@ def test_attention_fits_or_is_left_to_pytorch(card, keys, head_dim, cards):
 
 
 @pytest.mark.parametrize(
-    ("card", "keys", "head_dim", "half"),
+    ("card", "keys", "head_dim", "half", "rotated"),
     [
-        *(("sm_90", 198, 64, half) for half in (False, True)),
-        *(("sm_80", 100, 64, half) for half in (False, True)),
+        ("sm_90", 198, 64, True, True),
+        ("sm_90", 198, 64, False, False),
+        ("sm_100", 198, 64, True, True),
+        ("sm_80", 100, 64, True, True),
+        ("sm_80", 100, 64, False, True),
+        ("sm_80", 198, 32, True, False),
     ],
 )
-def test_attention_with_rotary_positions_fits(card, keys, head_dim, half):
+def test_attention_with_rotary_positions_fits(card, keys, head_dim, half, rotated):
+    """Or gets queries and keys that PyTorch has rotated."""
     target = binaries.TARGETS[card]
     launches = binaries.attention_launches(keys, head_dim, target, half=half)
-    assert [launch.arguments["sin"] is not None for launch in launches] == [True, True]
+    assert [launch.arguments["sin"] is not None for launch in launches] == [rotated, rotated]
     check(launches, target)
 
 
