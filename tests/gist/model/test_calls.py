@@ -357,21 +357,24 @@ def logits_of(output):
 @every_case
 def test_an_empty_batch_gives_empty_logits_where_the_backbone_does(method, family):
     backbone, pixels = made(family)
+    own_error = None
     try:
         backbone(pixels[:0])
     except RuntimeError as error:
         assert "timm ViT" not in family
-        model = model_of(method, family)[0]
-        if "fused" not in gist.explain(model):
-            with pytest.raises(RuntimeError, match=str(error)[:30]):
-                model(pixels[:0])
-            return
+        own_error = str(error)[:30]
     model, pixels = model_of(method, family)
-    assert model(pixels[:0]).shape == (0, model.num_classes)
-    out = model.train()(pixels[:0])
-    assert out.cls_logits.shape == out.gist_logits.shape == (0, model.num_classes)
-    (out.cls_logits.sum() + out.gist_logits.sum()).backward()
-    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    for training in (False, True):
+        model.train(training)
+        if own_error is not None and "fused" not in gist.explain(model):
+            with pytest.raises(RuntimeError, match=own_error):
+                model(pixels[:0])
+            continue
+        out = model(pixels[:0])
+        logits = [out.cls_logits, out.gist_logits] if training else [out]
+        assert all(each.shape == (0, model.num_classes) for each in logits)
+        sum(each.sum() for each in logits).backward()
+        assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 @every_case
@@ -390,11 +393,14 @@ def test_a_trace_is_right_at_another_batch_size(method, family):
     torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)
 
 
-# accelerate gives timm's Eva itself other logits.
+# accelerate gives timm's Eva itself other logits, and does not bring back what the pooling head of
+# transformers' SigLIP reads.
 @pytest.mark.parametrize("when", ["before wrapping", "after wrapping"])
 @not_rotary
 def test_offloaded_parameters_are_brought_back_for_a_call(method, family, when):
     accelerate = pytest.importorskip("accelerate")
+    if family == "transformers SigLIP":
+        pytest.skip("accelerate can't offload it")
     model, pixels = model_of(method, family)
     expected = model(pixels)
     device = torch.device("cpu")
