@@ -36,7 +36,9 @@ def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_for
         (name, config)
         for name in EVAS
         for config in CONFIGS
-        if "prompts" not in config and not (config in OF_LAYERS and name in UNHOOKED)
+        if "prompts" not in config
+        and not (config in OF_LAYERS and name in UNHOOKED)
+        and not (config == "difffit" and "inner norm" in name)  # which it trains
     ],
 )
 def test_is_the_same_function_in_float64(name, config, own_forward):
