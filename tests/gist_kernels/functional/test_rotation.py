@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import backends
 import oracles
 import pytest
@@ -172,6 +174,24 @@ def test_any_shape(backend, half, batch, tokens, heads, pairs, per_head, data):
         size = each.abs().max().item() if each.numel() else 0.0
         assert found[name].shape == each.shape
         torch.testing.assert_close(found[name].double(), each, rtol=0, atol=few * max(1.0, size))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("queries", [None, 4])
+def test_kernels_that_do_not_rotate(queries, half, dtype, monkeypatch):
+    """The node rotates queries and keys before them, and their gradients after them."""
+    qkv = normal(2, N, 3 * H * D, dtype=dtype, spread=1.0)
+    upstream = normal(2, queries or N, H * D, dtype=dtype)
+    rotation = rotation_of((2, 12), D, half=half, heads=H)
+    by_kernels = results(ours("cpu", H, rotation, queries), qkv, upstream)
+    module = importlib.import_module("gist_kernels.kernels.cpu.attention")
+    monkeypatch.setattr(module, "rotates", lambda *_: False)
+    before = results(ours("cpu", H, rotation, queries), qkv, upstream)
+    for name, tensor in by_kernels.items():
+        few = 4 * EPS[dtype] * tensor.abs().max().item()
+        torch.testing.assert_close(before[name], tensor, rtol=0, atol=few)
 
 
 @pytest.mark.parametrize("backend", backends.serving("attention", reference=True))
