@@ -36,7 +36,7 @@ from gist_kernels.kernels.triton import (
     launch,
     loss,
 )
-from gist_kernels.weights import AdapterWeights, NormWeights
+from gist_kernels.weights import AdapterWeights, NormWeights, Rotation
 
 # The most shared memory of a program, in KiB. CUDA's: "Maximum amount of shared memory per thread
 # block" in the programming guide's table of technical specifications.
@@ -198,16 +198,25 @@ def divergence_launches(
 
 
 def attention_launches(
-    keys: int, head_dim: int, target: GPUTarget, dtype: torch.dtype = torch.bfloat16
+    keys: int,
+    head_dim: int,
+    target: GPUTarget,
+    dtype: torch.dtype = torch.bfloat16,
+    half: bool | None = None,
 ) -> list[Launch]:
     """What attention launches, of slices of packed tensors as in a sublayer; nothing where it
-    leaves them to PyTorch."""
+    leaves them to PyTorch. With rotary positions in pairs ``half`` or not, unless None."""
     heads = 2
     q, k, v = torch.zeros(1, keys, 3 * heads * head_dim, dtype=dtype).chunk(3, dim=-1)
+    rotation = None
+    if half is not None:
+        rotation = Rotation(*torch.zeros(2, heads, keys - 1, head_dim), 1, half)
     with recorded(target) as found:
         if attention.serves(q, k, heads):
-            out, lse = attention.forward(q, k, v, heads, 0.125)
-            attention.backward(out, q, k, v, lse, heads, 0.125, q, k, v)
+            if rotation is not None and not attention.rotates(q, k, heads, rotation):
+                rotation = None
+            out, lse = attention.forward(q, k, v, heads, 0.125, rotation)
+            attention.backward(out, q, k, v, lse, heads, 0.125, q, k, v, rotation)
     return found
 
 
@@ -222,7 +231,7 @@ def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
         bound |= {name: kwargs.pop(name) for name in names if name in kwargs}
         shared_bound = None
         if "KEYS" in bound:
-            columns, keys, queries = (bound[name] for name in ("COLUMNS", "KEYS", "QUERIES"))
+            columns, keys, queries = bound["COLUMNS"], bound["KEYS"], heuristics.QUERIES
             shared_bound = heuristics.AttentionTile(columns, keys, queries, 0).shared_memory()
         found.append(Launch(kernel, bound, kwargs, shared_bound))
 
@@ -344,7 +353,8 @@ def attention_configurations(target: GPUTarget) -> Iterator[Launch]:
     for head_dim in HEAD_DIMS:
         for keys in KEYS:
             for dtype in (torch.bfloat16, torch.float16):
-                yield from attention_launches(keys, head_dim, target, dtype)
+                for half in (None, False, True):
+                    yield from attention_launches(keys, head_dim, target, dtype, half)
 
 
 FAMILIES = {
@@ -398,6 +408,8 @@ def _line(launched: Launch, used: Usage) -> str:
         tensor, kind = launched.arguments["sides"][0], f"{launched.arguments['SIDES']} sides"
     if "HEAD_DIM" in launched.arguments:
         kind = f"head {launched.arguments['HEAD_DIM']}"
+        if launched.arguments["sin"] is not None:
+            kind += ", half" if launched.arguments["HALF"] else ", pairs"
     return (
         f"{launched.name():<26}{launched.shape():<22}"
         f"{'' if tensor is None else str(tensor.dtype)[6:]:<10}{kind!s:<13}"

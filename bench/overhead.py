@@ -121,7 +121,9 @@ def _adapter_backward(
     return dx, *(None if t is None else torch.empty_like(t) for t in adapter[:4])
 
 
-def _attention_forward(q: Any, k: Any, v: Any, num_heads: int, scale: float) -> Any:
+def _attention_forward(
+    q: Any, k: Any, v: Any, num_heads: int, scale: float, rotation: Any = None
+) -> Any:
     return torch.empty_like(q), q.new_empty((q.shape[0], num_heads, q.shape[1]))
 
 
@@ -132,6 +134,7 @@ _ACTIVATION: Any = SimpleNamespace(
 )
 _ATTENTION: Any = SimpleNamespace(
     serves=lambda q, k, num_heads: True,
+    rotates=lambda q, k, num_heads, rotation: True,
     forward=_attention_forward,
     backward=lambda *arguments: None,
 )

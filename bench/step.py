@@ -3,11 +3,16 @@
 The floor is the matmuls and attentions that every exact step needs. They are timed by themselves,
 once by the fastest library that this package uses and once by PyTorch's own operators. bf16 and
 fp16 mean autocast, over float32 weights.
+
+Models of other libraries, and those with rotary positions, are compared with their library's own
+forward, which adapters in plain operators and the token join by hooks.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import timm
 import torch
@@ -30,7 +35,12 @@ SIZES = {
         ("vit_small_patch16_224", 256),
     ),
 }
+OTHERS = {
+    "cpu": (("vit_small_patch16_dinov3", 8), ("transformers ViT-B/16", 8)),
+    "cuda": (("vit_small_patch16_dinov3", 32), ("transformers ViT-B/16", 32)),
+}
 CLASSES = 100
+CONFIG = gist.GistConfig(method=gist.Adapter(rank=4, scale=0.1), token_dropout=0.0)
 
 
 class Released(nn.Module):
@@ -78,6 +88,94 @@ def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Ca
     for name, images in SIZES[device.type]:
         torch.compiler.reset()
         yield _case(name, images, dtype, device)
+    for name, images in OTHERS[device.type]:
+        if name.startswith("transformers") and find_spec("transformers") is None:
+            continue
+        torch.compiler.reset()
+        yield _library_case(name, images, dtype, device)
+
+
+def _step(model: nn.Module, images: torch.Tensor, loss: Call, dtype: torch.dtype) -> Call:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    half = dtype in (torch.bfloat16, torch.float16)
+
+    def run() -> object:
+        with torch.autocast(images.device.type, dtype, enabled=half):
+            value = loss(model(images))
+        return torch.autograd.grad(value, trained)
+
+    return run
+
+
+def _backbone(name: str) -> nn.Module:
+    if not name.startswith("transformers"):
+        return timm.create_model(name, num_classes=CLASSES)
+    from transformers import ViTConfig, ViTForImageClassification
+
+    model: nn.Module = ViTForImageClassification(ViTConfig(num_labels=CLASSES))
+    return model
+
+
+def _library_case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
+    torch.manual_seed(0)
+    ours = gist.wrap(_backbone(name), CONFIG).to(device).train()
+    plain = copy.deepcopy(ours)
+    for block in plain.family.blocks:  # which then runs by its own forward
+        block.register_forward_hook(_nothing)
+    assert "own forward" not in gist.explain(ours)
+    assert "fused" not in gist.explain(plain)
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    target = torch.randint(CLASSES, (batch,), device=device)
+    loss = gist.GistLoss()
+    half = dtype in (torch.bfloat16, torch.float16)
+
+    def by_ours(out: gist.GistOutput) -> object:
+        return loss(out, target)
+
+    def by_released(out: gist.GistOutput) -> object:
+        return released_loss(*out, target)
+
+    def compiled(model: nn.Module) -> nn.Module:
+        found: nn.Module = torch.compile(model, dynamic=False)
+        return found
+
+    def by_operators(call: Call) -> Call:
+        def run() -> object:
+            with gk.use_backend("reference"):  # the adapters, which hooks call
+                return call()
+
+        return run
+
+    def parity() -> str | None:
+        with torch.no_grad():
+            exact = plain(images)
+            with torch.autocast(device.type, dtype, enabled=half):
+                found, theirs = ours(images), plain(images)
+        names = ("cls_logits", "gist_logits")
+        return mismatch(
+            dict(zip(names, zip(found, exact, theirs, strict=True), strict=True)), relative=1e-4
+        )
+
+    with torch.no_grad():
+        tokens = ours.forward_features(images[:1]).shape[1]
+    return Case(
+        sizes={"B": batch, "D": ours.embed_dim, "N": tokens},
+        dtype=dtype,
+        calls={
+            "ours": _step(ours, images, by_ours, dtype),
+            "ours, torch.compile": _step(compiled(ours), images, by_ours, dtype),
+            "own forward": by_operators(_step(plain, images, by_released, dtype)),
+            "own forward, torch.compile": by_operators(
+                _step(compiled(plain), images, by_released, dtype)
+            ),
+        },
+        parity=parity,
+        graphs=("ours", "ours, torch.compile", "own forward", "own forward, torch.compile"),
+    )
+
+
+def _nothing(*_: object) -> None:
+    return None
 
 
 def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -91,8 +189,7 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
         return model.requires_grad_(False)
 
     weights = timm.create_model(name, num_classes=CLASSES).state_dict()
-    configuration = gist.GistConfig(method=gist.Adapter(rank=4, scale=0.1), token_dropout=0.0)
-    ours = gist.wrap(backbone(), configuration).train()
+    ours = gist.wrap(backbone(), CONFIG).train()
     token_only = gist.wrap(backbone(), gist.GistConfig(method=None, token_dropout=0.0)).train()
     plain, plain_token = (
         Released(backbone(), model).to(device, of_weights) for model in (ours, token_only)
@@ -104,14 +201,7 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
     loss = gist.GistLoss()
 
     def step(model: nn.Module, loss: Call) -> Call:
-        trained = [p for p in model.parameters() if p.requires_grad]
-
-        def run() -> object:
-            with torch.autocast(device.type, dtype, enabled=half):
-                value = loss(model(images))
-            return torch.autograd.grad(value, trained)
-
-        return run
+        return _step(model, images, loss, dtype)
 
     calls = {
         "ours": step(ours, lambda out: loss(out, target)),

@@ -6,7 +6,7 @@ Every unmasked element of every load, store and atomic counts, also where a cach
 Printed as multiples of one logit tensor: first accesses to logits and their gradients, where the
 least possible is 2, 4 and 4, then all accesses, with targets, statistics and sums. Of the adapter
 and of attention, as multiples of one (M, D) tensor: of such tensors, then all, with weights, their
-partial sums and log-sum-exps.
+partial sums and log-sum-exps. Of a gated activation, as multiples of one (M, F) tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from gist_kernels.kernels.protocols import LossOptions
-from gist_kernels.kernels.triton import adapter, attention, divergence, loss
+from gist_kernels.kernels.triton import activation, adapter, attention, divergence, loss
 from gist_kernels.weights import AdapterWeights, NormWeights
 
 PUBLISHED = LossOptions(3.0, 1.0, 0.5, 0.75, 0.75, 0.0, -100, "mean")
@@ -171,6 +171,21 @@ def measure_adapter(rows: int, width: int, rank: int, dtype: torch.dtype) -> dic
     }
 
 
+GATED_LEAST = {"forward": 3, "backward": 5}
+"""Transfers of (M, F): gates, values and the result; its gradient, gates, values and theirs."""
+
+
+def measure_gated(rows: int, width: int, dtype: torch.dtype) -> dict[str, float]:
+    """Traffic of a gated activation in (M, F) tensors."""
+    u, d_hidden = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    with counted() as forward:
+        activation.gated_forward(u, "silu")
+    with counted() as backward:
+        activation.gated_backward(d_hidden, u, "silu")
+    unit = d_hidden.numel() * d_hidden.itemsize
+    return {"forward": forward.bytes() / unit, "backward": backward.bytes() / unit}
+
+
 ATTENTION_LEAST = {"forward": 4, "backward": 7}
 """Transfers of (M, D): queries, keys, values and the result; its gradient, the three and theirs."""
 
@@ -223,6 +238,10 @@ def main() -> None:
             cells = measure_adapter(rows, width, rank, dtype).values()
             line = "".join(f"{large:>13.3f} /{everything:7.3f}" for large, everything in cells)
             print(f"{f'{rows} x {width}, {rank}':>20} {str(dtype)[6:]:>9} {line}", flush=True)
+    print(f"{'M x F, gated':>20} {'dtype':>9} " + "".join(f"{n:>22}" for n in GATED_LEAST))
+    for width in (1024, 1365):
+        cells = "".join(f"{n:>22.3f}" for n in measure_gated(198, width, torch.bfloat16).values())
+        print(f"{f'198 x {width}':>20} {'bfloat16':>9} {cells}", flush=True)
     print(f"{'B x N x H x Dh':>20} {'dtype':>9} " + "".join(f"{n:>22}" for n in ATTENTION_LEAST))
     for shape in ((1, 198, 6, 64), (50, 198, 6, 64), (50, 50, 12, 64)):
         cells = measure_attention(*shape, torch.bfloat16).values()

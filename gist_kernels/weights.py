@@ -106,8 +106,8 @@ class AttentionWeights(NamedTuple):
 class MlpWeights(NamedTuple):
     """A two-layer perceptron on D features with F hidden ones, plain or gated::
 
-        fc2(activation(fc1(x)))
-        fc2(activation(gate) * value), where gate, value = fc1(x)
+        fc2(norm(activation(fc1(x))))
+        fc2(norm(activation(gate) * value)), where gate, value = fc1(x)
 
     SwiGLU and GEGLU (arXiv:2002.05202) are the second with "silu" and "gelu". Only biases and
     updates are trained.
@@ -128,3 +128,5 @@ class MlpWeights(NamedTuple):
     fc1_update: LinearUpdate | None = None
     fc2_update: LinearUpdate | None = None
     gated: bool = False
+    norm: NormWeights | None = None
+    """A frozen LayerNorm over the F hidden features."""

@@ -182,14 +182,14 @@ class BackboneFamily(ABC):
 
     # ---- checks
 
-    def refusal(self, gist: bool) -> str | None:
-        """Why the model can't be wrapped, or None."""
+    def refusal(self, gist: bool, new_head: bool = False) -> str | None:
+        """Why the model can't be wrapped, or None; ``new_head`` if its classifier is replaced."""
         # HF PEFT keeps a trained copy beside the original, in a module of its own.
         heads = (getattr(head, "original_module", head) for head in self.heads)
-        if not all(isinstance(head, nn.Linear) for head in heads):
+        if not new_head and not all(isinstance(head, nn.Linear) for head in heads):
             return (
                 "has no linear classifier; create it with num_classes=..., or call "
-                "backbone.reset_classifier(num_classes)"
+                "gist.wrap(..., num_classes=N), with 0 for features without a classifier"
             )
         shared = self._shared()
         if shared is not None:

@@ -13,6 +13,14 @@ from gist.backbones.base import BackboneFamily
 from gist.backbones.timm_vit import TimmDistilled, TimmEva, TimmViT
 from gist.backbones.transformers_vit import TRANSFORMERS_MODELS, transformers_family
 
+_NO_PLACE = {
+    "Beit": "its attention adds a bias for each pair of relative positions, of which a Gist token "
+    "has none",
+    "NaFlexVit": "its batches mask the patches that an image lacks, by a mask in which a Gist "
+    "token has no place",
+}
+"""Vision transformers of timm's that were tried, and why a Gist token can't join them."""
+
 
 def family_of(backbone: nn.Module) -> BackboneFamily:
     """The family of a supported backbone, around that backbone.
@@ -30,11 +38,12 @@ def family_of(backbone: nn.Module) -> BackboneFamily:
     family = transformers_family(model)
     if family is not None:
         return family
-    if type(model).__name__ == "TimmWrapperForImageClassification":
+    kind = type(model).__name__
+    if kind == "TimmWrapperForImageClassification":
         raise TypeError("backbone is a model of timm's in a wrapper; give its backbone.timm_model")
+    reason = _NO_PLACE.get(kind, "which has no sequence of tokens that a Gist token could join")
     raise TypeError(
         "backbone must be a vision transformer for classification: timm's VisionTransformer or "
         "Eva, such as timm.create_model('vit_base_patch16_224'), or one of transformers' "
-        f"{', '.join(TRANSFORMERS_MODELS)}, SiglipForImageClassification; it is a "
-        f"{type(model).__name__}, which has no sequence of tokens that a Gist token could join"
+        f"{', '.join(TRANSFORMERS_MODELS)}, SiglipForImageClassification; it is a {kind}, {reason}"
     )

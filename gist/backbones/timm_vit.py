@@ -117,7 +117,7 @@ class TimmViT(BackboneFamily):
         reentrant = getattr(timm.layers, "use_reentrant_ckpt", lambda: True)
         return self.model.grad_checkpointing and reentrant()
 
-    def refusal(self, gist: bool) -> str | None:
+    def refusal(self, gist: bool, new_head: bool = False) -> str | None:
         if not self.pooling:
             return "has no pooling (global_pool=''); use global_pool='token'"
         by_attention = self.model.attn_pool
@@ -126,7 +126,7 @@ class TimmViT(BackboneFamily):
                 f"pools by attention (global_pool={self.pooling!r}) with a position for each "
                 "patch, of which the Gist token has none; use global_pool='token' or 'avg'"
             )
-        return super().refusal(gist)
+        return super().refusal(gist, new_head)
 
 
 class TimmDistilled(TimmViT):

@@ -88,6 +88,8 @@ class BlockLayers(NamedTuple):
     """A name in :data:`gist_kernels.activations.Activation`."""
     gated: bool = False
     """Whether the first half of fc1's outputs, activated, multiplies the second half."""
+    mlp_norm: Any = None
+    """A LayerNorm of what fc2 reads, or None."""
     layer_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
 
@@ -233,6 +235,7 @@ def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
                 fc1_update,
                 fc2_update,
                 layers.gated,
+                None if layers.mlp_norm is None else _norm(layers.mlp_norm, None, dtype),
             ),
             parts.mlp,
         ),
@@ -256,6 +259,8 @@ def _weights_refusal(block: nn.Module, layers: BlockLayers) -> str | None:
     frozen, like = layers.frozen, layers.qkv.weights[0]
     if any(weight.requires_grad for weight in frozen):
         return "it has trainable matrices of its own"
+    if layers.mlp_norm is not None and any(p.requires_grad for p in layers.mlp_norm.parameters()):
+        return "its MLP's norm is trained"
     for weight in block.parameters():
         if type(weight) is not nn.Parameter:
             return f"its weights are {type(weight).__name__}s"
@@ -265,7 +270,8 @@ def _weights_refusal(block: nn.Module, layers: BlockLayers) -> str | None:
             return f"its weights are {weight.dtype}"
     if any(weight.dtype is not like.dtype for weight in frozen):
         return "its matrices are of several dtypes"
-    if any(norm.eps <= 0 for norm in layers.norms):
+    inner = () if layers.mlp_norm is None else (layers.mlp_norm,)
+    if any(norm.eps <= 0 for norm in (*layers.norms, *inner)):
         return "its norm has no positive eps"
     return None
 

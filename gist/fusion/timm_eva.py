@@ -22,7 +22,9 @@ from gist.fusion.timm_vit import (
     common_refusal,
     drop_path,
     dropout_refusal,
+    is_layer_norm,
     methods_refusal,
+    mlp_norm,
     mlp_refusal,
 )
 from gist.methods.base import Refusal
@@ -82,6 +84,7 @@ class FusedTimmEva(FusedBackbone):
             fc2=Linears.of(mlp.fc2),
             activation=activation,
             gated=type(mlp) is not Mlp,
+            mlp_norm=mlp_norm(mlp),
             layer_scales=(block.gamma_1, block.gamma_2),
             drop_paths=(drop_path(block.drop_path1), drop_path(block.drop_path2)),
         )
@@ -158,8 +161,8 @@ def _gated_refusal(mlp: Any) -> str | None:
     layers = (mlp.fc1_g, mlp.fc1_x) if type(mlp) is SwiGLU else (mlp.fc1,)
     if any(type(layer) is not nn.Linear for layer in (*layers, mlp.fc2)):
         return "its MLP's layers are not plain linears"
-    if type(mlp.norm) is not nn.Identity:
-        return "its MLP is normalised within"
+    if type(mlp.norm) is not nn.Identity and not is_layer_norm(mlp.norm):
+        return f"its MLP's norm is a {type(mlp.norm).__name__}"
     if activation_name(mlp.act) is None:
         return f"its MLP's activation is a {type(mlp.act).__name__}"
     return dropout_refusal("MLP", mlp, mlp.drop1, mlp.drop2)

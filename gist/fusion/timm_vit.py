@@ -77,6 +77,7 @@ class FusedTimmViT(FusedBackbone):
             fc1=Linears.of(mlp.fc1),
             fc2=Linears.of(mlp.fc2),
             activation=activation,
+            mlp_norm=mlp_norm(mlp),
             layer_scales=(_layer_scale(block.ls1), _layer_scale(block.ls2)),
             drop_paths=(drop_path(block.drop_path1), drop_path(block.drop_path2)),
         )
@@ -124,12 +125,16 @@ def _block_refusal(block: Any) -> str | None:
 def common_refusal(norm1: Any, norm2: Any, drop_path1: Any, drop_path2: Any) -> str | None:
     """Why the norms or the drop-paths of a timm block can't be fused, or None."""
     for part in (norm1, norm2):
-        if not (type(part) in (nn.LayerNorm, LayerNorm) and len(part.normalized_shape) == 1):
+        if not is_layer_norm(part):
             return f"its norm is a {type(part).__name__}"
     for part in (drop_path1, drop_path2):
         if type(part) not in (nn.Identity, DropPath):
             return f"its drop-path is a {type(part).__name__}"
     return None
+
+
+def is_layer_norm(part: Any) -> bool:
+    return type(part) in (nn.LayerNorm, LayerNorm) and len(part.normalized_shape) == 1
 
 
 def _attention_refusal(attn: Any) -> str | None:
@@ -155,8 +160,8 @@ def mlp_refusal(mlp: Any) -> str | None:
         return f"its MLP is a {type(mlp).__name__}"
     if not type(mlp.fc1) is type(mlp.fc2) is nn.Linear:
         return "its MLP's layers are not plain linears"
-    if type(mlp.norm) is not nn.Identity:
-        return "its MLP is normalised within"
+    if type(mlp.norm) is not nn.Identity and not is_layer_norm(mlp.norm):
+        return f"its MLP's norm is a {type(mlp.norm).__name__}"
     if activation_name(mlp.act) is None:
         return f"its MLP's activation is a {type(mlp.act).__name__}"
     return dropout_refusal("MLP", mlp, mlp.drop1, mlp.drop2)
@@ -171,6 +176,12 @@ def dropout_refusal(name: str, owner: nn.Module, *parts: Any) -> str | None:
         if getattr(part, "p", 0) and (part.training or owner.training):
             return f"its {name} has dropout"
     return None
+
+
+def mlp_norm(mlp: Any) -> nn.Module | None:
+    """The norm of what timm's MLPs' second layer reads, or None."""
+    norm: nn.Module = mlp.norm
+    return None if isinstance(norm, nn.Identity) else norm
 
 
 def activation_name(act: nn.Module) -> str | None:

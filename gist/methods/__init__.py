@@ -3,6 +3,8 @@
 from gist.methods.adapter import Adapter
 from gist.methods.adaptformer import AdaptFormer
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal
+from gist.methods.convpass import Convpass
+from gist.methods.difffit import DiffFit
 from gist.methods.fact import FacT
 from gist.methods.hooks import Hook
 from gist.methods.lora import LoRA
@@ -15,7 +17,8 @@ from gist.validate import check_known
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        Adapter, AdaptFormer, LoRA, VPT, SSF, FacT, RepAdapter, BitFit, LayerNormTuning, Full,
+        Adapter, AdaptFormer, LoRA, VPT, SSF, FacT, RepAdapter, Convpass, BitFit, LayerNormTuning,
+        DiffFit, Full,
     )
 }  # fmt: skip
 
@@ -34,6 +37,8 @@ __all__ = [
     "Adapter",
     "AttachedMethod",
     "BitFit",
+    "Convpass",
+    "DiffFit",
     "FacT",
     "Full",
     "FusedParts",

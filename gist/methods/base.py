@@ -62,6 +62,8 @@ class AttachedMethod(nn.Module):
     """Whether the method has parameters before the first block."""
     appended_tokens = 0
     """Number of tokens that the method adds at the end of the sequence, within the blocks."""
+    added_tokens = (0, 0)
+    """Numbers of Gist tokens after the class token, and of all methods' tokens at the end."""
 
     def fused(self, index: int) -> FusedParts | Refusal:
         """The method's part in a block of fused sublayers, or why the block can't be fused."""

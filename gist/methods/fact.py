@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
-from gist.methods.base import AttachedMethod, Method, new_parameters, widened
+from gist.methods.base import (
+    AttachedMethod,
+    FusedParts,
+    LayerUpdate,
+    Method,
+    Refusal,
+    new_parameters,
+    widened,
+)
 from gist.methods.hooks import Hook
+from gist.untouched import is_bare
 from gist.validate import check_count, check_finite, check_known, check_rate
 
 FORMS = ("tt", "tk")
@@ -27,6 +36,9 @@ class FacT(Method):
     (D, rank), shared by all. In the tensor-train form ("tt") each S_k is free; in the Tucker form
     ("tk") it is ``sum_r P_kr C_r`` of a core C, (rank, rank, rank). U, S, P and C start uniform as
     linear layers do, V at 0.
+
+    While training with dropout the blocks run by their own forward: set dropout to 0 for fused
+    sublayers.
 
     Parameters: of K matrices, 12 a block, ``2 * D * rank + K * rank**2`` (tt) or
     ``2 * D * rank + K * rank + rank**3`` (tk).
@@ -92,6 +104,22 @@ def _pieces(family: BackboneFamily) -> tuple[dict[nn.Linear, list[_Piece]], int]
     return pieces, count
 
 
+def _matrices(family: BackboneFamily) -> list[tuple[slice, slice] | None]:
+    """Each block's matrices in the tensor: those of q, k, v, proj and fc1, and those of fc2.
+
+    None where q, k, v and proj are not one matrix each.
+    """
+    width, stop = family.embed_dim, 0
+    found: list[tuple[slice, slice] | None] = []
+    for index in range(len(family.blocks)):
+        parts = [family.projection(index, n) for n in ("q", "k", "v", "proj", "fc1", "fc2")]
+        counts = [p.in_features * p.out_features // width**2 for p in parts]
+        start, middle, stop = stop, stop + sum(counts[:-1]), stop + sum(counts)
+        plain = counts[:4] == [1] * 4
+        found.append((slice(start, middle), slice(middle, stop)) if plain else None)
+    return found
+
+
 class Factors(AttachedMethod):
     """The shared factors ``u``, ``v`` (D, rank) and the cores."""
 
@@ -99,6 +127,7 @@ class Factors(AttachedMethod):
         super().__init__()
         rank, width, options = config.rank or 0, family.embed_dim, new_parameters(family.model)
         self.scale, self.dropout = config.scale, config.dropout
+        self.matrices = _matrices(family)
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
             bound = fan_in**-0.5
@@ -117,6 +146,12 @@ class Factors(AttachedMethod):
         if hasattr(self, "cores"):
             return self.cores[k]
         return torch.einsum("r,rij->ij", self.mixture[k], self.core)
+
+    def cores_of(self, chosen: slice) -> torch.Tensor:
+        """Some of the S_k, (matrices, rank, rank)."""
+        if hasattr(self, "cores"):
+            return self.cores[chosen]
+        return torch.tensordot(self.mixture[chosen], self.core, dims=1)
 
     def update(
         self,
@@ -144,6 +179,28 @@ class Factors(AttachedMethod):
         # A layer's matrices cover all its outputs, in order.
         updates = torch.stack([by_output[start] for start in sorted(by_output)], dim=-2) @ v.T
         return self.scale * updates.flatten(-2)
+
+    def fused(self, index: int) -> FusedParts | Refusal:
+        if self.dropout and self.training:
+            return Refusal("its update has dropout")
+        if not is_bare(self):
+            return Refusal("its method's modules are not as gist made them")
+        matrices = self.matrices[index]
+        if matrices is None:
+            return Refusal("its attention is not as wide as its tokens")
+        narrow, wide = matrices
+        # What reads D features shares U; V S_k^T are the rows of its outputs.
+        down, up = self.u.t(), self.scale * (self.v @ self.cores_of(narrow).mT)
+        # fc2 reads several times D: the columns of its inputs are (U S_k)^T, and its outputs V.
+        down_wide = (self.u @ self.cores_of(wide)).flatten(0, 1).t()
+        return FusedParts(
+            updates={
+                "qkv": LayerUpdate(down=down, up=up[:3].flatten(0, 1)),
+                "proj": LayerUpdate(down=down, up=up[3]),
+                "fc1": LayerUpdate(down=down, up=up[4:].flatten(0, 1)),
+                "fc2": LayerUpdate(down=down_wide, up=self.scale * self.v),
+            }
+        )
 
     def merge(self, family: BackboneFamily) -> None:
         width = len(self.u)

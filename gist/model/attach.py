@@ -41,6 +41,9 @@ def attach_methods(config: GistConfig, family: BackboneFamily) -> nn.Module | No
     """Join the config's methods to a backbone: the module with their new parameters, or None."""
     attached = {method.name: method.attach(family) for method in config.methods}
     modules = {name: module for name, module in attached.items() if module is not None}
+    appended = sum(module.appended_tokens for module in modules.values())
+    for module in modules.values():
+        module.added_tokens = config.num_tokens if config.gist else 0, appended
     if len(config.methods) > 1:
         return nn.ModuleDict(modules)
     return next(iter(modules.values()), None)

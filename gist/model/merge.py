@@ -20,11 +20,11 @@ from gist.model.wrapped import GistModel
 def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
     """A plain copy of the backbone with the logits of ``model`` in evaluation mode, up to rounding.
 
-    LoRA, SSF, FacT and RepAdapter fold into the weights; a model may have only one method. Methods
-    that train the backbone's own parameters have nothing to fold. Layers that share a weight get
-    one each. What HF PEFT has put into the
-    backbone is merged by its own ``merge_and_unload``. The Gist token stays as one more register
-    token of a timm VisionTransformer.
+    LoRA, SSF, FacT, RepAdapter and DiffFit fold into the weights; a model may have only one method.
+    Methods that only train the backbone's own parameters have nothing to fold. Layers that share a
+    weight get one each. What HF PEFT has put into the backbone is merged by its own
+    ``merge_and_unload``. The Gist token stays as one more register token of a timm
+    VisionTransformer.
 
     Args:
         model: what :func:`gist.wrap` returned, also within DistributedDataParallel or
@@ -76,6 +76,14 @@ def _is_peft(model: GistModel) -> bool:
 def _merged_by_peft(backbone: Any) -> Any:
     """The base model of HF PEFT's, with its adapters in the weights."""
     kinds = ", ".join(str(config.peft_type.value) for config in backbone.peft_config.values())
+    for name, part in backbone.named_modules():
+        if type(part).__module__ == "peft.tuners.oft.layer" and isinstance(
+            getattr(part, "base_layer", None), nn.Conv2d
+        ):
+            raise ValueError(
+                f"HF PEFT's OFT of the convolution {name} rotates the input's overlapping windows, "
+                "which no kernel expresses, though PEFT merges it; use the wrapped model"
+            )
     try:
         plain = backbone.merge_and_unload(safe_merge=True)
     except Exception as error:

@@ -140,10 +140,8 @@ def load(
     lacking = {name for name in state if name.startswith("backbone.")} - own
     if classes and (family.num_classes != classes or (family.model is not backbone and lacking)):
         family.reset_classifier(classes)
-    model = wrap(backbone, config)
+    model = wrap(backbone, config, num_classes=None if classes else 0)
     try:
-        if not classes:
-            model.reset_classifier(0)
         _fill(model, state, beside, directory)
     except Exception:
         unwrap(model)

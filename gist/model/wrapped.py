@@ -74,10 +74,12 @@ class GistModel(TimmInterface):
         config: the :class:`gist.GistConfig`.
     """
 
-    def __init__(self, backbone: nn.Module, config: GistConfig) -> None:
+    def __init__(
+        self, backbone: nn.Module, config: GistConfig, num_classes: int | None = None
+    ) -> None:
         super().__init__()
         family = family_of(backbone)
-        _check(family, config)
+        _check(family, config, num_classes)
         self.config, self.before_wrap = config, Before.of(backbone)
         trained = [p for method in config.methods for p in method.trained(family)]
         if family.model is not backbone:  # HF PEFT's, which has marked what it trains
@@ -98,6 +100,8 @@ class GistModel(TimmInterface):
         if trained:
             convert_when_run_again(family.model)
         self._trains_backbone = bool(trained)
+        if num_classes is not None:
+            family.reset_classifier(num_classes)
         self._train_heads()
         hide_added_tokens(family, self.token, self.attached_methods)
         self._known = frozenset(self.state_dict())
@@ -340,7 +344,9 @@ class GistModel(TimmInterface):
         return Scripted(self, self.family.image_size)
 
 
-def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
+def wrap(
+    backbone: nn.Module, config: GistConfig | None = None, *, num_classes: int | None = None
+) -> GistModel:
     """Adapt a vision transformer, in place: freeze it, attach the methods and the Gist token.
 
     The backbone's modules and their ``forward`` stay; methods and token join by hooks. All
@@ -354,13 +360,17 @@ def wrap(backbone: nn.Module, config: GistConfig | None = None) -> GistModel:
             backbone adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for
             it.
         config: what to train; the default is ``GistConfig()``, the released adapter with GIST.
+        num_classes: give the backbone a new linear classifier for so many classes. 0 removes it,
+            for a head of one's own: outputs are then its (B, F) inputs, of class and Gist token in
+            training, which :func:`gist_kernels.linear_gist_loss` takes. Default: the backbone's
+            own classifier stays.
 
     Raises:
         TypeError: a model without a sequence of tokens, or of another library.
         ValueError: the backbone has no classifier, unsupported blocks or pooling, or is wrapped
             already. It is then unchanged.
     """
-    model = GistModel(backbone, config if config is not None else GistConfig())
+    model = GistModel(backbone, config if config is not None else GistConfig(), num_classes)
     counted = model.count_parameters()
     if not (counted.method or counted.token) and (
         model.config.method is not None or model.family.model is not backbone
@@ -382,8 +392,13 @@ def _head_parameters(heads: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [parameter for head in _trained_heads(heads) for parameter in head.parameters()]
 
 
-def _check(family: BackboneFamily, config: GistConfig) -> None:
-    reason = family.refusal(config.gist)
+def _check(family: BackboneFamily, config: GistConfig, num_classes: int | None) -> None:
+    if num_classes is not None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be an integer of at least 0; it is {num_classes!r}")
+        if num_classes == 0 and config.separate_head:
+            raise ValueError("separate_head needs a classifier, and num_classes is 0")
+    reason = family.refusal(config.gist, new_head=num_classes is not None)
     if reason is not None:
         raise ValueError(f"backbone {reason}")
     if config.gist and config.separate_head and len(family.heads) > 1:

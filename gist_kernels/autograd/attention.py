@@ -49,9 +49,10 @@ def attention_forward(
     Backward takes one of the log-sum-exps, (B, H, Q), and of the graph; the other is None.
     """
     if kernels.serves(q, k, num_heads):
-        if rotation is not None:
+        if rotation is not None and not kernels.rotates(q, k, num_heads, rotation):
             q, k = (_rotated(part, num_heads, rotation) for part in (q, k))
-        out, lse = kernels.forward(q, k, v, num_heads, _scale(q, num_heads, scale))
+            rotation = None
+        out, lse = kernels.forward(q, k, v, num_heads, _scale(q, num_heads, scale), rotation)
         return out, lse, None
     from gist_kernels import reference
 
@@ -81,12 +82,13 @@ def attention_backward(
     """Writes the gradients of ``q``, ``k`` and ``v`` into the last three."""
     if lse is not None:
         scale = _scale(q, num_heads, scale)
-        if rotation is not None:
-            q, k = (_rotated(part, num_heads, rotation) for part in (q, k))
-        kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v)
-        if rotation is not None:
+        if rotation is None or kernels.rotates(q, k, num_heads, rotation):
+            kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v, rotation)
+        else:
             from gist_kernels.reference.rotation import rotate_gradient_
 
+            q, k = (_rotated(part, num_heads, rotation) for part in (q, k))
+            kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v)
             for grad in (d_q, d_k):
                 rotate_gradient_(grad, num_heads, rotation)
         return

@@ -232,6 +232,7 @@ class MlpSaved(NamedTuple):
     z: torch.Tensor | None
     stats: torch.Tensor
     u: torch.Tensor
+    hidden_stats: torch.Tensor | None
     fc1_unscaled: torch.Tensor | None
     fc1_low: torch.Tensor | None
     fc2_unscaled: torch.Tensor | None
@@ -242,17 +243,27 @@ def mlp_forward(sublayer: Sublayer, x: torch.Tensor) -> tuple[torch.Tensor, MlpS
     rows = rows_of(x)
     normed, adapted, z, stats = sublayer.normed_and_adapted(rows, sublayer.norm)
     u, of_fc1 = sublayer.first.forward(normed)
-    hidden = _hidden(sublayer, u)
+    hidden, hidden_stats = _hidden(sublayer, u)
     hidden = hidden.view(*x.shape[:2], hidden.shape[1])
     result, of_fc2 = sublayer.add_last(rows, adapted, hidden)
-    return result, MlpSaved(z, stats, u, *of_fc1, *of_fc2)
+    return result, MlpSaved(z, stats, u, hidden_stats, *of_fc1, *of_fc2)
 
 
-def _hidden(sublayer: Sublayer, u: torch.Tensor) -> torch.Tensor:
-    """What the last layer reads, from the first layer's output; backward computes it once more."""
+def _activated(sublayer: Sublayer, u: torch.Tensor) -> torch.Tensor:
     activation, weights = sublayer.kernels.activation, sublayer.weights
     forward = activation.gated_forward if weights.gated else activation.forward
     return forward(u, weights.activation)
+
+
+def _hidden(sublayer: Sublayer, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the last layer reads, from the first layer's output, and its norm's statistics. Backward
+    computes it once more."""
+    hidden, norm = _activated(sublayer, u), sublayer.weights.norm
+    if norm is None:
+        return hidden, None
+    normed, _, _, stats = sublayer.kernels.adapter.forward(hidden, None, norm, None, None)
+    assert normed is not None
+    return normed, stats
 
 
 def mlp_backward(
@@ -261,12 +272,18 @@ def mlp_backward(
     activation, weights = sublayer.kernels.activation, sublayer.weights
     rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
     d_hidden, d_fc2 = sublayer.last_backward(
-        d_out, lambda: _hidden(sublayer, saved.u),
+        d_out, lambda: _hidden(sublayer, saved.u)[0],
         LinearSaved(saved.fc2_unscaled, saved.fc2_low), needs.trained.last, needs.inner,
     )  # fmt: skip
     if d_hidden is None:
         adapter = sublayer.adapter_grads(rows.d_out, rows.x, rows.z)
         return Gradients(None, Trained(adapter, last=d_fc2))
+    if weights.norm is not None:
+        d_hidden, *_ = sublayer.kernels.adapter.backward(
+            None, d_hidden, _activated(sublayer, saved.u), weights.norm, saved.hidden_stats,
+            None, None, pass_through=False,
+        )  # fmt: skip
+        assert d_hidden is not None
     if weights.gated:
         d_u = activation.gated_backward(d_hidden, saved.u, weights.activation)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gist_kernels.kernels.protocols import AttentionKernels, SublayerKernels
-from gist_kernels.weights import AdapterWeights, NormWeights
+from gist_kernels.weights import AdapterWeights, NormWeights, Rotation
 
 
 class _Adapter:
@@ -55,8 +55,17 @@ class _Attention:
         return self._load().serves(q, k, num_heads)
 
     @staticmethod
+    def rotates(q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+        return True
+
+    @staticmethod
     def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        num_heads: int,
+        scale: float,
+        rotation: Rotation | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
         return q.new_empty(q.shape), lse

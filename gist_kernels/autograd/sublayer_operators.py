@@ -62,8 +62,10 @@ def adapter_mlp(
     """See :func:`gist_kernels.adapter_mlp`."""
     fc1, fc2 = (weights[:2], weights.fc1_update), (weights[2:4], weights.fc2_update)
     tensors, numbers = _flat(x, norm, fc1, fc2, weights.layer_scale, drop_path, adapter)
+    weight, bias, eps = weights.norm or (None, None, None)
+    options = weights.activation, weights.gated, None if eps is None else float(eps)
     operator = _OPERATORS[backend, "adapter_mlp"]
-    out: torch.Tensor = operator(*tensors, *numbers, weights.activation, weights.gated)[0]
+    out: torch.Tensor = operator(*tensors, weight, bias, *numbers, *options)[0]
     return out
 
 
@@ -115,9 +117,11 @@ def _attention_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
 
 def _mlp_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
     """Sublayer and x."""
+    *tensors, norm_weight, norm_bias = tensors
     first, last, layer_scale, _ = tensors[-4:]
-    *options, activation, gated = options
-    weights = MlpWeights(first, None, last, None, activation, layer_scale, gated=gated)
+    *options, activation, gated, eps = options
+    norm = None if eps is None else NormWeights(norm_weight, norm_bias, eps)
+    weights = MlpWeights(first, None, last, None, activation, layer_scale, gated=gated, norm=norm)
     return _sublayer(kernels, weights, tensors, options)
 
 
@@ -221,6 +225,7 @@ def _operation(
 
 _QKV_PROJ = ("qkv", "proj"), ROTATION_TABLES
 _HEADS = "int num_heads", "float? scale", *ROTATION_OPTIONS
+_INNER_NORM = "Tensor? inner_norm_weight", "Tensor? inner_norm_bias"
 _OPERATIONS = (
     _operation(
         "adapter_attention", *_QKV_PROJ, (*_HEADS, "SymInt[]? grad_tokens"),
@@ -231,7 +236,8 @@ _OPERATIONS = (
         PrefixSaved._fields, _few_forward, _few_backward,
     ),
     _operation(
-        "adapter_mlp", ("fc1", "fc2"), (), ("str activation", "bool gated"),
+        "adapter_mlp", ("fc1", "fc2"), _INNER_NORM,
+        ("str activation", "bool gated", "float? inner_norm_eps"),
         MlpSaved._fields, _mlp_forward, _mlp_backward,
     ),
 )  # fmt: skip

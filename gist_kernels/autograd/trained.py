@@ -98,7 +98,10 @@ class Sublayer:
         self.factors = [f for f in (self.weights.layer_scale, drop_path) if f is not None]
         # Backward reads them, and autograd doesn't save them.
         rotation = getattr(self.weights, "rotation", None) or ()  # an MLP has none
-        self._watched = watched_tensors(*self.norm, *self.weights, *rotation, drop_path)
+        inner_norm = getattr(self.weights, "norm", None) or ()  # attention has none
+        self._watched = watched_tensors(
+            *self.norm, *self.weights, *rotation, *inner_norm, drop_path
+        )
 
     @property
     def reads_in_place(self) -> bool:

@@ -18,12 +18,23 @@ struct AttentionTensor {
   std::int64_t batch_stride, row_stride;
 };
 
+// Rotary positions: tokens start to start + rows - 1 of queries and keys are multiplied by cos, and
+// the other feature of each pair by sin, with a minus for a pair's first. The transpose goes onto
+// their gradients. Pairs are the features j and j + head_dim / 2 (half), or 2 j and 2 j + 1.
+struct AttentionRotation {
+  const float *sin;  // (rows, head_dim) or (heads, rows, head_dim), contiguous; null for none
+  const float *cos;
+  std::int64_t start, rows;
+  bool per_head, half;
+};
+
 // One forward or backward call. Inputs are only read.
 struct AttentionCall {
   Dtype dtype;
   std::int64_t batch, heads, queries, keys, head_dim;
   double scale;
   AttentionTensor q, k, v;
+  AttentionRotation rotation;
   AttentionTensor out;  // forward only
   float *lse;           // (batch, heads, queries): forward writes it, backward reads it
   AttentionTensor d_out, d_q, d_k, d_v;  // backward only

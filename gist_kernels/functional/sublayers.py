@@ -116,7 +116,8 @@ def adapter_mlp(
         x + drop_path * (layer_scale * fc2(act(fc1(norm(x))))) + adapter(x)
 
     If ``mlp.gated``, ``act(gate) * value`` takes the place of ``act``: fc1 computes both, the gate
-    first. Arguments, result and errors are those of :func:`adapter_attention`.
+    first. With ``mlp.norm``, fc2 reads the norm of that; the norm is frozen. Arguments, result and
+    errors are those of :func:`adapter_attention`.
     """
     _check_block_input(x, norm, adapter, drop_path)
     _check_kind("mlp", mlp, MlpWeights)
@@ -135,6 +136,12 @@ def adapter_mlp(
         "fc1_weight": (inner, width), "fc1_bias": (inner,),
         "fc2_weight": (width, hidden), "fc2_bias": (width,), "layer_scale": (width,),
     })  # fmt: skip
+    if mlp.norm is not None:
+        _check_kind("mlp.norm", mlp.norm, NormWeights)
+        check.positive("mlp.norm.eps", mlp.norm.eps)
+        _check_weights("mlp.norm", mlp.norm, x, {"weight": (hidden,), "bias": (hidden,)})
+        for name, tensor in (("weight", mlp.norm.weight), ("bias", mlp.norm.bias)):
+            _check_frozen(f"mlp.norm.{name}", tensor)
     _check_update("mlp.fc1_update", mlp.fc1_update, x, width, inner)
     _check_update("mlp.fc2_update", mlp.fc2_update, x, hidden, width)
     return PreparedMlp(norm, mlp, adapter).run(x, drop_path=drop_path)
@@ -287,11 +294,16 @@ def _check_weights(
         check.shape(f"{group}.{name}", tensor, shape, "that fits x and the other weights")
         frozen = name == "layer_scale" or len(shape) > 1
         check.alike(f"{group}.{name}", tensor, "x", x, any_float=not frozen)
-        if frozen and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{group}.{name} requires a gradient, but is frozen here; pass it detached, "
-                "or compose the sublayer from PyTorch's operators"
-            )
+        if frozen:
+            _check_frozen(f"{group}.{name}", tensor)
+
+
+def _check_frozen(name: str, tensor: torch.Tensor | None) -> None:
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, but is frozen here; pass it detached, "
+            "or compose the sublayer from PyTorch's operators"
+        )
 
 
 def _check_update(

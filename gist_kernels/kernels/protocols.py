@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from gist_kernels.weights import AdapterWeights, NormWeights
+from gist_kernels.weights import AdapterWeights, NormWeights, Rotation
 
 
 class LossOptions(NamedTuple):
@@ -218,10 +218,21 @@ class AttentionKernels(Protocol):
     def serves(self, q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
         """Whether the kernels take such tensors; PyTorch's attention serves the rest."""
 
+    def rotates(self, q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+        """Whether forward and backward take such a rotation; where not, queries and keys come
+        rotated and their gradients are rotated back."""
+
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        num_heads: int,
+        scale: float,
+        rotation: Rotation | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(out, lse)``: (B, Q, H Dh), and the scores' log-sum-exps (B, H, Q) in float32."""
+        """``(out, lse)``: (B, Q, H Dh), and the scores' log-sum-exps (B, H, Q) in float32. Rotated
+        queries, of the first Q tokens, and keys are rounded to their dtype."""
 
     def backward(
         self,
@@ -235,6 +246,7 @@ class AttentionKernels(Protocol):
         d_q: torch.Tensor,
         d_k: torch.Tensor,
         d_v: torch.Tensor,
+        rotation: Rotation | None = None,
     ) -> None:
         """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``."""
 

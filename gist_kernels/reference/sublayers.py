@@ -57,12 +57,15 @@ def adapter_mlp(
         hidden = activate(gate) * value
     else:
         hidden = activate(u)
+    if weights.norm is not None:
+        hidden = _normed(hidden, weights.norm, x.dtype)
     out = linear(hidden, weights.fc2_weight, weights.fc2_bias, weights.fc2_update)
     return _join(x, out, weights.layer_scale, adapter, drop_path)
 
 
-def _normed(x: torch.Tensor, norm: NormWeights) -> torch.Tensor:
-    weight, bias = (None if t is None else t.to(x.dtype) for t in norm[:2])
+def _normed(x: torch.Tensor, norm: NormWeights, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``dtype``: that of weight and bias where autocast converts x; None for x's."""
+    weight, bias = (None if t is None else t.to(dtype or x.dtype) for t in norm[:2])
     return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
 
 

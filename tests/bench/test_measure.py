@@ -232,11 +232,25 @@ def test_released_structure_is_ours(monkeypatch):
     from bench import step
 
     monkeypatch.setitem(step.SIZES, "cpu", (("vit_tiny_patch16_224", 1),))
+    monkeypatch.setitem(step.OTHERS, "cpu", ())
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     (small,) = step.cases(CPU)
     assert small.parity() is None
     for call in small.calls.values():
         call()
+
+
+def test_a_librarys_own_forward_is_ours(monkeypatch):
+    from bench import step
+
+    monkeypatch.setitem(step.SIZES, "cpu", ())
+    monkeypatch.setitem(step.OTHERS, "cpu", (("eva02_tiny_patch14_224", 1),))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    (small,) = step.cases(CPU)
+    assert small.parity() is None
+    assert small.sizes["N"] == 258
+    ours, theirs = (small.calls[name]() for name in ("ours", "own forward"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_a_gist_loss_case_measures_what_it_says():

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from draws import assert_within_bounds
 
+from gist_kernels import Rotation
+
 SENTINEL = 12345.0
 KINDS = ("random", "peaked", "equal", "huge")
 
@@ -24,6 +26,33 @@ class Shape(NamedTuple):
     @property
     def width(self) -> int:
         return self.heads * self.head_dim
+
+
+class Turn(NamedTuple):
+    """Rotary positions of a case: which tokens have none, before and after the others."""
+
+    half: bool
+    per_head: bool
+    before: int
+    after: int
+
+    def rotation(self, shape: Shape, generator: torch.Generator, device: Any) -> Rotation:
+        """The features of a pair have different entries."""
+        start = min(self.before, shape.keys - 1)
+        rows = max(1, shape.keys - start - self.after)
+        size = *((shape.heads,) if self.per_head else ()), rows, shape.head_dim
+        angles, factors = (torch.randn(size, generator=generator) for _ in range(2))
+        factors = 1 + 0.2 * factors
+        tables = (factors * (3 * angles).sin(), factors * (3 * angles).cos())
+        return Rotation(*(table.to(device) for table in tables), start, self.half)
+
+
+TURNS = (
+    Turn(half=True, per_head=False, before=1, after=0),
+    Turn(half=False, per_head=True, before=2, after=3),
+    Turn(half=True, per_head=True, before=0, after=5),
+    Turn(half=False, per_head=False, before=0, after=0),
+)
 
 
 class Result(NamedTuple):
@@ -41,6 +70,18 @@ class Case(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     d_out: torch.Tensor
+    rotation: Rotation | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Without the tables."""
+        return self[2:6]
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys as the scores take them."""
+        if self.rotation is None:
+            return x
+        return oracles.rotated(x, self.shape.heads, self.rotation)
 
 
 class Buffer:
@@ -66,6 +107,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     device: Any = "cpu",
     seed: int = 0,
+    turn: Turn | None = None,
 ) -> Case:
     """Queries, keys and values as slices of one packed tensor, where they have the same rows."""
     batch, _, queries, keys, head_dim = shape
@@ -89,21 +131,23 @@ def draw(
     d_out.copy_(torch.randn(batch, queries, width, generator=generator))
     if kind == "alike":
         d_out.mul_(0.1).add_(1)
-    return Case(shape, head_dim**-0.5, q, k, v, d_out)
+    rotation = None if turn is None else turn.rotation(shape, generator, device)
+    return Case(shape, head_dim**-0.5, q, k, v, d_out, rotation)
 
 
 def computed(attention: Any, case: Case) -> Result:
     """By a module, into slices of packed tensors, around which nothing may change."""
-    (batch, heads, queries, keys, _), scale, q, k, v, d_out = case
+    (batch, heads, queries, keys, _), scale, q, k, v, d_out, rotation = case
     width = case.shape.width
-    inputs = q, k, v, d_out
+    inputs = q, k, v, d_out, *(() if rotation is None else rotation[:2])
+    assert rotation is None or attention.rotates(q, k, heads, rotation)
     before = [x.clone() for x in inputs]
-    out, lse = attention.forward(q, k, v, heads, scale)
+    out, lse = attention.forward(q, k, v, heads, scale, rotation)
     assert out.is_contiguous()
     of_q = Buffer(batch, queries, width, q.dtype, q.device)
     of_kv = Buffer(batch, keys, 2 * width, q.dtype, q.device)
     d_q, (d_k, d_v) = of_q.view, of_kv.view.split(width, 2)
-    attention.backward(d_out, q, k, v, lse, heads, scale, d_q, d_k, d_v)
+    attention.backward(d_out, q, k, v, lse, heads, scale, d_q, d_k, d_v, rotation)
     assert of_q.untouched_outside(d_q)
     assert of_kv.untouched_outside(of_kv.view)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
@@ -113,17 +157,20 @@ def computed(attention: Any, case: Case) -> Result:
 def truth(case: Case) -> Result:
     """The plain formula and its gradients in float64."""
     q, k, v = (x.double().requires_grad_() for x in (case.q, case.k, case.v))
-    out, lse = oracles.attention(q, k, v, case.shape.heads, case.scale)
+    turned = (case.rotated(x) for x in (q, k))
+    out, lse = oracles.attention(*turned, v, case.shape.heads, case.scale)
     gradients = torch.autograd.grad(out, (q, k, v), case.d_out.double())
     return Result(out.detach(), lse.detach(), *gradients)
 
 
 def pytorch(case: Case) -> Result:
-    """PyTorch's fused attention, and its log-sum-exp, in the case's own dtype."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v))
+    """PyTorch's fused attention, and its log-sum-exp, in the case's own dtype. Rotated in float32
+    and rounded, as models do."""
+    inputs = q, k, v = tuple(x.detach().clone().requires_grad_() for x in case.tensors[:3])
+    q, k = (case.rotated(x.float()).to(x.dtype) for x in (q, k))
     of_heads = (x.unflatten(2, (case.shape.heads, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*of_heads, scale=case.scale).transpose(1, 2).flatten(2)
-    gradients = torch.autograd.grad(out, (q, k, v), case.d_out)
+    gradients = torch.autograd.grad(out, inputs, case.d_out)
     _, lse = oracles.attention(q.float(), k.float(), v.float(), case.shape.heads, case.scale)
     return Result(out.detach(), lse.detach(), *gradients)
 
@@ -132,17 +179,30 @@ def magnitudes(case: Case) -> Result:
     """As the truth, of magnitudes: no term cancels another, and a probability is as uncertain as
     one rounding of the products in its score makes it."""
     heads, scale = case.shape.heads, abs(case.scale)
-    q, k, v, d_out = (
-        x.double().unflatten(2, (heads, case.shape.head_dim)).transpose(1, 2)
-        for x in (case.q, case.k, case.v, case.d_out)
-    )
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x.double().unflatten(2, (heads, case.shape.head_dim)).transpose(1, 2)
+
+    q, k = (by_head(case.rotated(x.double())) for x in (case.q, case.k))
     p = (case.scale * (q @ k.mT)).softmax(-1)
-    q, k, v, d_out = q.abs(), k.abs(), v.abs(), d_out.abs()
+    q, k, v, d_out = (by_head(x).abs() for x in case.tensors)
+    turns = [torch.eye(case.shape.head_dim).to(q)] * 2
+    if case.rotation is not None:
+        tokens = max(case.shape.queries, case.shape.keys)
+        matrices = oracles.rotation_matrices(case.rotation, heads, tokens).abs()
+        turns = [matrices[:, : x.shape[2]] for x in (q, k)]
+        q, k = (
+            torch.einsum("...ij,...j->...i", turn, x) for turn, x in zip(turns, (q, k), strict=True)
+        )
     scores = scale * (q @ k.mT)
     rounded = p * (1 + scores)
     d_p = d_out @ v.mT
     d_s = scale * rounded * (d_p + (p * d_p).sum(-1, keepdim=True))
-    return Result(rounded @ v, 1 + scores, d_s @ k, d_s.mT @ q, rounded.mT @ d_out)
+    d_q, d_k = (
+        torch.einsum("...ij,...i->...j", turn, d)
+        for turn, d in zip(turns, (d_s @ k, d_s.mT @ q), strict=True)
+    )
+    return Result(rounded @ v, 1 + scores, d_q, d_k, rounded.mT @ d_out)
 
 
 def assert_parity(result: Result, exact: Result, peer: Result, scales: Result, ulps: int) -> None:
@@ -167,9 +227,14 @@ def shares(
 
 @functools.cache
 def exact_peer_and_scales(
-    shape: Shape, kind: str, dtype: torch.dtype = torch.float32, device: Any = "cpu", seed: int = 0
+    shape: Shape,
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    device: Any = "cpu",
+    seed: int = 0,
+    turn: Turn | None = None,
 ) -> tuple[Result, Result, Result]:
-    case = draw(shape, kind, dtype, device, seed)
+    case = draw(shape, kind, dtype, device, seed, turn)
     return truth(case), pytorch(case), magnitudes(case)
 
 
@@ -179,6 +244,7 @@ def check(
     kind: str = "random",
     dtype: torch.dtype = torch.float32,
     device: Any = "cpu",
+    turn: Turn | None = None,
 ) -> None:
     """Parity within units of what the results are sums of, which may all but cancel.
 
@@ -187,8 +253,8 @@ def check(
     """
 
     def drawn(seed: int) -> dict[str, float]:
-        case = draw(shape, kind, dtype, device, seed)
-        exact, peer, scales = exact_peer_and_scales(shape, kind, dtype, device, seed)
+        case = draw(shape, kind, dtype, device, seed, turn)
+        exact, peer, scales = exact_peer_and_scales(shape, kind, dtype, device, seed, turn)
         return shares(computed(attention, case), exact, peer, scales, 4)
 
     assert_within_bounds(drawn)

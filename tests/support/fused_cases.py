@@ -28,6 +28,9 @@ CONFIGS = PLAIN_CONFIGS | {
         gist.LoRA(rank=3, targets=("q", "v", "proj", "fc1", "fc2")), token_dropout=0.0
     ),
     "ssf": gist.GistConfig(gist.SSF(), token_dropout=0.0),
+    "fact": gist.GistConfig(gist.FacT(rank=3, dropout=0.0), token_dropout=0.0),
+    "fact, tk": gist.GistConfig(gist.FacT(form="tk", rank=3, dropout=0.0), token_dropout=0.0),
+    "difffit": gist.GistConfig(gist.DiffFit(), token_dropout=0.0),
     "biases, norms, adapter, keys": gist.GistConfig(
         (gist.BitFit(), gist.LayerNormTuning(), gist.Adapter(rank=4), gist.LoRA(targets=("k",))),
         token_dropout=0.0,
@@ -78,6 +81,7 @@ def compare_with_own_forward(name, config, dtype, own_forward, backend="auto", d
         fused = [results(model, pixels.to(dtype)) for pixels in draws]
         assert name == "qk_norm" or "fused" in gist.explain(model)
     own_forward()
+    assert "fused" not in gist.explain(model)
     plain = [results(model, pixels.to(dtype)) for pixels in draws]
     if name == "drop_path":  # its draws differ between dtypes
         torch.testing.assert_close(fused[0][0], plain[0][0], rtol=0.05, atol=0.05)

@@ -44,6 +44,7 @@ EVAS = {
     },
     "eva02": {"qkv_bias": True, "swiglu_mlp": True, "global_pool": "avg"},
     "eva02, separate": {"qkv_bias": True, "qkv_fused": False, "swiglu_mlp": True},
+    "eva02, inner norm": {"qkv_bias": True, "swiglu_mlp": True, "scale_mlp": True},
     "rope": {"attn_type": "rope", "qkv_bias": True, "init_values": 0.2, "ref_feat_shape": (4, 4)},
     "rope, mixed": {"attn_type": "rope", "rope_type": "mixed", "qkv_bias": True},
     "no rotation": {"use_rot_pos_emb": False, "qkv_bias": True, "num_reg_tokens": 1},

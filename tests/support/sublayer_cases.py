@@ -12,6 +12,13 @@ DROPPED = torch.tensor([0.0, 1.25], dtype=torch.float64).view(2, 1, 1)
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float64: 2**-52}
 
 
+MLPS = {
+    "mlp": {}, "gated mlp": {"gated": True}, "normed mlp": {"inner_norm": True},
+    "gated, normed mlp": {"gated": True, "inner_norm": True},
+}  # fmt: skip
+"""The arguments' options, by name of the kind."""
+
+
 def exact_attention(x, norm, attention, adapter, num_queries=None, drop_path=None):
     q, k, v = (
         oracles.layer_norm(x, *norm) @ attention.qkv_weight.T
@@ -36,6 +43,7 @@ def exact_mlp(x, norm, mlp, adapter, drop_path=None):
         hidden = oracles.ACTIVATIONS[mlp.activation](gate) * value
     else:
         hidden = oracles.ACTIVATIONS[mlp.activation](hidden)
+    hidden = hidden if mlp.norm is None else oracles.layer_norm(hidden, *mlp.norm)
     out = hidden @ mlp.fc2_weight.T
     out = out if mlp.fc2_bias is None else out + mlp.fc2_bias
     return joined(x, out, mlp.layer_scale, adapter, drop_path)
@@ -67,7 +75,7 @@ def rotation_of(
 def arguments(
     dtype, *, batch=2, tokens=19, width=48, heads=3, rank=4, hidden=80,
     with_adapter=True, layer_scale=False, biases=True, activation="gelu",
-    gated=False, device="cpu", rotation=None,
+    gated=False, inner_norm=False, device="cpu", rotation=None,
 ):  # fmt: skip
     """x and the three groups of weights, rounded to ``dtype``."""
 
@@ -85,6 +93,9 @@ def arguments(
         of(inner, width), of(inner, optional=True), of(width, hidden),
         of(width, optional=True), activation, scale, gated=gated,
     )  # fmt: skip
+    if inner_norm:
+        inner_norm = gk.NormWeights(1 + of(hidden), of(hidden, optional=True), 1e-5)
+        mlp = mlp._replace(norm=inner_norm)
     adapter = gk.AdapterWeights(
         of(rank, width), of(rank, optional=True), of(width, rank), of(width, optional=True),
         0.7, activation,

@@ -202,6 +202,65 @@ void unpack(Matrix from, int64_t columns, Factor factor, Rows<S> to) {
   }
 }
 
+// The numbers as memory of type S would hold them.
+template <class S>
+GIST_INLINE Floats rounded(Floats v) {
+  if constexpr (sizeof(S) == 2)
+    return widen(S{}, narrow(S{}, v));
+  else
+    return v;
+}
+
+// The vector with the lanes of each pair exchanged: 1, 0, 3, 2, ...
+GIST_INLINE Floats swap_pairs(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_permute_ps(0xffff, x, 0xb1);
+#elif defined(__AVX2__)
+  return _mm256_permute_ps(x, 0xb1);
+#elif defined(__SSE2__)
+  return _mm_shuffle_ps(x, x, 0xb1);
+#else
+  const Vec<std::uint64_t> pairs = bit_cast<Vec<std::uint64_t> >(x);
+  return bit_cast<Floats>(pairs << 32 | pairs >> 32);
+#endif
+}
+
+// Rotates a row's pairs of features j and j + columns / 2, or with kTransposed its gradient. What
+// is rotated forward is rounded to S, the dtype: so do backends that hand it to another kernel, and
+// log-sum-exps fit the scores of whoever computes them again from such numbers.
+template <class S, bool kTransposed>
+void rotate_halves(float *x, const float *sin, const float *cos, int64_t columns) {
+  const int64_t half = columns / 2;
+  for_each_vector<float>(half, [&](int64_t j, auto lanes) GIST_LAMBDA {
+    const int64_t i = half + j;
+    const Floats a = load(x + j, lanes, 0.0f), b = load(x + i, lanes, 0.0f);
+    const Floats sin_a = load(sin + j, lanes, 0.0f), sin_b = load(sin + i, lanes, 0.0f);
+    const Floats cos_a = load(cos + j, lanes, 0.0f), cos_b = load(cos + i, lanes, 0.0f);
+    if constexpr (kTransposed) {
+      store(x + j, lanes, fma(a, cos_a, b * sin_b));
+      store(x + i, lanes, fma(b, cos_b, -a * sin_a));
+    } else {
+      store(x + j, lanes, rounded<S>(fma(a, cos_a, -b * sin_a)));
+      store(x + i, lanes, rounded<S>(fma(b, cos_b, a * sin_b)));
+    }
+  });
+}
+
+// The same for the features 2 j and 2 j + 1.
+template <class S, bool kTransposed>
+void rotate_neighbours(float *x, const float *sin, const float *cos, int64_t columns) {
+  Floats sign;
+  for (int lane = 0; lane < kWide; ++lane) sign[lane] = lane % 2 ? 1 : -1;
+  for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
+    const Floats v = load(x + j, lanes, 0.0f), s = load(sin + j, lanes, 0.0f);
+    const Floats c = load(cos + j, lanes, 0.0f);
+    if constexpr (kTransposed)
+      store(x + j, lanes, fma(v, c, -sign * swap_pairs(v * s)));
+    else
+      store(x + j, lanes, rounded<S>(fma(v, c, sign * swap_pairs(v) * s)));
+  });
+}
+
 void fill(float *to, int64_t n, float x) {
   for (int64_t i = 0; i < n; ++i) to[i] = x;
 }
@@ -375,9 +434,10 @@ class Head {
     const int64_t columns = call_.head_dim;
     const float scale = float(call_.scale);
     pack(rows(call_.k, 0, call_.keys), columns, at_.keys);
+    rotate<false>(at_.keys, 0, call_.keys);
     pack(rows(call_.v, 0, call_.keys), columns, at_.values);
     for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
-      pack_transposed(rows(call_.q, first, count), lanes, at_.queries, at_.queries_t);
+      pack_queries(first, count, lanes);
       fill(at_.shift, lanes, -__builtin_inff());
       for_each_chunk([&](int64_t key, int64_t keys) {
         raise_tops(scores(key, keys, lanes), scale, at_.shift);
@@ -397,10 +457,12 @@ class Head {
     const int64_t n = call_.keys, columns = call_.head_dim;
     const float scale = float(call_.scale);
     pack(rows(call_.k, 0, n), columns, at_.keys);
+    rotate<false>(at_.keys, 0, n);
     pack(rows(call_.v, 0, n), columns, at_.values);
     for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
-      pack_transposed(rows(call_.q, first, count), lanes, at_.queries, at_.queries_t);
-      pack_transposed(rows(call_.d_out, first, count), lanes, at_.d_out, at_.d_out_t);
+      pack_queries(first, count, lanes);
+      pack(rows(call_.d_out, first, count), columns, at_.d_out);
+      transpose_rows(at_.d_out, count, lanes, at_.d_out_t);
       fill(at_.shift, lanes, 0);
       std::memcpy(at_.shift, lse() + first, count * sizeof(float));
       fill(at_.total, lanes, 0);
@@ -428,8 +490,10 @@ class Head {
       });
       product(n, columns, count, by_rows(at_.p), at_.d_out, at_.d_values, first > 0);
       product(count, columns, n, by_columns(at_.d_s), at_.keys, at_.result, false);
+      rotate<true>(at_.result, first, count);
       unpack_gradient(at_.result, rows(call_.d_q, first, count));
     });
+    rotate<true>(at_.d_keys, 0, n);
     unpack_gradient(at_.d_keys, rows(call_.d_k, 0, n));
     unpack_gradient(at_.d_values, rows(call_.d_v, 0, n));
   }
@@ -463,11 +527,32 @@ class Head {
     unpack(from, call_.head_dim, [](int64_t) { return 1.0f; }, to);
   }
 
-  // Copies a block's rows, plain and transposed, with rows of 0 up to a whole vector.
-  void pack_transposed(Rows<S> from, int64_t lanes, Matrix to, Matrix to_t) const {
-    pack(from, call_.head_dim, to);
-    for (int64_t i = from.count(); i < lanes; ++i) fill(to.at(i), to.row, 0);
-    transpose(to, lanes, call_.head_dim, to_t);
+  void pack_queries(int64_t first, int64_t count, int64_t lanes) const {
+    pack(rows(call_.q, first, count), call_.head_dim, at_.queries);
+    rotate<false>(at_.queries, first, count);
+    transpose_rows(at_.queries, count, lanes, at_.queries_t);
+  }
+
+  // Transposes a block's rows, with rows of 0 up to a whole vector.
+  void transpose_rows(Matrix of, int64_t count, int64_t lanes, Matrix to) const {
+    for (int64_t i = count; i < lanes; ++i) fill(of.at(i), of.row, 0);
+    transpose(of, lanes, call_.head_dim, to);
+  }
+
+  // Rotates some tokens' rows in scratch memory, or with kTransposed their gradients, as far as
+  // the tables have them.
+  template <bool kTransposed>
+  void rotate(Matrix of, int64_t first, int64_t count) const {
+    const AttentionRotation &r = call_.rotation;
+    if (r.sin == nullptr) return;
+    const int64_t columns = call_.head_dim, table = r.per_head ? head_ * r.rows : 0;
+    const int64_t begin = std::max(first, r.start);
+    const int64_t end = std::min(first + count, r.start + r.rows);
+    const auto turn = r.half ? rotate_halves<S, kTransposed> : rotate_neighbours<S, kTransposed>;
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t at = (table + token - r.start) * columns;
+      turn(of.at(token - first), r.sin + at, r.cos + at, columns);
+    }
   }
 
   static Scores part(Matrix of, int64_t key, int64_t keys, int64_t lanes) {

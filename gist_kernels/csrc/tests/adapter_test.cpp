@@ -262,6 +262,39 @@ void run_activation(Dtype dtype, Activation activation, int64_t size, bool in_pl
   }
 }
 
+void run_gated(Dtype dtype, Activation activation, int64_t rows, int64_t width, int threads) {
+  const int64_t size = rows * width;
+  Normal normal(size + width);
+  Buffer u = normal.filled(dtype, 2 * size, 3), d = normal.filled(dtype, size), hidden(dtype, size),
+         d_u(dtype, 2 * size);
+  GatedCall call = {};
+  call.size = size;
+  call.width = width;
+  call.dtype = dtype;
+  call.activation = activation;
+  call.u = address(u);
+  call.result = address(hidden);
+  gated_forward(call, threads);
+  call.d_a = address(d);
+  call.result = address(d_u);
+  gated_backward(call, threads);
+  const std::string name = "dtype " + std::to_string(int(dtype)) + ", gated " +
+                           std::to_string(int(activation)) + " of " + std::to_string(rows) + " x " +
+                           std::to_string(width) + ": ";
+  const auto check = [&](double found, double exact, double factor, const std::string &what) {
+    const double by = tolerance(dtype);
+    expect(found, exact, by * (1e-2 * (1 + std::fabs(factor)) + std::fabs(exact)), name + what);
+  };
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t gate = i / width * 2 * width + i % width, value = gate + width;
+    double h, s;
+    activate(activation, u[gate], h, s);
+    check(hidden[i], h * u[value], u[value], "result");
+    check(d_u[gate], d[i] * u[value] * s, d[i] * u[value], "gradient of a gate");
+    check(d_u[value], d[i] * h, d[i], "gradient of a value");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -288,6 +321,12 @@ int main() {
         for (int64_t size : {0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 95, 1000})
           run_activation(dtype, activation, size, size % 2 != 0, 1);
       run_activation(dtype, Activation::gelu, 3 * 32 * 1024 + 5, dtype == Dtype::float32, 4);
+
+      for (const auto &[name, activation] : kActivations)
+        for (int64_t width : {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 100})
+          run_gated(dtype, activation, width % 4, width, 1);
+      // Parts that end within a row.
+      run_gated(dtype, Activation::silu, 99, 1001, 4);
     }
   });
 }

@@ -14,11 +14,13 @@ struct Case {
   int64_t batch, heads, queries, keys, head_dim;
   double scale;
   bool packed;  // q, k and v are slices of one tensor; otherwise each is dense
+  enum Turn { none, halves, neighbours } turn = none;
 
   std::string name() const {
     return "dtype " + std::to_string(int(dtype)) + ", " + std::to_string(batch) + " x " +
            std::to_string(heads) + " heads of " + std::to_string(head_dim) + ", " +
-           std::to_string(queries) + " queries, " + std::to_string(keys) + " keys: ";
+           std::to_string(queries) + " queries, " + std::to_string(keys) + " keys, turn " +
+           std::to_string(turn) + ": ";
   }
 };
 
@@ -36,6 +38,45 @@ struct Slice {
   }
   AttentionTensor tensor() const {
     return {buffer->data() + offset * bytes_of(buffer->dtype()), batch_stride, row_stride};
+  }
+};
+
+// Rotary positions: the tokens from the second on but the last two, or the first only, with a table
+// per head if packed.
+struct Tables {
+  Buffer sin, cos;
+  AttentionRotation rotation = {};
+  int64_t heads, columns;
+
+  explicit Tables(const Case &c) : heads(c.packed ? c.heads : 1), columns(c.head_dim) {
+    if (c.turn == Case::none) return;
+    const bool few = c.keys < 4;
+    rotation.start = few ? 0 : 1;
+    rotation.rows = few ? 1 : c.keys - 3;
+    rotation.per_head = c.packed;
+    rotation.half = c.turn == Case::halves;
+    Normal normal(c.keys);
+    for (Buffer *table : {&sin, &cos}) {
+      *table = Buffer(Dtype::float32, heads * rotation.rows * columns);
+      for (int64_t i = 0; i < table->size(); ++i) table->set(i, normal());
+    }
+    rotation.sin = reinterpret_cast<const float *>(sin.data());
+    rotation.cos = reinterpret_cast<const float *>(cos.data());
+  }
+
+  // Rotates a head's features of a token, or rotates their gradient back.
+  void turn(double *x, int64_t head, int64_t token, bool back) const {
+    const int64_t row = token - rotation.start;
+    if (row < 0 || row >= rotation.rows) return;
+    const int64_t first = ((rotation.per_head ? head : 0) * rotation.rows + row) * columns;
+    const std::vector<double> from(x, x + columns);
+    for (int64_t j = 0; j < columns; ++j) {
+      const bool second = rotation.half ? j >= columns / 2 : j % 2 != 0;
+      const int64_t other = (rotation.half ? columns / 2 : 1) * (second ? -1 : 1) + j;
+      const double sign = second != back ? 1 : -1;
+      const double by = sin[first + (back ? other : j)];
+      x[j] = from[std::size_t(j)] * cos[first + j] + sign * from[std::size_t(other)] * by;
+    }
   }
 };
 
@@ -70,6 +111,7 @@ void run(const Case &c, int threads) {
   const int64_t width = c.heads * c.head_dim;
   Normal normal(c.queries * 31 + c.keys * 7 + c.head_dim);
   Tensors in(c, dtype);
+  const Tables tables(c);
   for (const Slice *slice : {&in.q, &in.k, &in.v})
     for (int64_t i = 0; i < c.batch * slice->rows * width; ++i)
       slice->buffer->set(slice->place(i), normal());
@@ -102,6 +144,7 @@ void run(const Case &c, int threads) {
     call.q = in.q.tensor();
     call.k = in.k.tensor();
     call.v = in.v.tensor();
+    call.rotation = tables.rotation;
     call.out = found.out.tensor();
     call.lse = reinterpret_cast<float *>(found.lse.data());
     attention_forward(call, team);
@@ -123,7 +166,16 @@ void run(const Case &c, int threads) {
 
   using Doubles = std::vector<double>;
   Doubles out(std::size_t(c.batch * c.queries * width)), lse, d_q(out.size()),
-      d_k(std::size_t(c.batch * c.keys * width)), d_v(d_k.size());
+      d_k(std::size_t(c.batch * c.keys * width)), d_v(d_k.size()), q(d_q.size()), k(d_k.size());
+  const auto copy = [&](const Slice &from, Doubles &to) {
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] = (*from.buffer)[from.place(int64_t(i))];
+  };
+  const auto turn = [&](Doubles &x, int64_t rows, bool back) {
+    for (int64_t i = 0; i < c.batch * rows * c.heads; ++i)
+      tables.turn(&x[std::size_t(i * c.head_dim)], i % c.heads, i / c.heads % rows, back);
+  };
+  copy(in.q, q), copy(in.k, k);
+  turn(q, c.queries, false), turn(k, c.keys, false);
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t h = 0; h < c.heads; ++h)
       for (int64_t i = 0; i < c.queries; ++i) {
@@ -133,7 +185,8 @@ void run(const Case &c, int threads) {
         for (int64_t j = 0; j < c.keys; ++j) {
           double score = 0, product = 0;
           for (int64_t e = first; e < end; ++e) {
-            score += in.q.get(b, i, e) * in.k.get(b, j, e);
+            score += q[std::size_t((b * c.queries + i) * width + e)] *
+                     k[std::size_t((b * c.keys + j) * width + e)];
             product += d_out.get(b, i, e) * in.v.get(b, j, e);
           }
           p.push_back(c.scale * score);
@@ -154,12 +207,13 @@ void run(const Case &c, int threads) {
             const std::size_t query = std::size_t((b * c.queries + i) * width + e);
             const std::size_t key = std::size_t((b * c.keys + j) * width + e);
             out[query] += weight * in.v.get(b, j, e);
-            d_q[query] += d_s * in.k.get(b, j, e);
-            d_k[key] += d_s * in.q.get(b, i, e);
+            d_q[query] += d_s * k[key];
+            d_k[key] += d_s * q[query];
             d_v[key] += weight * d_out.get(b, i, e);
           }
         }
       }
+  turn(d_q, c.queries, true), turn(d_k, c.keys, true);
   const auto check = [&](const Slice &slice, const Doubles &exact, const char *what) {
     // Nearly all of a gradient may cancel out.
     const double least = what[0] == 'd' ? 1 : 0;
@@ -181,6 +235,12 @@ void run(const Case &c, int threads) {
 int main() {
   return on_every_instruction_set([] {
     int count = 0;
+    // In float32, as rotated halves are rounded.
+    for (Case::Turn turn : {Case::halves, Case::neighbours})
+      for (int64_t head_dim : {2, 6, 16, 34, 64})
+        for (int64_t keys : {1, 2, 7, 9, 100})
+          for (bool packed : {false, true})
+            run({Dtype::float32, 2, 3, packed ? keys : 1, keys, head_dim, 0.2, packed, turn}, 1);
     for (Dtype dtype : kAttentionDtypes) {
       for (int64_t head_dim : {1, 3, 8, 16, 17, 33, 65})
         for (int64_t keys : {1, 2, 7, 8, 9, 17, 33, 65})

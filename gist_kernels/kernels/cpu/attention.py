@@ -6,11 +6,12 @@ tensor as a rule. What is checked here is what the native code's memory safety r
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from gist_kernels.kernels.cpu.native import native as _native
+from gist_kernels.weights import Rotation
 
 # Address, stride of the batch, stride of the rows.
 Place: TypeAlias = tuple[int, int, int]
@@ -25,18 +26,30 @@ def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
     return q.dtype in DTYPES and q.shape[2] // num_heads <= MAX_HEAD_DIM
 
 
+def rotates(q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+    """Whether :func:`forward` and :func:`backward` rotate such queries and keys."""
+    return True
+
+
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    rotation: Rotation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
 
     ``q`` is (B, Q, H * Dh), ``k`` and ``v`` are (B, N, H * Dh), of one of ``DTYPES`` and of any
-    strides, but contiguous in the last dimension, in which each head has Dh columns. Returns
+    strides, but contiguous in the last dimension, in which each head has Dh columns. ``rotation``
+    turns the queries of the first Q tokens and the keys of all. Returns
     ``out`` (B, Q, H * Dh), contiguous, and ``lse`` (B, H, Q) in float32. TypeError for dtypes,
     ValueError for all else.
     """
     sizes = _sizes(q, k, v, num_heads)
     batch, heads, queries, _, head_dim = sizes
+    tables = _tables(rotation, heads, head_dim)
     device = q.device  # not the default one
     out = torch.empty((batch, queries, heads * head_dim), dtype=q.dtype, device=device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
@@ -49,6 +62,7 @@ def forward(
             _place(k),
             _place(v),
             lse.data_ptr(),
+            _address(tables),
             _place(out),
             torch.get_num_threads(),
         )
@@ -66,16 +80,19 @@ def backward(
     d_q: torch.Tensor,
     d_k: torch.Tensor,
     d_v: torch.Tensor,
+    rotation: Rotation | None = None,
 ) -> None:
     """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
-    ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its result.
+    ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its result. ``q`` and ``k``
+    are those before the rotation, as for forward, and so are their gradients.
     Strides may be any, but all except ``lse`` are contiguous in the last dimension. The gradients,
     slices of one packed tensor as a rule, must overlap neither each other nor an input. TypeError
     for dtypes, ValueError for all else.
     """
     sizes = _sizes(q, k, v, num_heads)
-    batch, heads, queries, _, _ = sizes
+    batch, heads, queries, _, head_dim = sizes
+    tables = _tables(rotation, heads, head_dim)
     grads = ("d_q", d_q, q), ("d_k", d_k, k), ("d_v", d_v, v)
     for name, tensor, like in (("d_out", d_out, q), *grads):
         _check(name, tensor, like)
@@ -91,6 +108,7 @@ def backward(
             _place(k),
             _place(v),
             lse.data_ptr(),
+            _address(tables),
             _place(d_out),
             _place(d_q),
             _place(d_k),
@@ -135,3 +153,22 @@ def _check(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
 
 def _place(tensor: torch.Tensor) -> Place:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _tables(rotation: Rotation | None, num_heads: int, head_dim: int) -> Rotation | None:
+    """The rotation with tables as the native code reads them."""
+    if rotation is None:
+        return None
+    sin, cos, start, _ = rotation
+    shape = (*((num_heads,) if sin.ndim == 3 else ()), sin.shape[-2], head_dim)
+    if head_dim % 2 or sin.shape != shape or cos.shape != shape or start < 0:
+        raise ValueError("the rotation does not fit the heads")
+    sin, cos = (table.to("cpu", torch.float32).contiguous() for table in (sin, cos))
+    return rotation._replace(sin=sin, cos=cos)
+
+
+def _address(tables: Rotation | None) -> Any:
+    if tables is None:
+        return None
+    sin, cos, start, half = tables
+    return sin.data_ptr(), cos.data_ptr(), start, sin.shape[-2], sin.ndim == 3, half

@@ -13,11 +13,16 @@ PyTorch's attention serves longer sequences, and float32, which tensor cores wou
 Score tiles are keys by queries. The first dimension of a tensor-core matmul should be the larger
 one, and there are more keys. With queries first, some targets run out of registers.
 
+Rotary positions are applied in registers, where queries and keys are loaded and before their
+gradients are stored. Only the tables are read beside what is read without them.
+
 Shapes: B images, Q queries, N keys, H heads, Dh features per head. The features of a row are
 contiguous; its batch and row strides come in units of ALIGN elements.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -25,13 +30,14 @@ import triton.language as tl
 
 from gist_kernels.kernels.triton import heuristics, launch
 from gist_kernels.kernels.triton.launch import INTERPRETED
+from gist_kernels.weights import Rotation
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 _SIZES = (
     "queries", "keys", "heads", "q_batch", "q_row", "k_batch", "k_row", "v_batch", "v_row",
     "out_batch", "out_row", "d_out_batch", "d_out_row", "d_q_batch", "d_q_row", "d_k_batch",
-    "d_k_row", "d_v_batch", "d_v_row", "parts", "each",
+    "d_k_row", "d_v_batch", "d_v_row", "parts", "each", "start", "count", "table_step",
 )  # fmt: skip
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Triton's interpreter would multiply the bits of bfloat16 numbers.
@@ -101,6 +107,93 @@ def _store(
 
 
 @triton.jit
+def _partners(x, HALF: tl.constexpr):
+    """(-b, a) for each pair (a, b) of a row's columns."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    if HALF:
+        a, b = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+        swapped = tl.permute(tl.join(-b, a), [0, 2, 1])
+    else:
+        a, b = tl.split(tl.reshape(x, [ROWS, COLUMNS // 2, 2]))
+        swapped = tl.join(-b, a)
+    return tl.reshape(swapped, [ROWS, COLUMNS])
+
+
+@triton.jit
+def _load_table(
+    table,  # (R, Dh) or (H, R, Dh) float32
+    head,
+    start,
+    count,
+    table_step,
+    row,
+    column,
+    outside,
+    HEAD_DIM: tl.constexpr,
+):
+    """Load some tokens' rows of a table, ``outside`` for tokens that are not in it."""
+    at = table + head * table_step + (row - start)[:, None] * HEAD_DIM + column[None, :]
+    return tl.load(at, ((row >= start) & (row < start + count))[:, None], outside)
+
+
+@triton.jit
+def _load_rotated(
+    tensor,  # (B, rows, H Dh)
+    batch,
+    head,
+    batch_step,
+    row_step,
+    row,
+    rows,
+    column,
+    sin,
+    cos,
+    start,
+    count,
+    table_step,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Load some rows of a head, rotated and rounded."""
+    x = _load(tensor, batch, head, batch_step, row_step, row, rows, column, ALIGN, HEAD_DIM)
+    if HALF:
+        # From the cache once more: no exchange between threads.
+        other = (column + HEAD_DIM // 2) % HEAD_DIM
+        y = _load(tensor, batch, head, batch_step, row_step, row, rows, other, ALIGN, HEAD_DIM)
+        y = y.to(tl.float32)
+        y = tl.where(column[None, :] < HEAD_DIM // 2, -y, y)
+        x = x.to(tl.float32)
+    else:
+        x = x.to(tl.float32)
+        y = _partners(x, HALF)
+    x *= _load_table(cos, head, start, count, table_step, row, column, 1.0, HEAD_DIM)
+    y *= _load_table(sin, head, start, count, table_step, row, column, 0.0, HEAD_DIM)
+    return (x + y).to(tensor.dtype.element_ty)
+
+
+@triton.jit
+def _rotated_back(
+    d,  # (len(row), Dh)
+    head,
+    row,
+    column,
+    sin,
+    cos,
+    start,
+    count,
+    table_step,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """The gradient of some rows from that of the rotated ones."""
+    y = d * _load_table(sin, head, start, count, table_step, row, column, 0.0, HEAD_DIM)
+    x = d * _load_table(cos, head, start, count, table_step, row, column, 1.0, HEAD_DIM)
+    return x - _partners(y, HALF)
+
+
+@triton.jit
 def _product(a, b):
     """The matmul of fp16 or bf16 tiles, in float32."""
     if _WIDEN:
@@ -130,8 +223,14 @@ def _forward_kernel(
     scale,
     parts,
     each,
+    sin,  # (R, Dh) or (H, R, Dh) float32; None for no rotation, as the next four
+    cos,
+    start,
+    count,
+    table_step,
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -141,13 +240,25 @@ def _forward_kernel(
     batch, head = index // heads, index % heads
     column = tl.arange(0, COLUMNS)
     key = tl.arange(0, KEYS)
-    all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
+    if sin is None:
+        all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
+    else:
+        all_k = _load_rotated(
+            *(k, batch, head, k_batch, k_row, key, keys, column),
+            *(sin, cos, start, count, table_step, ALIGN, HEAD_DIM, HALF),
+        )
     all_v = _load(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
     absent = tl.where(key < keys, 0.0, float("-inf"))
     first = tl.program_id(0) % parts * each
     for block in tl.range(0, tl.minimum(each, tl.cdiv(queries, QUERIES) - first)):
         query = (first + block) * QUERIES + tl.arange(0, QUERIES)
-        q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
+        if sin is None:
+            q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
+        else:
+            q_rows = _load_rotated(
+                *(q, batch, head, q_batch, q_row, query, queries, column),
+                *(sin, cos, start, count, table_step, ALIGN, HEAD_DIM, HALF),
+            )
         scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
         most = tl.max(scores, 0)
         p = tl.exp2((scores - most[None, :]) * _LOG2_E)
@@ -185,8 +296,14 @@ def _backward_kernel(
     d_v_batch,
     d_v_row,
     scale,
+    sin,  # (R, Dh) or (H, R, Dh) float32; None for no rotation, as the next four
+    cos,
+    start,
+    count,
+    table_step,
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -196,14 +313,26 @@ def _backward_kernel(
     batch, head = index // heads, index % heads
     column = tl.arange(0, COLUMNS)
     key = tl.arange(0, KEYS)
-    all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
+    if sin is None:
+        all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
+    else:
+        all_k = _load_rotated(
+            *(k, batch, head, k_batch, k_row, key, keys, column),
+            *(sin, cos, start, count, table_step, ALIGN, HEAD_DIM, HALF),
+        )
     all_v = _load(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
     absent = tl.where(key < keys, 0.0, float("-inf"))
     of_k = tl.zeros([KEYS, COLUMNS], tl.float32)
     of_v = tl.zeros([KEYS, COLUMNS], tl.float32)
     for block in tl.range(0, tl.cdiv(queries, QUERIES)):
         query = block * QUERIES + tl.arange(0, QUERIES)
-        q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
+        if sin is None:
+            q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
+        else:
+            q_rows = _load_rotated(
+                *(q, batch, head, q_batch, q_row, query, queries, column),
+                *(sin, cos, start, count, table_step, ALIGN, HEAD_DIM, HALF),
+            )
         d_rows = _load(
             d_out, batch, head, d_out_batch, d_out_row, query, queries, column, ALIGN, HEAD_DIM
         )
@@ -218,9 +347,21 @@ def _backward_kernel(
         d_scores = (p * (d_p - mean[None, :])).to(q_rows.dtype)
         of_k += _product(d_scores, q_rows)
         of_q = scale * _product(tl.trans(d_scores), all_k)
+        if sin is not None:
+            of_q = _rotated_back(
+                *(of_q, head, query, column, sin, cos, start, count, table_step, HEAD_DIM, HALF)
+            )
         _store(d_q, of_q, batch, head, d_q_batch, d_q_row, query, queries, column, ALIGN, HEAD_DIM)
-    _store(d_k, scale * of_k, batch, head, d_k_batch, d_k_row, key, keys, column, ALIGN, HEAD_DIM)
-    _store(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
+    of_k = scale * of_k
+    if sin is not None:
+        # Before the rotation, which takes registers.
+        _store(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
+        of_k = _rotated_back(
+            *(of_k, head, key, column, sin, cos, start, count, table_step, HEAD_DIM, HALF)
+        )
+    _store(d_k, of_k, batch, head, d_k_batch, d_k_row, key, keys, column, ALIGN, HEAD_DIM)
+    if sin is None:
+        _store(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
 
 
 def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
@@ -228,13 +369,30 @@ def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
     return q.dtype in DTYPES and _tile(q, k, num_heads) is not None
 
 
+def rotates(q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation) -> bool:
+    """Whether the kernels rotate such queries and keys. A tile's columns are exchanged, so that it
+    may have none beside the head's."""
+    tile = _tile(q, k, num_heads)
+    if tile is None or tile.columns != q.shape[2] // num_heads:
+        return False
+    return tile.takes_rotation(
+        rotation.half, reads_shared=launch.tensor_cores_read_shared_memory(q.device)
+    )
+
+
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    rotation: Rotation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
 
     ``q`` is (B, Q, H Dh), ``k`` and ``v`` are (B, N, H Dh), of the same one of ``DTYPES``, with any
-    batch and row strides. :func:`serves` must accept their sizes. Returns ``out`` (B, Q, H Dh),
+    batch and row strides. :func:`serves` must accept their sizes, and :func:`rotates` the rotation
+    of the first Q tokens' queries and of all keys. Returns ``out`` (B, Q, H Dh),
     contiguous, and ``lse`` (B, H, Q) in float32.
     """
     batch, queries, width = q.shape
@@ -249,6 +407,8 @@ def forward(
     with launch.on(q.device):
         _forward_kernel[(parts * batch * num_heads,)](
             *(q, k, v, out, lse, queries, k.shape[1], num_heads, *strides, scale, parts, each),
+            *_tables(rotation),
+            HALF=rotation is not None and rotation.half,
             ALIGN=align,
             HEAD_DIM=width // num_heads,
             **tile.meta(launch.warp_size(q.device)),
@@ -267,6 +427,7 @@ def backward(
     d_q: torch.Tensor,
     d_k: torch.Tensor,
     d_v: torch.Tensor,
+    rotation: Rotation | None = None,
 ) -> None:
     """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
@@ -278,11 +439,14 @@ def backward(
     batch, queries, width = q.shape
     tile = _tile(q, k, num_heads)
     assert tile is not None, "of sizes that serves() refuses"
+    if rotation is not None:
+        tile = tile.rotated_backward()
     align, strides = _strides(width // num_heads, d_out, q, k, v, d_q, d_k, d_v)
     with launch.on(q.device):
         _backward_kernel[(batch * num_heads,)](
             *(d_out, q, k, v, lse.contiguous(), d_q, d_k, d_v),
-            *(queries, k.shape[1], num_heads, *strides, scale),
+            *(queries, k.shape[1], num_heads, *strides, scale, *_tables(rotation)),
+            HALF=rotation is not None and rotation.half,
             ALIGN=align,
             HEAD_DIM=width // num_heads,
             **tile.meta(launch.warp_size(q.device)),
@@ -298,6 +462,14 @@ def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.Attent
         reads_shared=launch.tensor_cores_read_shared_memory(q.device),
         shared_memory=launch.shared_memory(q.device),
     )
+
+
+def _tables(rotation: Rotation | None) -> tuple[Any, ...]:
+    """Sine, cosine, the first rotated token and how many are, and a head's stride of the tables."""
+    if rotation is None:
+        return (None,) * 5
+    sin, cos = (t.to(torch.float32).contiguous() for t in rotation[:2])
+    return sin, cos, rotation.start, sin.shape[-2], sin.stride(0) if sin.ndim == 3 else 0
 
 
 def _strides(head_dim: int, *tensors: torch.Tensor) -> tuple[int, list[int]]:

@@ -240,8 +240,21 @@ class AttentionTile(NamedTuple):
         each = min(blocks, max(1, blocks * heads // (2 * multiprocessors)))
         return -(-blocks // each), each
 
+    def takes_rotation(self, half: bool, *, reads_shared: bool) -> bool:
+        """Whether rotary positions leave enough registers, as bench/binaries.py checks: those of
+        neighbours keep more tables at once."""
+        if self.columns > 64:
+            return False
+        if reads_shared:
+            return half or self.keys * self.columns <= 8192
+        return self.keys <= 128 or self.columns <= 16
+
+    def rotated_backward(self) -> AttentionTile:
+        """The tile of the backward pass with rotary positions, which take registers too."""
+        return self._replace(queries=self.queries // 2)
+
     def shared_memory(self) -> int:
-        """At least the bytes of shared memory that either kernel takes, as bench/binaries.py
+        """At least the bytes of shared memory that each kernel takes, as bench/binaries.py
         checks."""
         keys = 4 * self.keys * self.columns  # and values
         most: int = keys + 6 * self.queries * (self.columns + self.keys)
@@ -267,6 +280,8 @@ class AttentionTile(NamedTuple):
 _KEYS_HELD = {True: 16_384, False: 8192}
 # The widest heads and the most keys. Beyond, the backward pass spills.
 _MOST_COLUMNS, _MOST_KEYS = 128, 256
+# Queries at a time.
+QUERIES = 32
 
 
 @lru_cache(maxsize=1024)
@@ -285,7 +300,7 @@ def attention(
         return None
     # The scores take registers too, for which heads of 16 columns count as 32.
     threads = 256 if rows * max(32, columns) >= 8192 else 128
-    tile = AttentionTile(columns, rows, queries=32, threads=threads)
+    tile = AttentionTile(columns, rows, queries=QUERIES, threads=threads)
     return tile if tile.shared_memory() <= shared_memory else None
 
 

@@ -240,6 +240,9 @@ def test_rotary_positions_stay_with_their_patches(options):
         (gist.LoRA(targets=("proj", "fc1")), {}),
         (gist.LoRA(), {"qkv_fused": False}),
         (gist.RepAdapter(), {}),
+        (gist.Convpass(), {}),
+        (gist.DiffFit(), {}),
+        (gist.FacT(), {"qkv_fused": False}),
         (gist.BitFit(), {}),
     ],
 )

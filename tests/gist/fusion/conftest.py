@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import gist
 from gist.fusion import block as fused_block
 from gist.methods.base import Refusal
 
@@ -16,6 +17,8 @@ class OwnForward:
 
     def __call__(self) -> OwnForward:
         self.monkeypatch.setattr(fused_block, "plan", lambda *_: Refusal("a test wants it so"))
+        # A model keeps its plan while its modules stay as they are.
+        self.monkeypatch.setattr(gist.GistModel, "plan", gist.GistModel._planned)
         return self
 
     def __enter__(self) -> None:

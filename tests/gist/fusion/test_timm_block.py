@@ -10,6 +10,7 @@ import pytest
 import torch
 from fused_cases import CONFIGS, PLAIN_CONFIGS, compare_with_own_forward, results
 from models import BACKBONES, backbone, images, wrapped
+from timm.layers import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import in_processes
@@ -34,6 +35,41 @@ from gist_kernels.kernels.triton import DEVICE_TYPES
 )
 def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_forward):
     compare_with_own_forward(name, config, dtype, own_forward)
+
+
+@pytest.mark.parametrize("name", ["vit", "registers", "dinov2", "average_pooled"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_is_the_backbones_own_forward_in_float64(name, config, own_forward):
+    model = wrapped(name, CONFIGS[config]).double().train()
+    assert "blocks 0 to 2: fused" in gist.explain(model)
+    fused = results(model, images().double())
+    own_forward()
+    plain = results(model, images().double())
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [(gist.LoRA, "update"), (gist.FacT, "update"),
+     (gist.AdaptFormer, "adapter")],
+)  # fmt: skip
+def test_dropout_is_drawn_by_the_blocks_own_forward(method, what):
+    model = wrapped("vit", gist.GistConfig(method(dropout=0.1))).train()
+    assert f"the block's own forward, for its {what} has dropout" in gist.explain(model)
+    assert "blocks 0 to 2: fused" in gist.explain(model.eval())
+    assert "blocks 0 to 2: fused" in gist.explain(
+        wrapped("vit", gist.GistConfig(method(dropout=0.0))).train()
+    )
+
+
+def test_factors_of_an_attention_wider_than_its_tokens_run_by_hooks():
+    vit = backbone()
+    vit.blocks[1].attn = Attention(48, 3, attn_head_dim=32, qkv_bias=True)
+    said = gist.explain(gist.wrap(vit, gist.GistConfig(gist.FacT(dropout=0.0)))).splitlines()
+    assert (
+        said[1]
+        == "block 1: the block's own forward, for its attention is not as wide as its tokens"
+    )
 
 
 @pytest.mark.triton
@@ -197,6 +233,7 @@ def counting(kernels, counted):
         ),
         attention=SimpleNamespace(
             serves=kernels.attention.serves,
+            rotates=kernels.attention.rotates,
             forward=attention(kernels.attention.forward, 0, 2),
             backward=attention(kernels.attention.backward, 1, 5),
         ),

@@ -13,7 +13,7 @@ import gist
 UNHOOKED = [
     name for name in EVAS if getattr(backbone(name).blocks[0].attn, "q_bias", None) is not None
 ]
-OF_LAYERS = ("lora", "ssf", "biases, norms, adapter, keys")
+OF_LAYERS = ("lora", "ssf", "fact", "fact, tk", "biases, norms, adapter, keys")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
@@ -47,6 +47,7 @@ def test_is_the_same_function_in_float64(name, config, own_forward):
         assert "own forward" not in gist.explain(mode)
         fused = results(mode, pixels)
         with own_forward():
+            assert "fused" not in gist.explain(mode)
             plain = results(mode, pixels)
         assert fused[1].keys() == plain[1].keys()
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)

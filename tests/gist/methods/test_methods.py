@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -14,8 +15,8 @@ from models import FAMILIES, METHOD_CONFIGS, backbone, images, made, wrapped
 import gist
 
 START_AT_THE_BACKBONE = {
-    "adaptformer", "lora", "fact", "repadapter", "bitfit", "layernorm", "full", "none",
-    "lora, all", "fact, tk",
+    "adaptformer", "lora", "fact", "repadapter", "convpass", "bitfit", "layernorm", "difffit",
+    "full", "none", "lora, all", "fact, tk",
 }  # fmt: skip
 
 
@@ -79,8 +80,10 @@ def test_every_method_is_offered_with_its_count():
         "ssf": 205_824,
         "fact": 2 * 768 * 16 + 144 * 16**2,
         "repadapter": 24 * (768 * 8 + 8 + 768 * 4 + 768),
+        "convpass": 24 * (2 * 768 * 8 + 768 + 9 * 8**2 + 2 * 8),
         "bitfit": 102_912,
         "layernorm": 38_400,
+        "difffit": 102_912 + 25 * 768 + 24 * 768,
         "full": 85_798_656,
     }
 
@@ -251,6 +254,38 @@ class PublishedRepAdapter(Published):
         return n + self.config.scale * (raised + own[f"{name}.up_bias"])
 
 
+class PublishedConvpass(Published):
+    def norm(self, place, x, norm):
+        self.normed = super().norm(place, x, norm)
+        return self.normed
+
+    def after(self, index, sublayer, update):
+        return update + self.config.scale * self.bypass(f"{index}.{sublayer}", self.normed)
+
+    def bypass(self, name, n):
+        own = self.own
+        low = n @ own[f"{name}.down.weight"].T + own[f"{name}.down.bias"]
+        low = low * torch.sigmoid(1.702 * low)
+        kernel, bias = own[f"{name}.conv.weight"], own[f"{name}.conv.bias"]
+        # Row by row and column by column, what lies outside of the grid being 0.
+        grid = low[:, 1:].unflatten(1, (4, 4))
+        mixed = torch.zeros_like(grid)
+        for row, column in itertools.product(range(4), range(4)):
+            for i, j in itertools.product(range(3), range(3)):
+                if 0 <= row + i - 1 < 4 and 0 <= column + j - 1 < 4:
+                    mixed[:, row, column] += (
+                        grid[:, row + i - 1, column + j - 1] @ kernel[..., i, j].T
+                    )
+        low = torch.cat((low[:, :1] @ kernel[..., 1, 1].T, mixed.flatten(1, 2)), 1) + bias
+        low = low * torch.sigmoid(1.702 * low)
+        return low @ own[f"{name}.up.weight"].T + own[f"{name}.up.bias"]
+
+
+class PublishedDiffFit(Published):
+    def after(self, index, sublayer, update):
+        return self.own[f"{index}.{'fc2' if sublayer == 'mlp' else 'proj'}.weight"] * update
+
+
 EQUATIONS = [
     (ParallelAdapter, gist.Adapter(rank=3, scale=0.7, placement="parallel")),
     (SequentialAdapter, gist.Adapter(rank=3, scale=0.7, placement="sequential")),
@@ -263,6 +298,8 @@ EQUATIONS = [
     (PublishedFacT, gist.FacT(rank=3, scale=0.5)),
     (PublishedFacT, gist.FacT(form="tk", rank=3, scale=0.5)),
     (PublishedRepAdapter, gist.RepAdapter(rank=6, groups=3, scale=0.5)),
+    (PublishedConvpass, gist.Convpass(rank=5, scale=0.5)),
+    (PublishedDiffFit, gist.DiffFit()),
 ]
 
 
@@ -284,72 +321,13 @@ def test_gives_the_published_equations(published, method):
 
 @pytest.mark.parametrize(
     "method", [gist.AdaptFormer(dropout=0.5), gist.FacT(dropout=0.5), gist.RepAdapter(dropout=0.5),
-               gist.VPT(dropout=0.5), gist.LoRA(dropout=0.5)],
+               gist.VPT(dropout=0.5), gist.LoRA(dropout=0.5), gist.Convpass(dropout=0.5)],
 )  # fmt: skip
 def test_dropout_acts_in_training_alone(method):
     model = wrapped("vit", gist.GistConfig(method, gist=False)).train()
     assert not torch.equal(model(images()), model(images()))
     model.eval()
     assert torch.equal(model(images()), model(images()))
-
-
-# ---- merging -----------------------------------------------------------------------------------
-
-MERGED = [
-    gist.LoRA(rank=3, targets=("q", "v", "fc1", "fc2", "proj")),
-    gist.SSF(),
-    gist.FacT(rank=3),
-    gist.FacT(form="tk", rank=3),
-    gist.RepAdapter(rank=4, scale=0.5),
-    gist.BitFit(),
-    None,
-]
-
-
-@pytest.mark.parametrize("use_gist", [True, False])
-@pytest.mark.parametrize("name", ["vit", "registers", "dinov2", "deit3_registers", "no_position"])
-@pytest.mark.parametrize("method", MERGED)
-def test_merged_backbones_give_the_same_logits(method, name, use_gist):
-    model = wrapped(name, gist.GistConfig(method, gist=use_gist)).double().eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    plain = gist.merge(model)
-    assert type(plain) is type(model.backbone)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
-    expected = model(images().double())
-    torch.testing.assert_close(plain(images().double()), expected, rtol=1e-9, atol=1e-9)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    if use_gist:
-        dropped = gist.merge(model, drop_token=True)
-        assert dropped.num_prefix_tokens == model.backbone.num_prefix_tokens
-        assert not torch.allclose(dropped(images().double()), expected)
-
-
-@pytest.mark.parametrize("method", [gist.LoRA(targets=("q", "fc1")), gist.SSF(), gist.FacT()])
-def test_layers_that_share_a_weight_are_merged_each_by_its_own(method):
-    vit = backbone()
-    for path in ("attn.qkv", "mlp.fc1"):
-        first, third = (block.get_submodule(path) for block in (vit.blocks[0], vit.blocks[2]))
-        third.weight, third.bias = first.weight, first.bias
-    model = gist.wrap(vit, gist.GistConfig(method)).eval()
-    with torch.no_grad():
-        for parameter in model.method.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    torch.testing.assert_close(gist.merge(model)(images()), model(images()), rtol=1e-4, atol=1e-4)
-    assert vit.blocks[2].mlp.fc1.weight is vit.blocks[0].mlp.fc1.weight
-
-
-@pytest.mark.parametrize(
-    ("config", "name", "message"),
-    [
-        (gist.GistConfig(gist.Adapter()), "vit", "Adapters can't be merged"),
-        (gist.GistConfig(gist.VPT()), "vit", "Prompts can't be merged"),
-        (gist.GistConfig((gist.LoRA(), gist.SSF())), "vit", "only one method"),
-        (gist.GistConfig(gist.LoRA()), "clip", "norm before the blocks.*drop_token=True"),
-    ],
-)
-def test_what_weights_cannot_express_is_not_merged(config, name, message):
-    with pytest.raises(ValueError, match=message):
-        gist.merge(wrapped(name, config))
 
 
 # ---- several methods, copies, files of earlier versions -----------------------------------------
@@ -406,7 +384,7 @@ def test_configs_that_make_no_sense_are_refused(make, error, message):
 
 @pytest.mark.parametrize(
     "method",
-    [gist.LoRA(), gist.SSF(), gist.FacT(), gist.Adapter(placement="sequential"),
+    [gist.LoRA(), gist.SSF(), gist.FacT(), gist.DiffFit(), gist.Adapter(placement="sequential"),
      (gist.Adapter(), gist.LoRA())],
 )  # fmt: skip
 def test_a_backbone_that_lacks_a_layer_is_left_alone(method):

@@ -23,8 +23,8 @@ from gist.methods import hooks
 from gist.model.attach import carry_hooks
 
 ROTARY_METHODS = (
-    "adapter", "adaptformer", "repadapter", "bitfit", "layernorm", "full", "none",
-    "adapter, parallel", "adapter, sequential",
+    "adapter", "adaptformer", "repadapter", "convpass", "bitfit", "layernorm", "difffit", "full",
+    "none", "adapter, parallel", "adapter, sequential",
 )  # fmt: skip
 CASES = [
     *((method, family) for family in FAMILIES for method in METHOD_CONFIGS),
@@ -296,7 +296,10 @@ def test_no_operator_of_gists_own_is_seen_by_modes_that_watch():
     assert not [name for name in seen if not name.startswith("aten.")]
 
 
-@pytest.mark.parametrize("method", ["adapter", "adapter, parallel", "adaptformer", "lora", "ssf"])
+@pytest.mark.parametrize(
+    "method",
+    ["adapter", "adapter, parallel", "adaptformer", "lora", "ssf", "fact", "difffit"],
+)
 def test_what_hangs_on_a_methods_module_has_the_same_effect_in_fused_blocks(method):
     model, pixels = model_of(method, "timm ViT-Ti")
     plain = model(pixels)

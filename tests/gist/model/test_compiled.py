@@ -17,6 +17,7 @@ METHODS = {
     "lora": gist.LoRA(rank=2, targets=("q", "v", "fc1")),
     "ssf": gist.SSF(),
     "bitfit": gist.BitFit(),
+    "difffit": gist.DiffFit(),
     "vpt": gist.VPT(num_tokens=2),
     "none": None,
 }
@@ -75,6 +76,14 @@ def test_compiled_runs_fused_and_gives_what_eager_gives(name, mode):
         model.train(training)
         check(model, call, autocast=autocast)
     assert graphs == [4, 4]
+
+
+def test_compiled_factors_run_fused_in_float32():
+    """Under autocast, gradients of the factors that layers share differ by bf16 rounding."""
+    model = model_of(gist.FacT(rank=3, dropout=0.0)).train()
+    call, graphs = compiled(model, "aot_eager")
+    check(model, call)
+    assert graphs == [4]
 
 
 def test_one_graph_takes_batches_of_any_size():

@@ -45,7 +45,7 @@ def test_onnx_gives_the_same_logits(method, tmp_path):
 
 METHODS = [
     gist.Adapter(), gist.AdaptFormer(), gist.LoRA(), gist.VPT(num_tokens=2), gist.SSF(),
-    gist.FacT(), gist.RepAdapter(), gist.BitFit(), None,
+    gist.FacT(), gist.RepAdapter(), gist.BitFit(), gist.Convpass(), gist.DiffFit(), None,
 ]  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def test_whole_models_are_read_in_a_fresh_process(tmp_path):
         *METHODS[2:5],
         gist.FacT(dropout=0.0),
         gist.RepAdapter(dropout=0.0),
+        gist.Convpass(dropout=0.0),
+        gist.DiffFit(),
     ]
     for number, method in enumerate([*methods, (gist.LoRA(), gist.BitFit())]):
         model = wrapped("dinov2", gist.GistConfig(method, token_dropout=0.0)).eval()

@@ -187,7 +187,7 @@ def test_masks_have_no_place_for_the_token():
 METHODS = [
     gist.Adapter(), gist.AdaptFormer(), gist.LoRA(), gist.VPT(num_tokens=2),
     gist.VPT(num_tokens=2, deep=False), gist.SSF(), gist.FacT(), gist.RepAdapter(), gist.BitFit(),
-    [gist.LoRA(), gist.VPT(num_tokens=2)],
+    gist.Convpass(), gist.DiffFit(), [gist.LoRA(), gist.VPT(num_tokens=2)],
 ]  # fmt: skip
 
 

@@ -16,6 +16,8 @@ METHODS = [
     gist.Adapter(rank=4),
     gist.AdaptFormer(rank=4, dropout=0.0),
     gist.BitFit(),
+    gist.Convpass(dropout=0.0),
+    gist.DiffFit(),
     gist.FacT(dropout=0.0),
     gist.Full(),
     gist.LayerNormTuning(),

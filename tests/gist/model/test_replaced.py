@@ -25,6 +25,8 @@ LOSING = [
     ("adapter, sequential", "blocks.1.mlp.fc2", nn.Linear(192, 48)),
     ("lora", "blocks.1.attn.qkv", nn.Linear(48, 144)),
     ("repadapter", "blocks.1.norm2", nn.LayerNorm(48)),
+    ("convpass", "patch_embed.proj", nn.Conv2d(3, 48, 16, 16)),
+    ("difffit", "blocks.0.mlp.fc2", nn.Linear(192, 48)),
     ("ssf", "patch_embed.proj", nn.Conv2d(3, 48, 16, 16)),
     ("fact", "blocks.0.attn.proj", nn.Linear(48, 48)),
     ("none", "norm", nn.LayerNorm(48)),

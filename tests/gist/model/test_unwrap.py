@@ -13,7 +13,8 @@ import gist
 
 METHODS = [
     gist.Adapter(), gist.AdaptFormer(), gist.LoRA(targets=("proj", "fc1")), gist.RepAdapter(),
-    gist.BitFit(), gist.LayerNormTuning(), None, [gist.Adapter(), gist.BitFit()],
+    gist.BitFit(), gist.LayerNormTuning(), gist.Convpass(), gist.DiffFit(), None,
+    [gist.Adapter(), gist.BitFit()],
 ]  # fmt: skip
 OF_VIT = [gist.VPT(), gist.VPT(deep=False), gist.SSF(), gist.FacT(), gist.LoRA()]
 

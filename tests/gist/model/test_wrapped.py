@@ -314,6 +314,11 @@ def test_autocast_and_half_precision_backbones():
 # ---- what is refused ---------------------------------------------------------------------------
 
 
+def naflex():
+    naflexvit = pytest.importorskip("timm.models.naflexvit")
+    return naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(embed_dim=48, depth=1, num_heads=3))
+
+
 def positioned_pool():
     model = backbone(global_pool="map", class_token=False)
     model.attn_pool.pos_embed = nn.Parameter(torch.zeros(16, 48))
@@ -325,6 +330,8 @@ def positioned_pool():
     [
         (lambda: nn.Linear(3, 3), TypeError, "timm's VisionTransformer.*it is a Linear"),
         (lambda: timm.create_model("test_convnext"), TypeError, "ConvNeXt, which has no sequence"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1), TypeError, "a Beit, its att"),
+        (naflex, TypeError, "a NaFlexVit, its batches mask the patches"),
         (lambda: backbone(num_classes=0), ValueError, "no linear classifier"),
         (lambda: backbone(global_pool=""), ValueError, "no pooling"),
         (positioned_pool, ValueError, "pools by attention .* a position for each patch"),

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import oracles
 import pytest
 import torch
-from sublayer_cases import DROPPED, arguments, exact_attention, exact_mlp, folded, normal, update
+from sublayer_cases import (
+    DROPPED,
+    MLPS,
+    arguments,
+    exact_attention,
+    exact_mlp,
+    folded,
+    normal,
+    update,
+)
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -82,7 +91,7 @@ def prefix_case(num_queries: int | None) -> Case:
 def sublayer_case(name: str, updated: bool, **options: Any) -> Case:
     x, norm, attention, mlp, adapter = arguments(
         torch.float64, tokens=5, width=8, heads=2, rank=2, hidden=6, layer_scale=True,
-        gated=name == "gated mlp",
+        **MLPS.get(name, {}),
     )  # fmt: skip
     weights: Any = attention if name == "attention" else mlp
     fields = weights._fields
@@ -147,6 +156,7 @@ CASES = {
     "adapter_mlp": lambda: sublayer_case("mlp", False, drop_path=DROPPED),
     "adapter_mlp with updates": lambda: sublayer_case("mlp", True),
     "adapter_mlp, gated": lambda: sublayer_case("gated mlp", True, drop_path=DROPPED),
+    "adapter_mlp, gated, normed": lambda: sublayer_case("gated, normed mlp", False),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 

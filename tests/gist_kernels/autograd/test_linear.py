@@ -10,6 +10,7 @@ import pytest
 import torch
 from sublayer_cases import (
     DROPPED,
+    MLPS,
     arguments,
     check,
     converted,
@@ -41,6 +42,7 @@ CASES = [
     ("mlp", {}),
     ("mlp", {"drop_path": DROPPED}),
     ("gated mlp", {"drop_path": DROPPED}),
+    ("gated, normed mlp", {}),
 ]
 
 
@@ -59,8 +61,8 @@ def compare(name, kind, options, dtype, draws=None, eps=None, **how):
 
 def draw(name, kind, options, dtype, backend="auto", device="cpu", **shape):
     """Results and gradients of ours, of the reference and of the equations."""
-    gated = name == "gated mlp"
-    x, norm, attention, mlp, adapter = arguments(dtype, gated=gated, device=device, **shape)
+    kind_of_mlp = MLPS.get(name, {})
+    x, norm, attention, mlp, adapter = arguments(dtype, device=device, **kind_of_mlp, **shape)
     weights = attention if name == "attention" else mlp
     matrices, fields = (weights[0], weights[2]), weights._fields
     changes = [update(*m.shape, dtype, device, **KINDS[kind]) for m in matrices]
@@ -271,7 +273,7 @@ def test_converted_weights_are_not_kept():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["attention", "mlp", "gated mlp"])
+@pytest.mark.parametrize("name", ["attention", *MLPS])
 def test_layers_without_biases(name, kind):
     compare(name, kind, {}, torch.float64, biases=False)
 

@@ -75,6 +75,8 @@ def case(name, dtype=torch.float32, **shape):
     tuned_gated = gated._replace(
         fc1_update=changed(160, 48), fc2_update=changed(48, 80), layer_scale=scale
     )
+    normed = gated._replace(norm=gk.NormWeights(normal(80, dtype=dtype), None, 1e-5))
+    plain.append(normed.norm.weight)
     plain.append((gated.fc1_weight, gated.fc2_weight))
     attended = partial(Case, gk.adapter_attention, frozen=plain)
     perceived = partial(Case, gk.adapter_mlp, frozen=plain)
@@ -99,6 +101,7 @@ def case(name, dtype=torch.float32, **shape):
         "mlp, no adapter": lambda: perceived((x, norm, mlp), drop_path=dropped),
         "mlp, updates": lambda: perceived((x, norm, tuned_mlp, adapter)),
         "mlp, gated": lambda: perceived((x, norm, gated, adapter)),
+        "mlp, gated, normed": lambda: perceived((x, norm, normed, adapter)),
         "mlp, gated, updates": lambda: perceived((x, norm, tuned_gated), drop_path=dropped),
         "adapter": lambda: Case(
             lambda x, r, *w: gk.adapter(x, *w, residual=r), (x, 2 * x, *adapter[:4])
@@ -117,8 +120,8 @@ def case(name, dtype=torch.float32, **shape):
 
 NAMES = (
     "attention", "first block", "no adapter", "updates", "few", "few, updates", "mlp",
-    "mlp, no adapter", "mlp, updates", "mlp, gated", "mlp, gated, updates", "adapter",
-    "adapter onto x", "prefix", "prefix of few",
+    "mlp, no adapter", "mlp, updates", "mlp, gated", "mlp, gated, normed",
+    "mlp, gated, updates", "adapter", "adapter onto x", "prefix", "prefix of few",
     "rotated", "rotated first block", "rotated few", "rotated prefix",
 )  # fmt: skip
 
@@ -157,8 +160,8 @@ def compiled(call, **options):
     "name",
     [
         *("first block", "updates", "few", "few, updates", "mlp, updates", "mlp, gated"),
-        *("mlp, gated, updates", "adapter", "adapter onto x", "prefix of few"),
-        *("rotated", "rotated first block", "rotated few", "rotated prefix"),
+        *("mlp, gated, normed", "mlp, gated, updates", "adapter", "adapter onto x"),
+        *("prefix of few", "rotated", "rotated first block", "rotated few", "rotated prefix"),
     ],
 )
 def test_opcheck(name):
@@ -185,7 +188,7 @@ def test_compiled_is_eager_to_the_bit(name, dtype, served_by):
 
 
 def test_compiled_under_autocast_is_eager_to_the_bit():
-    for name in ("attention", "few", "mlp", "mlp, gated"):
+    for name in ("attention", "few", "mlp", "mlp, gated", "mlp, gated, normed"):
         each = case(name)
         device = each.leaves[0].device.type
 

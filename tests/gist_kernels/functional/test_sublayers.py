@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sublayer_cases import (
     DROPPED,
     EPS,
+    MLPS,
     arguments,
     check,
     converted,
@@ -54,7 +55,7 @@ def compare(name, dtype, options, backend="auto", draws=1, **shape):
 
 def draw(name, dtype, options, backend, **shape):
     """Value and gradients of ours, of the reference and of the equations."""
-    x, norm, attention, mlp, adapter = arguments(dtype, gated=name == "gated mlp", **shape)
+    x, norm, attention, mlp, adapter = arguments(dtype, **MLPS.get(name, {}), **shape)
     weights = attention if name == "attention" else mlp
     public = gk.adapter_attention if name == "attention" else gk.adapter_mlp
     equations = exact_attention if name == "attention" else exact_mlp
@@ -102,6 +103,8 @@ CASES = [
     ("mlp", {"drop_path": DROPPED}),
     ("gated mlp", {}),
     ("gated mlp", {"drop_path": DROPPED}),
+    ("normed mlp", {}),
+    ("gated, normed mlp", {"drop_path": DROPPED}),
 ]
 
 
@@ -139,10 +142,10 @@ def test_value_and_every_gradient_by_name(name, options, with_adapter, dtype, ba
 
 
 @pytest.mark.parametrize("backend", backends.serving("sublayers", reference=True))
-@pytest.mark.parametrize(("name", "options"), [*CASES[:2], ("mlp", {}), ("gated mlp", {})])
+@pytest.mark.parametrize(("name", "options"), [*CASES[:2], *((name, {}) for name in MLPS)])
 def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend):
-    device, gated = backends.device_of(backend), name == "gated mlp"
-    x, norm, attention, mlp, adapter = arguments(torch.bfloat16, gated=gated, device=device)
+    device, kind = backends.device_of(backend), MLPS.get(name, {})
+    x, norm, attention, mlp, adapter = arguments(torch.bfloat16, device=device, **kind)
     weights = attention if name == "attention" else mlp
     function = gk.adapter_attention if name == "attention" else gk.adapter_mlp
     upstream = torch.randn_like(x[:, : options.get("num_queries")])
@@ -155,6 +158,8 @@ def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend)
         }
         own_norm = norm._replace(weight=trained["weight"], bias=trained["bias"])
         own = weights._replace(**{k: t for k, t in trained.items() if k not in ("weight", "bias")})
+        if kind.get("inner_norm"):
+            own = own._replace(norm=converted(own.norm, dtype))
         with gk.use_backend(backend):
             out = function(x, own_norm, own, adapter, **options)
         found = torch.autograd.grad(out, list(trained.values()), upstream)
@@ -169,7 +174,7 @@ def test_norms_and_biases_may_be_float32_beside_bfloat16(name, options, backend)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "identity"])
-@pytest.mark.parametrize("name", ["attention", "mlp", "gated mlp"])
+@pytest.mark.parametrize("name", ["attention", *MLPS])
 def test_activations_and_missing_biases(name, activation):
     compare(name, torch.float32, {}, draws=16, activation=activation, biases=False)
     compare(name, torch.float64, {}, activation=activation)
@@ -194,6 +199,8 @@ def test_any_shape(batch, tokens, heads, head_dim, rank, hidden, data):
     compare("attention", torch.float64, {"grad_tokens": (start, tokens - start)}, **shape)
     compare("mlp", torch.float64, {}, **shape)
     compare("gated mlp", torch.float64, {}, **shape)
+    # The norm of few features may divide by next to nothing.
+    compare("gated, normed mlp", torch.float64, {}, **(shape | {"hidden": hidden + 7}))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_queries": 2}, {"grad_tokens": (1, 1)}])
@@ -203,8 +210,8 @@ def test_an_empty_batch(options):
     adapter.up_weight.requires_grad_()
     attended = gk.adapter_attention(x, norm, attention, adapter, **options)
     assert attended.shape == (0, options.get("num_queries", 19), 48)
-    gated = arguments(torch.float32, gated=True)[3]
-    for out in (attended, *(gk.adapter_mlp(x, norm, each, adapter) for each in (mlp, gated))):
+    mlps = mlp, *(arguments(torch.float32, **kind)[3] for kind in MLPS.values())
+    for out in (attended, *(gk.adapter_mlp(x, norm, each, adapter) for each in mlps)):
         d_x, d_up = torch.autograd.grad(out.sum(), (x, adapter.up_weight))
         assert d_x.shape == x.shape
         assert d_up.abs().sum() == 0
@@ -247,7 +254,7 @@ def test_gradcheck(options):
     def perceived(x, *weights):
         return gk.adapter_mlp(x, norm, mlp, gk.AdapterWeights(*weights, 0.7, "gelu"))
 
-    gated = arguments(torch.float64, width=6, heads=2, hidden=5, gated=True)[3]
+    gated = arguments(torch.float64, width=6, heads=2, hidden=5, gated=True, inner_norm=True)[3]
     gated = gated._replace(
         fc1_update=update(10, 6, torch.float64, "cpu", rank=2, scale=True),
         fc2_update=update(6, 5, torch.float64, "cpu", rank=2, scale=True),
@@ -419,6 +426,16 @@ def test_bad_arguments_are_named(change, error, message):
             ValueError, r"mlp.fc1_update.scale must have .*here \(160\)",
         ),
         ({"activation": "swiglu"}, ValueError, "mlp.activation"),
+        ({"norm": torch.ones(80)}, TypeError, "mlp.norm must be a gist_kernels.NormWeights"),
+        ({"norm": gk.NormWeights(None, None, 0.0)}, ValueError, "mlp.norm.eps"),
+        (
+            {"norm": gk.NormWeights(torch.ones(160), None, 1e-6)},
+            ValueError, r"mlp.norm.weight must have .*here \(80\)",
+        ),
+        (
+            {"norm": gk.NormWeights(None, torch.ones(80, requires_grad=True), 1e-6)},
+            ValueError, "mlp.norm.bias requires a gradient, but is frozen here",
+        ),
     ],
 )  # fmt: skip
 def test_bad_weights_of_a_gated_mlp_are_named(change, error, message):
@@ -632,6 +649,14 @@ def test_results_may_be_written_to():
         out.mul_(3).add_(1)
         (found,) = torch.autograd.grad(out.sum(), x)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_frozen_inner_norm_changed_after_forward_is_noticed():
+    x, norm, _, mlp, adapter = arguments(torch.float32, inner_norm=True)
+    out = gk.adapter_mlp(x.requires_grad_(), norm, mlp, adapter)
+    mlp.norm.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("which", ["norm.weight", "attention.proj_weight", "mlp.fc2_weight"])

@@ -7,10 +7,12 @@ import pytest
 import torch
 from attention_cases import (
     KINDS,
+    TURNS,
     Buffer,
     Case,
     Result,
     Shape,
+    Turn,
     assert_parity,
     assert_same,
     draw,
@@ -21,6 +23,8 @@ from attention_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from gist_kernels import Rotation
 
 pytest.importorskip(
     "gist_kernels.kernels.cpu._native",
@@ -35,8 +39,13 @@ def ours(case: Case) -> Result:
     return attention_cases.computed(attention, case)
 
 
-def check(shape: Shape, kind: str = "random", dtype: torch.dtype = torch.float32) -> None:
-    attention_cases.check(attention, shape, kind, dtype)
+def check(
+    shape: Shape,
+    kind: str = "random",
+    dtype: torch.dtype = torch.float32,
+    turn: Turn | None = None,
+) -> None:
+    attention_cases.check(attention, shape, kind, dtype, turn=turn)
 
 
 # Parity with float64, by PyTorch's own error.
@@ -92,11 +101,36 @@ def test_halves(dtype, keys):
 
 def test_halves_are_float32_rounded_once():
     case = draw(Shape(2, 3, 40, 33, 24), dtype=torch.bfloat16)
-    wide = Case(case.shape, case.scale, *(x.float() for x in case[2:]))
+    wide = Case(case.shape, case.scale, *(x.float() for x in case.tensors))
     low, high = ours(case), ours(wide)
     assert torch.equal(low.out, high.out.bfloat16())
     assert torch.equal(low.lse, high.lse)
     assert torch.equal(low.d_v, high.d_v.bfloat16())
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 34, 64, 256])
+def test_rotary_positions(head_dim, turn):
+    for queries, keys in ((1, 1), (2, 40), (17, 17), (100, 100)):
+        check(Shape(2, 3, queries, keys, head_dim), turn=turn)
+    check(Shape(1, 2, 40, 40, head_dim), "huge", turn=turn)
+    for dtype in (torch.bfloat16, torch.float16):
+        check(Shape(2, 3, 17, 40, head_dim), dtype=dtype, turn=turn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("turn", TURNS)
+def test_rotated_queries_and_keys_are_rounded_to_their_dtype(turn, dtype):
+    """So log-sum-exps are those of queries and keys that were rotated before."""
+    case = draw(Shape(2, 3, 30, 30, 24), dtype=dtype, turn=turn)
+    q, k = (case.rotated(x.float()).to(dtype) for x in (case.q, case.k))
+    before = case._replace(q=q, k=k, rotation=None)
+    found, expected = ours(case), ours(before)
+    for name in ("out", "lse", "d_v"):
+        few = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=few, atol=few
+        )
 
 
 @settings(
@@ -109,9 +143,11 @@ def test_halves_are_float32_rounded_once():
     keys=st.integers(1, 130),
     head_dim=st.integers(1, 140),
     kind=st.sampled_from(KINDS),
+    turn=st.none() | st.sampled_from(TURNS),
 )
-def test_any_shape(batch, heads, queries, keys, head_dim, kind):
-    check(Shape(batch, heads, queries, keys, head_dim), kind)
+def test_any_shape(batch, heads, queries, keys, head_dim, kind, turn):
+    head_dim += head_dim % 2 if turn is not None else 0
+    check(Shape(batch, heads, queries, keys, head_dim), kind, turn=turn)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
@@ -140,7 +176,9 @@ def test_same_for_any_number_of_threads_and_any_batch(shape, set_threads):
         set_threads(threads)
         assert_same(ours(case), alone)
     for image in range(shape.batch):
-        one = Case(shape._replace(batch=1), case.scale, *(x[image : image + 1] for x in case[2:]))
+        one = Case(
+            shape._replace(batch=1), case.scale, *(x[image : image + 1] for x in case.tensors)
+        )
         assert_same(ours(one), Result(*(x[image : image + 1] for x in alone)))
 
 
@@ -165,7 +203,7 @@ def test_gradients_of_one_packed_tensor():
     out, lse = separate.out, separate.lse
     packed = Buffer(2, 21, 3 * shape.width, torch.float32)
     d_q, d_k, d_v = packed.view.split(shape.width, 2)
-    _, scale, q, k, v, d_out = case
+    _, scale, q, k, v, d_out, _ = case
     attention.backward(d_out, q, k, v, lse, 3, scale, d_q, d_k, d_v)
     assert_same(Result(out, lse, d_q, d_k, d_v), separate)
     assert packed.untouched_outside(packed.view)
@@ -180,7 +218,7 @@ def test_expanded_and_strided_inputs():
         v=case.v.flip(1)[:, :12],
         d_out=torch.randn(3, 16).expand(10, 3, 16).transpose(0, 1),
     )
-    dense = Case(shape, case.scale, *(x.contiguous() for x in expanded[2:]))
+    dense = Case(shape, case.scale, *(x.contiguous() for x in expanded.tensors))
     assert_same(ours(expanded), ours(dense))
     spaced_lse = torch.stack((torch.zeros(3, 2, 10), ours(dense).lse), -1)[..., 1]
     gradients = [torch.empty(3, rows, 16) for rows in (10, 12, 12)]
@@ -193,6 +231,23 @@ def test_empty_batch():
     result = ours(draw(Shape(0, 3, 4, 5, 8)))
     assert result.out.shape == (0, 4, 24)
     assert result.lse.shape == (0, 3, 4)
+
+
+def test_tables_that_do_not_fit():
+    x, table = torch.randn(2, 5, 24), torch.zeros(5, 8)
+    good = Rotation(table, table, 0, True)
+    attention.forward(x, x, x, 3, 1.0, good)
+    for bad in (
+        good._replace(sin=table[:4]),
+        good._replace(cos=table[:, :6]),
+        good._replace(sin=table.expand(2, 5, 8), cos=table.expand(2, 5, 8)),
+        good._replace(start=-1),
+    ):
+        with pytest.raises(ValueError, match="the rotation does not fit the heads"):
+            attention.forward(x, x, x, 3, 1.0, bad)
+        lse = torch.zeros(2, 3, 5)
+        with pytest.raises(ValueError, match="the rotation does not fit the heads"):
+            attention.backward(x, x, x, x, lse, 3, 1.0, *x.new_empty(3, 2, 5, 24), bad)
 
 
 def test_what_it_does_not_take():

@@ -188,6 +188,13 @@ def test_traffic():
         assert of_large <= 1.001 * traffic.ADAPTER_LEAST[name], name
 
 
+@pytest.mark.skipif(not gpu.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_gated_traffic():
+    """Each number is read or written once, and nothing else is."""
+    traffic = importlib.import_module("bench.traffic")
+    assert traffic.measure_gated(3, 1365, torch.bfloat16) == traffic.GATED_LEAST
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_elementwise_activation(activation, dtype):

@@ -8,11 +8,12 @@ import mmap
 import attention_cases
 import pytest
 import torch
-from attention_cases import KINDS, Case, Result, Shape, assert_same, computed, draw
+from attention_cases import KINDS, TURNS, Case, Result, Shape, Turn, assert_same, computed, draw
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import gist_kernels as gk
+from gist_kernels import Rotation
 from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED
 
 attention = pytest.importorskip("gist_kernels.kernels.triton.attention", exc_type=ImportError)
@@ -25,8 +26,13 @@ def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def check(shape: Shape, kind: str = "random", dtype: torch.dtype = torch.bfloat16) -> None:
-    attention_cases.check(attention, shape, kind, dtype, DEVICE)
+def check(
+    shape: Shape,
+    kind: str = "random",
+    dtype: torch.dtype = torch.bfloat16,
+    turn: Turn | None = None,
+) -> None:
+    attention_cases.check(attention, shape, kind, dtype, DEVICE, turn)
 
 
 @pytest.mark.parametrize("dtype", attention.DTYPES)
@@ -52,6 +58,23 @@ def test_difficult_scores(kind, keys, dtype):
 @pytest.mark.parametrize("dtype", attention.DTYPES)
 def test_alike_values(dtype):
     attention_cases.check_alike_values(attention, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(1, 1, 16), (2, 40, 32), (70, 70, 64)])
+def test_rotary_positions(queries, keys, head_dim, turn):
+    for dtype in attention.DTYPES:
+        check(Shape(2, 3, queries, keys, head_dim), dtype=dtype, turn=turn)
+
+
+@pytest.mark.parametrize(
+    ("keys", "head_dim", "rotates"),
+    [(5, 8, False), (5, 16, True), (100, 64, True), (5, 80, False), (5, 128, False)],
+)
+def test_which_heads_it_rotates(keys, head_dim, rotates):
+    rotation = Rotation(*torch.zeros(2, keys, head_dim), 0, True)
+    q = torch.empty(1, keys, 2 * head_dim, dtype=torch.bfloat16, device=DEVICE)
+    assert attention.rotates(q, q, 2, rotation) == rotates
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 4, 6])
@@ -97,7 +120,7 @@ def test_rows_are_the_same_in_any_batch():
     assert_same(computed(attention, case), together)
     for image in range(3):
         part = slice(image, image + 1)
-        one = Case(case.shape._replace(batch=1), case.scale, *(x[part] for x in case[2:]))
+        one = Case(case.shape._replace(batch=1), case.scale, *(x[part] for x in case.tensors))
         assert_same(computed(attention, one), Result(*(x[part] for x in together)))
 
 
@@ -109,7 +132,7 @@ def test_strides_of_any_kind():
         k=case.k[:, :1].expand(-1, 12, -1),
         d_out=case.d_out[:, :1].expand(-1, 10, -1),
     )
-    dense = Case(shape, case.scale, *(x.contiguous() for x in expanded[2:]))
+    dense = Case(shape, case.scale, *(x.contiguous() for x in expanded.tensors))
     assert_same(computed(attention, expanded), computed(attention, dense))
 
 

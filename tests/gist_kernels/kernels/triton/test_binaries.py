@@ -92,6 +92,25 @@ def test_attention_fits_or_is_left_to_pytorch(card, keys, head_dim, cards):
     check(launches, target)
 
 
+@pytest.mark.parametrize(
+    ("card", "keys", "head_dim", "half", "rotated"),
+    [
+        ("sm_90", 198, 64, True, True),
+        ("sm_90", 198, 64, False, False),
+        ("sm_100", 198, 64, True, True),
+        ("sm_80", 100, 64, True, True),
+        ("sm_80", 100, 64, False, True),
+        ("sm_80", 198, 32, True, False),
+    ],
+)
+def test_attention_with_rotary_positions_fits(card, keys, head_dim, half, rotated):
+    """Or gets queries and keys that PyTorch has rotated."""
+    target = binaries.TARGETS[card]
+    launches = binaries.attention_launches(keys, head_dim, target, half=half)
+    assert [launch.arguments["sin"] is not None for launch in launches] == [rotated, rotated]
+    check(launches, target)
+
+
 def test_what_a_card_has_not_is_told():
     target = binaries.TARGETS["sm_86"]
     launch = binaries.attention_launches(100, 64, target)[0]
