@@ -141,6 +141,11 @@ class BackboneFamily(ABC):
         """The classifier's layers; as a rule one."""
 
     @property
+    def unread(self) -> Sequence[nn.Module]:
+        """Modules that the model has and the logits do not depend on."""
+        return ()
+
+    @property
     @abstractmethod
     def num_classes(self) -> int: ...
 

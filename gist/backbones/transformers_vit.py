@@ -190,6 +190,10 @@ class TransformersSiglip(TransformersViT):
         return self.encoder.post_layernorm
 
     @property
+    def unread(self) -> Sequence[nn.Module]:
+        return [self.encoder.head] if self.encoder.use_head else []
+
+    @property
     def pooling(self) -> str:
         return "avg"
 

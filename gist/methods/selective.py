@@ -29,12 +29,12 @@ class BitFit(_Selective):
     name: ClassVar[str] = "bitfit"
 
     def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
-        heads = {id(p) for head in family.heads for p in head.parameters()}
+        others = _ids((*family.heads, *family.unread))
         return [
             parameter
             for name, parameter in family.model.named_parameters()
             if name.rpartition(".")[2] in ("bias", "q_bias", "v_bias")
-            and id(parameter) not in heads
+            and id(parameter) not in others
         ]
 
 
@@ -49,7 +49,8 @@ class LayerNormTuning(_Selective):
 
     def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
         norms = (m for m in family.model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)))
-        return [parameter for norm in norms for parameter in norm.parameters()]
+        unread = _ids(family.unread)
+        return [p for norm in norms for p in norm.parameters() if id(p) not in unread]
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,13 @@ class Full(_Selective):
     name: ClassVar[str] = "full"
 
     def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
-        heads = {id(p) for head in family.heads for p in head.parameters()}
+        others = _ids((*family.heads, *family.unread))
         return [
             parameter
             for name, parameter in family.model.named_parameters()
-            if id(parameter) not in heads and not name.endswith("mask_token")
+            if id(parameter) not in others and not name.endswith("mask_token")
         ]
+
+
+def _ids(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters()}

@@ -242,6 +242,22 @@ def test_cached_casts_converts_what_is_trained_and_what_is_no_parameter():
         assert casts._casts.get() == {}
 
 
+def test_frozen_joined_keeps_what_is_frozen_and_no_other():
+    frozen = [nn.Parameter(torch.randn(2, 3), requires_grad=False) for _ in range(3)]
+    trained = [*frozen[:2], nn.Parameter(torch.randn(2, 3))]
+    plain = [*frozen[:2], torch.randn(2, 3)]
+    with gk.cached_casts():
+        for weights in (frozen, frozen[::-1], trained, plain):
+            kept = weights is not trained and weights is not plain
+            for dtype in (torch.float32, torch.bfloat16):
+                joined = casts.frozen_joined(weights, dtype)
+                assert torch.equal(joined, torch.cat(weights).to(dtype))
+                assert not joined.requires_grad
+                assert (casts.frozen_joined(weights, dtype) is joined) is kept
+    outside = casts.frozen_joined(frozen, torch.float32)
+    assert casts.frozen_joined(frozen, torch.float32) is not outside
+
+
 def test_converted_weights_are_not_kept():
     """A CUDA graph that is being captured would own their memory."""
     x, *weights = arguments(torch.float32)
