@@ -1,4 +1,4 @@
-"""One checkpoint of real weights through two libraries: the same logits, the same training curve."""
+"""One checkpoint of real weights in two libraries: the same logits, the same training curve."""
 
 from __future__ import annotations
 
