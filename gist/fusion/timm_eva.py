@@ -64,6 +64,8 @@ class FusedTimmEva(FusedBackbone):
         drops = model.patch_drop
         if model.rope is not None and drops is not None and drops.training and drops.prob > 0:
             return Refusal("its images differ in the patches, and so in the positions, they keep")
+        if model.rope is not None and any(p.requires_grad for p in model.rope.parameters()):
+            return Refusal("its rotary positions are trained")
         return None
 
     def layers(self, block: Any) -> BlockLayers | Refusal:
@@ -101,12 +103,19 @@ class FusedTimmEva(FusedBackbone):
         output: torch.Tensor = self.blocks[index](x, rope=self._rotary(index, embedded))
         return output
 
-    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | None:
+    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | Refusal | None:
         rotary = self._rotary(index, embedded)
         if rotary is None:
             return None
         attn: Any = self.blocks[index].attn
-        sin, cos = rotary.detach().chunk(2, dim=-1)
+        heads = (attn.num_heads,) if rotary.ndim == 3 else ()
+        num_patches = embedded.tokens.shape[1] - self.model.num_prefix_tokens
+        # A rope of the user's may give anything, which the kernels would not check.
+        if rotary.shape != (*heads, num_patches, 2 * attn.head_dim):
+            return Refusal("its rotary positions have another shape")
+        if rotary.requires_grad:
+            return Refusal("its rotary positions are trained")
+        sin, cos = rotary.chunk(2, dim=-1)
         # gist counts its token among the prefix tokens, which have no position.
         return gk.Rotation(sin, cos, attn.num_prefix_tokens, getattr(attn, "rotate_half", False))
 
