@@ -157,6 +157,8 @@ def _attention_refusal(attn: Any) -> str | None:
         return "its attention's projections are not plain linears"
     if sum(layer.out_features for layer in layers) != 3 * attn.num_heads * attn.head_dim:
         return "its attention's heads don't make up its projection"
+    if getattr(attn, "q_bias", None) is not None and attn.qkv.bias is not None:
+        return "its attention's packed projection has a bias of its own beside the separate ones"
     if not math.isfinite(attn.scale):
         return "its attention's scale is not finite"
     return dropout_refusal("attention", attn, attn.attn_drop, attn.proj_drop)

@@ -54,6 +54,17 @@ def test_is_the_same_function_in_float64(name, config, own_forward):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_bias_of_the_packed_projection_counts_where_timm_adds_it(separate, own_forward):
+    model = wrapped("eva02").double().eval()
+    attn = model.backbone.blocks[1].attn
+    attn.qkv_bias_separate = separate
+    attn.qkv.bias = nn.Parameter(torch.randn_like(attn.qkv.weight[:, 0]), requires_grad=False)
+    found = model(images(2).double())
+    own_forward()
+    torch.testing.assert_close(found, model(images(2).double()), rtol=1e-9, atol=1e-9)
+
+
 def test_trained_positions_get_their_gradient(own_forward):
     model = wrapped("rope, mixed").double().train()
     frequencies, pixels = model.backbone.rope.freqs, images(2).double()
