@@ -65,8 +65,11 @@ class FusedBackbone(ABC):
         output: torch.Tensor = self.blocks[index](x)
         return output
 
-    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | None:
-        """The rotary positions of a block's queries and keys, the Gist token being there."""
+    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | Refusal | None:
+        """The rotary positions of a block's queries and keys, the Gist token being there.
+
+        A refusal, where they are not what the kernels take, lets the block run by its own call.
+        """
         return None
 
     @abstractmethod
@@ -206,8 +209,8 @@ def features(
     last = len(plan.blocks) - 1
 
     def run(index: int, x: torch.Tensor) -> torch.Tensor:
-        how = plan.blocks[index]
-        if isinstance(how, Refusal):
+        how, rotation = plan.blocks[index], backbone.rotation(index, embedded)
+        if isinstance(how, Refusal) or isinstance(rotation, Refusal):
             return backbone.run_block(index, x, embedded)
         if index == 0 and token is not None:
             x = token(x)
@@ -217,7 +220,7 @@ def features(
             how, x,
             num_queries=num_read if index == last else None,
             grad_tokens=grad_tokens if index == 0 else None,
-            rotation=backbone.rotation(index, embedded),
+            rotation=rotation,
         )  # fmt: skip
         if index == last and num_read is None:
             for method in methods:

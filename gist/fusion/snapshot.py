@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-# A module's dictionaries, which change in place. Its buffers decide nothing here.
+# A module's dictionaries, which change in place.
 _KEPT = (
     "_modules",
     "_parameters",
@@ -19,7 +19,7 @@ _KEPT = (
 
 
 class Snapshot:
-    """The state of modules: their parts, parameters, hooks, plain attributes and configs.
+    """The state of modules: their parts, parameters, buffers, hooks, plain attributes and configs.
 
     :meth:`holds` runs at each call, so that it is one comparison of lists of dictionaries, which
     compares what they hold by identity first.
@@ -32,6 +32,8 @@ class Snapshot:
         self._now = [
             *(each.__dict__ for each in (*modules, *configs.values())),
             *(module.__dict__[name] for module in modules for name in _KEPT),
+            # Eva's biases of keys are one; most modules have none to compare at each call.
+            *(module._buffers for module in modules if module._buffers),
         ]
         self._then = [dict(now) for now in self._now]
         self._forwards = [(kind, kind.forward) for kind in {type(m) for m in modules}]

@@ -64,6 +64,8 @@ class FusedTimmEva(FusedBackbone):
         drops = model.patch_drop
         if model.rope is not None and drops is not None and drops.training and drops.prob > 0:
             return Refusal("its images differ in the patches, and so in the positions, they keep")
+        if model.rope is not None and any(p.requires_grad for p in model.rope.parameters()):
+            return Refusal("its rotary positions are trained")
         return None
 
     def layers(self, block: Any) -> BlockLayers | Refusal:
@@ -101,12 +103,19 @@ class FusedTimmEva(FusedBackbone):
         output: torch.Tensor = self.blocks[index](x, rope=self._rotary(index, embedded))
         return output
 
-    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | None:
+    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | Refusal | None:
         rotary = self._rotary(index, embedded)
         if rotary is None:
             return None
         attn: Any = self.blocks[index].attn
-        sin, cos = rotary.detach().chunk(2, dim=-1)
+        heads = (attn.num_heads,) if rotary.ndim == 3 else ()
+        num_patches = embedded.tokens.shape[1] - self.model.num_prefix_tokens
+        # A rope of the user's may give anything, which the kernels would not check.
+        if rotary.shape != (*heads, num_patches, 2 * attn.head_dim):
+            return Refusal("its rotary positions have another shape")
+        if rotary.requires_grad:
+            return Refusal("its rotary positions are trained")
+        sin, cos = rotary.chunk(2, dim=-1)
         # gist counts its token among the prefix tokens, which have no position.
         return gk.Rotation(sin, cos, attn.num_prefix_tokens, getattr(attn, "rotate_half", False))
 
@@ -148,6 +157,8 @@ def _attention_refusal(attn: Any) -> str | None:
         return "its attention's projections are not plain linears"
     if sum(layer.out_features for layer in layers) != 3 * attn.num_heads * attn.head_dim:
         return "its attention's heads don't make up its projection"
+    if getattr(attn, "q_bias", None) is not None and attn.qkv.bias is not None:
+        return "its attention's packed projection has a bias of its own beside the separate ones"
     if not math.isfinite(attn.scale):
         return "its attention's scale is not finite"
     return dropout_refusal("attention", attn, attn.attn_drop, attn.proj_drop)

@@ -84,6 +84,14 @@ def test_a_kept_plan_reads_what_was_written_since(method, dtype, written):
     assert not torch.equal(found, before)
 
 
+def test_a_kept_plan_reads_a_buffer_set_since():
+    model = wrapped("eva02").eval()
+    model(images())
+    attn = model.backbone.blocks[0].attn
+    attn.k_bias = torch.linspace(-3, 3, len(attn.k_bias))
+    assert torch.equal(model(images()), copy.deepcopy(model)(images()))
+
+
 def test_a_class_patched_after_a_call_makes_another_plan(monkeypatch):
     model = wrapped().eval()
     before = model.plan()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fused_cases import CONFIGS, compare_with_own_forward, results
 from models import EVAS, backbone, images, wrapped
+from torch import nn
 
 import gist
 
@@ -54,3 +55,84 @@ def test_is_the_same_function_in_float64(name, config, own_forward):
             plain = results(model, pixels)
         assert fused[1].keys() == plain[1].keys()
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_bias_of_the_packed_projection_counts_where_timm_adds_it(separate, own_forward):
+    model = wrapped("eva02").double().eval()
+    attn = model.backbone.blocks[1].attn
+    attn.qkv_bias_separate = separate
+    attn.qkv.bias = nn.Parameter(torch.randn_like(attn.qkv.weight[:, 0]), requires_grad=False)
+    found = model(images(2).double())
+    own_forward()
+    torch.testing.assert_close(found, model(images(2).double()), rtol=1e-9, atol=1e-9)
+
+
+def test_trained_positions_get_their_gradient(own_forward):
+    model = wrapped("rope, mixed").double().train()
+    frequencies, pixels = model.backbone.rope.freqs, images(2).double()
+    before = model(pixels)
+    frequencies.requires_grad_(True)
+    assert "its rotary positions are trained" in gist.explain(model)
+    found, gradients = results(model, pixels)
+    torch.testing.assert_close(found, torch.stack(before), rtol=1e-9, atol=1e-9)
+    own_forward()
+    torch.testing.assert_close(gradients, results(model, pixels)[1], rtol=1e-9, atol=1e-9)
+    assert gradients["backbone.rope.freqs"].any()
+
+
+def test_positions_have_a_tangent():
+    model = wrapped("rope, mixed").double().eval()
+    pixels, frequencies = images(2).double(), model.backbone.rope.freqs.detach()
+
+    def logits(frequencies):
+        swapped = {"backbone.rope.freqs": frequencies}
+        return torch.func.functional_call(model, swapped, (pixels,))
+
+    direction = torch.randn_like(frequencies)
+    _, tangent = torch.func.jvp(logits, (frequencies,), (direction,))
+    frequencies.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(logits(frequencies).sum(), frequencies)
+    expected = (gradient * direction).sum()
+    assert expected
+    # timm computes the angles in float32.
+    torch.testing.assert_close(tangent.sum(), expected, rtol=1e-5, atol=1e-8)
+
+
+class Rope(nn.Module):
+    """A user's own rotary positions."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positions = positions
+
+    def get_embed(self, shape=None):
+        return self.positions
+
+
+@pytest.mark.parametrize("change", ["fewer", "more", "one", "of one head", "of one batch"])
+def test_positions_of_another_shape_are_left_to_the_backbone(change, own_forward):
+    model = wrapped("eva02").eval()
+    positions = model.backbone.rope.get_embed()
+    model.backbone.rope = Rope(
+        {
+            "fewer": positions[:-3],
+            "more": positions.repeat(2, 1),
+            "one": positions[:1],
+            "of one head": positions[None],
+            "of one batch": positions[None, None],
+        }[change]
+    )
+
+    def found():
+        try:
+            return model(images(2))
+        except RuntimeError as error:
+            return str(error)
+
+    ours = found()
+    own_forward()
+    if isinstance(ours, str):
+        assert ours == found()
+    else:
+        assert torch.equal(ours, found())
