@@ -16,6 +16,7 @@ from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.check import unknown_name
 from gist_kernels.functional.attention import check_rotation
 from gist_kernels.kernels.protocols import SublayerKernels
+from gist_kernels.quantised import is_quantised
 from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
     AdapterWeights,
@@ -293,6 +294,11 @@ def _check_weights(
             continue
         check.shape(f"{group}.{name}", tensor, shape, "that fits x and the other weights")
         frozen = name == "layer_scale" or len(shape) > 1
+        if is_quantised(tensor):
+            raise TypeError(
+                f"{group}.{name} is a quantised {type(tensor).__name__}; pass a plain tensor. "
+                "Only gist.wrap's models take quantised weights in fused sublayers"
+            )
         check.alike(f"{group}.{name}", tensor, "x", x, any_float=not frozen)
         if frozen:
             _check_frozen(f"{group}.{name}", tensor)
