@@ -16,7 +16,7 @@ from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.check import unknown_name
 from gist_kernels.functional.attention import check_rotation
 from gist_kernels.kernels.protocols import SublayerKernels
-from gist_kernels.quantised import is_quantised
+from gist_kernels.quantised import QuantisedWeight, is_quantised
 from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
     AdapterWeights,
@@ -161,6 +161,10 @@ class _Prepared:
 
     def check_input(self, x: torch.Tensor) -> None:
         like = self.weights[1][2]  # the first may be joined in another dtype
+        if isinstance(like, QuantisedWeight):  # whose matmuls are of x's dtype
+            if x.device != like.device:
+                raise ValueError(f"x is on {x.device} and the frozen weight on {like.device}")
+            return
         if x.dtype is not like.dtype or x.device != like.device:
             check.alike("x", x, "the frozen weight", like)
 
