@@ -65,7 +65,7 @@ def adapter_attention(
         (B, N, D), or (B, num_queries, D), in x's dtype.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: shapes or devices don't match, a value is
+        TypeError: a wrong type or dtype, a quantised matrix. ValueError: shapes or devices don't match, a value is
             out of its range, or a frozen tensor requires a gradient.
     """
     _check_block_input(x, norm, adapter, drop_path)
