@@ -8,6 +8,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from gist_kernels.quantised import QuantisedWeight
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -61,7 +63,10 @@ def _known_kinds(arguments: tuple[Any, ...]) -> bool:
             kind = type(value)
             if kind not in _PLAIN and not kind.__module__.startswith("torch._subclasses."):
                 return False
-        elif isinstance(value, tuple) and not _known_kinds(value):
+        elif isinstance(value, tuple):
+            if not _known_kinds(value):
+                return False
+        elif isinstance(value, QuantisedWeight):
             return False
     return True
 

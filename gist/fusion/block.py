@@ -19,6 +19,8 @@ from gist.untouched import calls_own_forward, hooks_of, is_plain
 from gist_kernels.autograd.casts import frozen_joined
 from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.functional.sublayers import PreparedAttention, PreparedMlp
+from gist_kernels.quantised import QuantisedWeight, is_quantised
+from gist_kernels.quantised import refusal as quantised_refusal
 from gist_kernels.tracing import needs_dispatcher
 
 DropPath: TypeAlias = Callable[[torch.Tensor], "torch.Tensor | None"]
@@ -49,9 +51,11 @@ class Linears(NamedTuple):
         return len(self.weights) == len(self.biases) == 1
 
     @property
-    def weight(self) -> torch.Tensor:
-        """(all out, in), joined in the dtype of matmuls."""
+    def weight(self) -> Any:
+        """(all out, in): joined in the dtype of matmuls, or a QuantisedWeight."""
         first = self.weights[0]
+        if any(is_quantised(weight) for weight in self.weights):
+            return QuantisedWeight(self.weights)
         if len(self.weights) == 1:
             return first
         # An operator that is traced converts by itself.
@@ -66,10 +70,15 @@ class Linears(NamedTuple):
             return None
         return torch.cat(
             [
-                self.weights[i].new_zeros(len(self.weights[i])) if bias is None else bias
+                _zeros(self.weights[i]) if bias is None else bias
                 for i, bias in enumerate(self.biases)
             ]
         )
+
+
+def _zeros(weight: torch.Tensor) -> torch.Tensor:
+    """A bias of 0; torchao's tensors have no ``new_zeros``."""
+    return torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
 
 
 class BlockLayers(NamedTuple):
@@ -94,10 +103,14 @@ class BlockLayers(NamedTuple):
     drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
 
     @property
+    def matrices(self) -> list[torch.Tensor]:
+        """The weights of its linear layers."""
+        return [*self.qkv.weights, *self.proj.weights, *self.fc1.weights, *self.fc2.weights]
+
+    @property
     def frozen(self) -> list[torch.Tensor]:
         """The weights for which the fused sublayers compute no gradient."""
-        matrices = (*self.qkv.weights, *self.proj.weights, *self.fc1.weights, *self.fc2.weights)
-        return [*matrices, *(scale for scale in self.layer_scales if scale is not None)]
+        return [*self.matrices, *(scale for scale in self.layer_scales if scale is not None)]
 
 
 class Sublayers(NamedTuple):
@@ -261,9 +274,14 @@ def _weights_refusal(block: nn.Module, layers: BlockLayers) -> str | None:
         return "it has trainable matrices of its own"
     if layers.mlp_norm is not None and any(p.requires_grad for p in layers.mlp_norm.parameters()):
         return "its MLP's norm is trained"
+    matrices = {id(weight) for weight in layers.matrices}
     for weight in block.parameters():
         if type(weight) is not nn.Parameter:
-            return f"its weights are {type(weight).__name__}s"
+            if id(weight) not in matrices or not is_quantised(weight):
+                return f"its weights are {type(weight).__name__}s"
+            reason = quantised_refusal(weight)
+            if reason is not None:
+                return f"its {type(weight).__name__}s {reason}"
         if weight.device != like.device:
             return "its weights are on several devices"
         if weight.dtype not in _DTYPES:
@@ -288,7 +306,7 @@ def _fits(parts: FusedParts, like: torch.Tensor) -> bool:
 
 def _linear(
     layer: Linears, update: LayerUpdate | None
-) -> tuple[tuple[torch.Tensor, torch.Tensor | None], gk.LinearUpdate | None]:
+) -> tuple[tuple[Any, torch.Tensor | None], gk.LinearUpdate | None]:
     """A layer's weight and bias, and the trained update beside them."""
     if update is None:
         return (layer.weight, layer.bias), None

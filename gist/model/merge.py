@@ -15,6 +15,7 @@ from gist.model.containers import gist_model_of, is_sharded
 from gist.model.precision import half_dtype
 from gist.model.unwrap import unwrap
 from gist.model.wrapped import GistModel
+from gist_kernels.quantised import is_quantised
 
 
 def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
@@ -37,14 +38,21 @@ def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
 
     Raises:
         ValueError: a method that weights can't express (adapters, prompts), several, a token that
-            the backbone has no place for, or parameters sharded over processes. ``model`` is
-            unchanged in any case.
+            the backbone has no place for, quantised weights, or parameters sharded over processes.
+            ``model`` is unchanged in any case.
     """
     model = gist_model_of(model)
     if is_sharded(model):
         raise ValueError(
             "a model sharded by fully_shard can't be merged; gist.save it, and merge what "
             "gist.load makes of it on a fresh backbone"
+        )
+    quantised = [n for n, p in model.backbone.named_parameters() if is_quantised(p)]
+    if quantised:
+        raise ValueError(
+            f"quantised weights can't be merged into, such as {quantised[0]}; gist.save the model, "
+            "and merge what gist.load(..., check_weights=False) makes of it on the backbone before "
+            "it was quantised"
         )
     if len(model.attached_methods) > 1:
         raise ValueError("only one method can be merged; this model has several")

@@ -28,6 +28,7 @@ from gist.model.config import GistConfig
 from gist.model.containers import gist_model_of, is_replicated, is_sharded, whole
 from gist.model.unwrap import unwrap
 from gist.model.wrapped import GistModel, wrap
+from gist_kernels.quantised import parts_of
 
 FORMAT = 2
 WEIGHTS_FILE = "adapter.safetensors"
@@ -211,7 +212,8 @@ def _describe(backbone: nn.Module, config: GistConfig, beside: Sequence[str]) ->
 
 
 def _fingerprint(backbone: nn.Module, config: GistConfig, beside: Sequence[str]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors that the saved file lacks."""
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors that the saved file lacks. A
+    quantised one counts by the tensors within it."""
     family = family_of(backbone)
     trained = {id(p) for method in config.methods for p in method.trained(family)}
     trained |= {id(p) for head in family.heads for p in head.parameters()}
@@ -223,9 +225,12 @@ def _fingerprint(backbone: nn.Module, config: GistConfig, beside: Sequence[str])
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         if name not in left_out:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            content: Any = whole(tensor).view(torch.uint8).numpy()
-            digest.update(content)
+            for inner, part in parts_of(tensor).items():
+                title = f"{name}.{type(tensor).__name__}.{inner}" if inner else name
+                digest.update(f"{title} {part.dtype} {tuple(part.shape)}\n".encode())
+                # A tensor of no dimensions has no view in another dtype.
+                content: Any = whole(part).reshape(-1).view(torch.uint8).numpy()
+                digest.update(content)
     return digest.hexdigest()
 
 

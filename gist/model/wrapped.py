@@ -26,6 +26,7 @@ from gist.model.precision import IN_OWN_DTYPE, InputDtype, convert_when_run_agai
 from gist.model.scripted import Scripted
 from gist.model.token import GistToken
 from gist.untouched import any_global_hook
+from gist_kernels.quantised import is_quantised
 from gist_kernels.tracing import needs_dispatcher
 
 
@@ -87,6 +88,7 @@ class GistModel(TimmInterface):
         # First, because a method may refuse the backbone, which must then be unchanged.
         for method in config.methods:
             method.num_parameters(family)
+        _refuse_quantised(trained, [] if num_classes is not None else family.heads)
         self.method = attach_methods(config, family)
         self.token = None
         if config.gist:
@@ -262,7 +264,11 @@ class GistModel(TimmInterface):
                 family.classify(pooled), family.classify(token_pooled, self.gist_head)
             )
         logits = family.classify(torch.stack((pooled, token_pooled), dim=1))
-        return GistOutput(*gist_kernels.split_heads(logits))
+        both = gist_kernels.split_heads(logits)
+        if torch.compiler.is_compiling() and any(map(is_quantised, self.backbone.parameters())):
+            # Beside tensor subclasses PyTorch compiles no outputs that share memory.
+            return GistOutput(*(each.clone() for each in both))
+        return GistOutput(*both)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new, trainable one.
@@ -368,7 +374,7 @@ def wrap(
     Raises:
         TypeError: a model without a sequence of tokens, or of another library.
         ValueError: the backbone has no classifier, unsupported blocks or pooling, or is wrapped
-            already. It is then unchanged.
+            already, or weights to be trained are quantised. It is then unchanged.
     """
     model = GistModel(backbone, config if config is not None else GistConfig(), num_classes)
     counted = model.count_parameters()
@@ -390,6 +396,16 @@ def _trained_heads(heads: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _head_parameters(heads: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [parameter for head in _trained_heads(heads) for parameter in head.parameters()]
+
+
+def _refuse_quantised(trained: Sequence[nn.Parameter], heads: Sequence[nn.Module]) -> None:
+    if any(map(is_quantised, trained)):
+        raise ValueError("quantised weights can't be trained; take a method that has them frozen")
+    if any(map(is_quantised, _head_parameters(heads))):
+        raise ValueError(
+            "backbone's classifier is quantised, and can't be trained; quantise the layers of its "
+            "blocks only, or pass num_classes for a new classifier"
+        )
 
 
 def _check(family: BackboneFamily, config: GistConfig, num_classes: int | None) -> None:

@@ -43,6 +43,25 @@ class LinearSaved(NamedTuple):
     """``down x``, (M, r)."""
 
 
+class QuantisedMatmuls:
+    """The LinearKernels of a layer with a :class:`gist_kernels.quantised.QuantisedWeight`. The
+    backend's own compute what is plain beside it."""
+
+    def __init__(self, plain: LinearKernels) -> None:
+        self.plain = plain
+
+    def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return self.plain.linear(x, weight, bias)
+        result: torch.Tensor = weight.linear(x, bias)
+        return result
+
+    def add_linear(self, out: torch.Tensor, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return self.plain.add_linear(out, x, weight)
+        return out.add_(weight.linear(x, None))
+
+
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.detach().to(dtype)
 
@@ -51,7 +70,8 @@ class FrozenLinear(NamedTuple):
     """``y = scale * (W x) + bias + up (down x)`` of (M, I) rows, with a frozen W of (O, I)."""
 
     kernels: LinearKernels
-    weight: torch.Tensor
+    weight: Any
+    """A matrix, or a QuantisedWeight where ``kernels`` take one."""
     parts: LinearParts
     computed: LinearParts
     """The parts in the weight's dtype."""
@@ -60,7 +80,7 @@ class FrozenLinear(NamedTuple):
     def of(
         cls,
         kernels: LinearKernels,
-        weight: torch.Tensor,
+        weight: Any,
         parts: LinearParts,
         cast: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = _cast,
     ) -> FrozenLinear:

@@ -17,9 +17,10 @@ from gist_kernels.autograd import equations
 from gist_kernels.autograd.casts import frozen_in_dtype
 from gist_kernels.autograd.derivatives import once_differentiable
 from gist_kernels.autograd.equations import AttentionSaved, MlpSaved, Needs, PrefixSaved
-from gist_kernels.autograd.linear import FrozenLinear, LinearParts
+from gist_kernels.autograd.linear import FrozenLinear, LinearParts, QuantisedMatmuls
 from gist_kernels.autograd.trained import TRAINED, Sublayer, Trained
 from gist_kernels.kernels.protocols import SublayerKernels
+from gist_kernels.quantised import QuantisedWeight
 from gist_kernels.weights import (
     AdapterWeights,
     AttentionWeights,
@@ -50,13 +51,16 @@ def sublayer_of(
 def _frozen(
     kernels: SublayerKernels,
     dtype: torch.dtype,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantisedWeight,
     bias: torch.Tensor | None,
     update: LinearUpdate | None,
 ) -> FrozenLinear:
+    parts = LinearParts(bias) if update is None else LinearParts(bias, *update)
+    if isinstance(weight, QuantisedWeight):
+        matmuls = QuantisedMatmuls(kernels.linear)
+        return FrozenLinear.of(matmuls, weight.in_dtype(dtype), parts, frozen_in_dtype)
     # No detached view of a weight that needs no conversion: `weight.data = ...` would leave it.
     weight = frozen_in_dtype(weight, dtype)
-    parts = LinearParts(bias) if update is None else LinearParts(bias, *update)
     return FrozenLinear.of(kernels.linear, weight, parts, frozen_in_dtype)
 
 

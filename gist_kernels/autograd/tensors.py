@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from gist_kernels.quantised import QuantisedWeight
+
 _T = TypeVar("_T", torch.Tensor, "torch.Tensor | None")
 
 
@@ -58,7 +60,11 @@ def as_result(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def watched_tensors(*arguments: Any) -> list[torch.Tensor]:
     """The tensors among the arguments that have a version counter; inference tensors have none."""
-    return [t for t in arguments if isinstance(t, torch.Tensor) and not t.is_inference()]
+    found = [t for t in arguments if isinstance(t, torch.Tensor)]
+    for value in arguments:
+        if isinstance(value, QuantisedWeight):
+            found += value.memory
+    return [t for t in found if not t.is_inference()]
 
 
 def column_sums(d: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -155,7 +155,7 @@ class Sublayer:
         shape = *inner.shape[:2], last.weight.shape[0]
         if adapted is not None and not factors and last.parts.scale is None:
             if adapted.dtype is rows.dtype:
-                linear = self.kernels.linear
+                linear = last.kernels
                 out, low = linear.add_linear(adapted, rows, last.weight), None
                 _, _, down, up = last.computed
                 if down is not None:

@@ -16,6 +16,7 @@ from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.check import unknown_name
 from gist_kernels.functional.attention import check_rotation
 from gist_kernels.kernels.protocols import SublayerKernels
+from gist_kernels.quantised import QuantisedWeight, is_quantised
 from gist_kernels.tracing import needs_dispatcher, takes_operators
 from gist_kernels.weights import (
     AdapterWeights,
@@ -64,8 +65,8 @@ def adapter_attention(
         (B, N, D), or (B, num_queries, D), in x's dtype.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: shapes or devices don't match, a value is
-            out of its range, or a frozen tensor requires a gradient.
+        TypeError: a wrong type or dtype, or a quantised matrix. ValueError: shapes or devices don't
+            match, a value is out of its range, or a frozen tensor requires a gradient.
     """
     _check_block_input(x, norm, adapter, drop_path)
     _check_kind("attention", attention, AttentionWeights)
@@ -160,6 +161,10 @@ class _Prepared:
 
     def check_input(self, x: torch.Tensor) -> None:
         like = self.weights[1][2]  # the first may be joined in another dtype
+        if isinstance(like, QuantisedWeight):  # whose matmuls are of x's dtype
+            if x.device != like.device:
+                raise ValueError(f"x is on {x.device} and the frozen weight on {like.device}")
+            return
         if x.dtype is not like.dtype or x.device != like.device:
             check.alike("x", x, "the frozen weight", like)
 
@@ -293,6 +298,11 @@ def _check_weights(
             continue
         check.shape(f"{group}.{name}", tensor, shape, "that fits x and the other weights")
         frozen = name == "layer_scale" or len(shape) > 1
+        if is_quantised(tensor):
+            raise TypeError(
+                f"{group}.{name} is a quantised {type(tensor).__name__}; pass a plain tensor. "
+                "Only gist.wrap's models take quantised weights in fused sublayers"
+            )
         check.alike(f"{group}.{name}", tensor, "x", x, any_float=not frozen)
         if frozen:
             _check_frozen(f"{group}.{name}", tensor)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gist_kernels.activations import ACTIVATIONS
+from gist_kernels.quantised import QuantisedWeight
 from gist_kernels.reference.adapter import adapter as bottleneck
 from gist_kernels.reference.attention import attention
 from gist_kernels.weights import (
@@ -71,21 +72,29 @@ def _normed(x: torch.Tensor, norm: NormWeights, dtype: torch.dtype | None = None
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantisedWeight,
     bias: torch.Tensor | None,
     update: LinearUpdate | None,
 ) -> torch.Tensor:
     """A linear layer with what is trained beside it."""
     bias = None if bias is None else bias.to(weight.dtype)
     if update is None:
-        return F.linear(x, weight, bias)
+        return _matmul(x, weight, bias)
     scale, down, up = (None if t is None else t.to(x.dtype) for t in update)
     if scale is None:
-        out = F.linear(x, weight, bias)
+        out = _matmul(x, weight, bias)
     else:
-        out = F.linear(x, weight) * scale
+        out = _matmul(x, weight, None) * scale
         out = out if bias is None else out + bias
     return out if down is None or up is None else out + F.linear(F.linear(x, down), up)
+
+
+def _matmul(
+    x: torch.Tensor, weight: torch.Tensor | QuantisedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if isinstance(weight, QuantisedWeight):
+        return weight.linear(x, bias)
+    return F.linear(x, weight, bias)
 
 
 def _projections(
@@ -102,8 +111,8 @@ def _projections(
 
 
 def some_rows(
-    weight: torch.Tensor, bias: torch.Tensor | None, update: LinearUpdate | None, rows: slice
-) -> tuple[torch.Tensor, torch.Tensor | None, LinearUpdate | None]:
+    weight: Any, bias: torch.Tensor | None, update: LinearUpdate | None, rows: slice
+) -> tuple[Any, torch.Tensor | None, LinearUpdate | None]:
     """The part of a layer that computes some of its outputs."""
     if update is not None:
         scale, down, up = update
