@@ -96,6 +96,7 @@ CASES = [
     ("attention", {"num_queries": 19}),
     ("attention", {"grad_tokens": (1, 1)}),
     ("attention", {"grad_tokens": (0, 3)}),
+    ("attention", {"num_queries": 2, "grad_tokens": (1, 1)}),
     ("attention", {"drop_path": DROPPED}),
     ("attention", {"drop_path": DROPPED, "num_queries": 1}),
     ("attention", {"drop_path": DROPPED, "grad_tokens": (1, 1)}),
