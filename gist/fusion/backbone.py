@@ -36,6 +36,8 @@ class FusedBackbone(ABC):
 
     FORWARDS: ClassVar[Forwards]
     """Those of the classes that a block may consist of."""
+    EXPORTS_WHOLE: ClassVar[bool] = True
+    """Whether torch.export traces the model's own call; otherwise each block's."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -114,14 +116,17 @@ class BackbonePlan(NamedTuple):
     """The parameters before the first block."""
 
 
+_EXPORTED = Refusal("it is traced by torch.export")
+
+
 def refusal(backbone: FusedBackbone | Refusal, hook_owners: Collection[int]) -> Refusal | None:
     """Why no block of a backbone is fused, so that the backbone runs by its own call; or None.
 
     ``hook_owners`` is as :func:`gist.fusion.block.plan` takes it. Hooks of others within a block
     concern that block only; any other may read what the fused forward leaves out.
     """
-    if exporting():
-        return Refusal("it is traced by torch.export")
+    if exporting() and (isinstance(backbone, Refusal) or backbone.EXPORTS_WHOLE):
+        return _EXPORTED
     if torch._C._get_tracing_state() is not None:
         return Refusal("it is traced by torch.jit.trace")
     if watched():
@@ -160,7 +165,9 @@ def plan(
         None,
         backbone,
         [
-            fused_block.plan(
+            _EXPORTED
+            if exporting()
+            else fused_block.plan(
                 block, backbone.layers(block), index, methods, hook_owners, backbone.FORWARDS
             )
             for index, block in enumerate(backbone.blocks)

@@ -110,6 +110,9 @@ class FusedTransformersViT(FusedBackbone):
         },
     }  # fmt: skip
 
+    # There, transformers makes a mask for the tokens that leave its embeddings, without gist's.
+    EXPORTS_WHOLE = False
+
     def __init__(self, family: TransformersViT) -> None:
         super().__init__(family.model)
         self.family = family

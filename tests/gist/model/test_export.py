@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from models import images, wrapped
+from models import FAMILIES, images, made, wrapped
 
 import gist
 
@@ -24,6 +24,16 @@ def test_exported_programs_give_the_same_logits(method):
     for batch in (1, 5):
         expected = model(images(batch))
         torch.testing.assert_close(program.module()(images(batch)), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("method", [gist.Adapter(), gist.VPT(num_tokens=2)])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "transformers" in name])
+def test_transformers_models_are_exported_with_the_added_tokens(family, method):
+    backbone, pixels = made(family)
+    model = gist.wrap(backbone, gist.GistConfig(method)).eval()
+    program = torch.export.export(model, (pixels,), dynamic_shapes=({0: BATCH},))
+    more = torch.cat((pixels, pixels.flip(3)))
+    torch.testing.assert_close(program.module()(more), model(more), rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("method", [gist.Adapter(), (gist.LoRA(), gist.VPT(num_tokens=2))])
