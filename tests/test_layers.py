@@ -45,11 +45,12 @@ GIST_KERNELS_LAYERS: tuple[tuple[str, ...], ...] = (
         "gist_kernels.check",
         "gist_kernels.tracing",
     ),
+    ("gist_kernels.quantised",),
 )
 
-# The two benchmarks that measure gist itself: its training step and its data loader. The others
+# The benchmarks that measure gist itself: its training step and its data loader. The others
 # measure gist_kernels, and they and what all benchmarks share need no gist.
-BENCHMARKS_OF_GIST = {"bench.loader", "bench.overhead", "bench.step"}
+BENCHMARKS_OF_GIST = {"bench.loader", "bench.overhead", "bench.quantised", "bench.step"}
 
 
 class Import(NamedTuple):
