@@ -26,6 +26,8 @@ class Embedded(NamedTuple):
     """(B, N, D), which enter the first one."""
     rotary: Any = None
     """What the family's own blocks take as rotary positions."""
+    tables: Any = None
+    """The same for :meth:`FusedBackbone.rotation`, made once for all blocks."""
 
 
 class FusedBackbone(ABC):

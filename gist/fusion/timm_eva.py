@@ -97,32 +97,36 @@ class FusedTimmEva(FusedBackbone):
     def embed(self, images: torch.Tensor) -> Embedded:
         model = self.model
         x, rotary = model._pos_embed(embed_patches(model.patch_embed, images))
-        return Embedded(model.norm_pre(x), rotary)
+        tables = None
+        if rotary is not None:
+            # Contiguous and not in a half type, as the kernels would make them in each block.
+            dtype = torch.promote_types(rotary.dtype, torch.float32)
+            tables = [t.to(dtype).contiguous() for t in rotary.chunk(2, dim=-1)]
+        return Embedded(model.norm_pre(x), rotary, tables)
 
     def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
-        output: torch.Tensor = self.blocks[index](x, rope=self._rotary(index, embedded))
+        output: torch.Tensor = self.blocks[index](x, rope=self._of_block(index, embedded.rotary))
         return output
 
     def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | Refusal | None:
-        rotary = self._rotary(index, embedded)
-        if rotary is None:
+        if embedded.tables is None:
             return None
+        sin, cos = (self._of_block(index, table) for table in embedded.tables)
         attn: Any = self.blocks[index].attn
-        heads = (attn.num_heads,) if rotary.ndim == 3 else ()
+        heads = (attn.num_heads,) if sin.ndim == 3 else ()
         num_patches = embedded.tokens.shape[1] - self.model.num_prefix_tokens
         # A rope of the user's may give anything, which the kernels would not check.
-        if rotary.shape != (*heads, num_patches, 2 * attn.head_dim):
+        if not sin.shape == cos.shape == (*heads, num_patches, attn.head_dim):
             return Refusal("its rotary positions have another shape")
-        if rotary.requires_grad:
+        if sin.requires_grad:
             return Refusal("its rotary positions are trained")
-        sin, cos = rotary.chunk(2, dim=-1)
         # gist counts its token among the prefix tokens, which have no position.
         return gk.Rotation(sin, cos, attn.num_prefix_tokens, getattr(attn, "rotate_half", False))
 
-    def _rotary(self, index: int, embedded: Embedded) -> Any:
-        """Of one block: (N, 2 Dh), or (H, N, 2 Dh) where heads and blocks have their own."""
-        mixed = getattr(self.model, "rope_mixed", False) and embedded.rotary is not None
-        return embedded.rotary[index] if mixed else embedded.rotary
+    def _of_block(self, index: int, tables: Any) -> Any:
+        """Of all blocks' (N, Dh) or 2 Dh: where heads and blocks have their own, (H, N, ...)."""
+        mixed = getattr(self.model, "rope_mixed", False) and tables is not None
+        return tables[index] if mixed else tables
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         return self.model.norm(x)
