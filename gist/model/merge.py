@@ -47,6 +47,7 @@ def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
             "a model sharded by fully_shard can't be merged; gist.save it, and merge what "
             "gist.load makes of it on a fresh backbone"
         )
+    _ = model.family  # raises where the backbone has been given back
     quantised = [n for n, p in model.backbone.named_parameters() if is_quantised(p)]
     if quantised:
         raise ValueError(

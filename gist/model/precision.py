@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from gist.methods.hooks import FreeHook
 from gist_kernels.tracing import autocast_enabled
 
-_LAYERS = (F.linear, F.conv2d, F.layer_norm, F.rms_norm)
+# Within attention's function none of the others is seen.
+_LAYERS = (F.linear, F.conv2d, F.layer_norm, F.rms_norm, F.multi_head_attention_forward)
 
 
 def half_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype | None:

@@ -121,7 +121,8 @@ def sublayer_case(name: str, updated: bool, **options: Any) -> Case:
 
     def operation(x, **leaves):
         own_norm, own, own_adapter, found = given(leaves)
-        own = own._replace(**dict(zip(fields[-2:], found, strict=False)))
+        names = [field for field in fields if field.endswith("_update")]
+        own = own._replace(**dict(zip(names, found, strict=False)))
         return public(x, own_norm, own, own_adapter, **options)
 
     def equations(x, **leaves):

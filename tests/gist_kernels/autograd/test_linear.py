@@ -65,6 +65,7 @@ def draw(name, kind, options, dtype, backend="auto", device="cpu", **shape):
     x, norm, attention, mlp, adapter = arguments(dtype, device=device, **kind_of_mlp, **shape)
     weights = attention if name == "attention" else mlp
     matrices, fields = (weights[0], weights[2]), weights._fields
+    names = [field for field in fields if field.endswith("_update")]
     changes = [update(*m.shape, dtype, device, **KINDS[kind]) for m in matrices]
     groups = [norm[:2], weights[1:4:2], *changes, adapter[:4] if adapter else ()]
     leaves = {f"{i}.{j}": t for i, g in enumerate(groups) for j, t in enumerate(g) if t is not None}
@@ -96,7 +97,7 @@ def draw(name, kind, options, dtype, backend="auto", device="cpu", **shape):
         operation = gk.adapter_attention if name == "attention" else gk.adapter_mlp
 
         def call(x, norm, weights, changes, adapter):
-            weights = weights._replace(**dict(zip(fields[-2:], changes, strict=True)))
+            weights = weights._replace(**dict(zip(names, changes, strict=True)))
             with gk.use_backend(backend):
                 return operation(x, norm, weights, adapter, **options)
 
