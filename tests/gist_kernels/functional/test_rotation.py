@@ -19,6 +19,13 @@ from gist_kernels.reference.rotation import rotate
 N, H, D = 19, 3, 16
 # The class token before; all; a Gist token before and prompts after; the last token only.
 SPANS = [(1, 18), (0, 19), (2, 12), (18, 1)]
+QUERIES = [None, 1, 2, 7]
+# Each span with tables for all heads and for each head, and each number of queries with both.
+CASES = [
+    (span, per_head, QUERIES[(i + 2 * per_head) % 4])
+    for i, span in enumerate(SPANS)
+    for per_head in (False, True)
+]
 
 
 def exact(qkv, heads, rotation, queries, scale=None):
@@ -56,14 +63,12 @@ def ours(backend, heads, rotation, queries, scale=None):
 
 @pytest.mark.parametrize("backend", backends.serving("attention", reference=True))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("queries", [None, 1, 2, 7])
-@pytest.mark.parametrize("span", SPANS)
-@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("span", "per_head", "queries"), CASES)
 @pytest.mark.parametrize("half", [False, True])
 def test_error_is_no_larger_than_that_of_pytorch(half, per_head, span, queries, dtype, backend):
     device = backends.device_of(backend)
     found = []
-    for _ in range(8):
+    for _ in range(3 if backend == "triton" and device == "cpu" else 8):  # an interpreter is slow
         qkv = normal(2, N, 3 * H * D, dtype=dtype, spread=1.0, device=device)
         upstream = normal(2, queries or N, H * D, dtype=dtype, device=device)
         rotation = rotation_of(span, D, half=half, heads=H if per_head else None, device=device)

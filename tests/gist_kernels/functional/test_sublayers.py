@@ -129,7 +129,8 @@ def test_rotated_value_and_every_gradient(options, half, per_head, span, dtype, 
     if not backends.takes(backend, dtype):
         backend = "auto"  # what serves such a call
     rotation = rotation_of(span, 16, half=half, heads=3 if per_head else None, device=device)
-    draws = 1 if dtype is torch.float64 else 16
+    interpreted = backend == "triton" and device == "cpu"  # which takes a second a draw
+    draws = 1 if dtype is torch.float64 else 4 if interpreted else 16
     compare("attention", dtype, options, backend, draws, device=device, rotation=rotation)
 
 
