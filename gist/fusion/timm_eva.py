@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +17,9 @@ from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
 from gist.fusion.timm_vit import (
     COMMON_FORWARDS,
+    LATER,
     activation_name,
+    attention_refusal,
     common_refusal,
     drop_path,
     dropout_refusal,
@@ -38,8 +39,6 @@ _KINDS: tuple[type[nn.Module], ...] = (EvaBlock, *_ATTENTIONS, GluMlp, SwiGLU)
 _METHODS = {
     name: written_forward(Eva, name) for name in ("forward", "forward_features", "forward_head")
 }
-# Parameters that come after the patch embedding and the rotary positions.
-_LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
 
 
 class FusedTimmEva(FusedBackbone):
@@ -92,7 +91,7 @@ class FusedTimmEva(FusedBackbone):
         )
 
     def is_later(self, parameter: str) -> bool:
-        return parameter.startswith(_LATER)
+        return parameter.startswith(LATER)
 
     def embed(self, images: torch.Tensor) -> Embedded:
         model = self.model
@@ -149,23 +148,12 @@ def _block_refusal(block: Any) -> str | None:
 def _attention_refusal(attn: Any) -> str | None:
     if type(attn) not in _ATTENTIONS:
         return f"its attention is a {type(attn).__name__}"
-    if getattr(attn, "gate", None) is not None:
-        return "its attention is gated"
-    for part, name in ((attn.q_norm, "queries"), (attn.k_norm, "keys"), (attn.norm, "output")):
-        if type(part) is not nn.Identity:
-            return f"its attention normalises its {name}"
     if getattr(attn, "num_kv_groups", 1) != 1:
         return "its attention's heads share their keys and values"
-    layers = _projection_layers(attn)
-    if any(type(layer) is not nn.Linear for layer in (*layers, attn.proj)):
-        return "its attention's projections are not plain linears"
-    if sum(layer.out_features for layer in layers) != 3 * attn.num_heads * attn.head_dim:
-        return "its attention's heads don't make up its projection"
-    if getattr(attn, "q_bias", None) is not None and attn.qkv.bias is not None:
+    packed_bias = getattr(attn.qkv, "bias", None)
+    if packed_bias is not None and getattr(attn, "q_bias", None) is not None:
         return "its attention's packed projection has a bias of its own beside the separate ones"
-    if not math.isfinite(attn.scale):
-        return "its attention's scale is not finite"
-    return dropout_refusal("attention", attn, attn.attn_drop, attn.proj_drop)
+    return attention_refusal(attn, *_projection_layers(attn))
 
 
 def _gated_refusal(mlp: Any) -> str | None:

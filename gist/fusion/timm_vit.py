@@ -37,7 +37,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
 }
 # Parameters that come after the patch embedding.
-_LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
+LATER = ("blocks.", "norm.", "fc_norm.", "head.", "attn_pool.")
 
 
 class FusedTimmViT(FusedBackbone):
@@ -83,7 +83,7 @@ class FusedTimmViT(FusedBackbone):
         )
 
     def is_later(self, parameter: str) -> bool:
-        return parameter.startswith(_LATER)
+        return parameter.startswith(LATER)
 
     def embed(self, images: torch.Tensor) -> Embedded:
         model = self.model
@@ -140,14 +140,19 @@ def is_layer_norm(part: Any) -> bool:
 def _attention_refusal(attn: Any) -> str | None:
     if type(attn) is not Attention:
         return f"its attention is a {type(attn).__name__}"
-    if attn.gate is not None:
+    return attention_refusal(attn, attn.qkv)
+
+
+def attention_refusal(attn: Any, *layers: Any) -> str | None:
+    """Why an attention of timm's, with these projections of its input, can't be fused, or None."""
+    if getattr(attn, "gate", None) is not None:
         return "its attention is gated"
     for part, name in ((attn.q_norm, "queries"), (attn.k_norm, "keys"), (attn.norm, "output")):
         if type(part) is not nn.Identity:
             return f"its attention normalises its {name}"
-    if not type(attn.qkv) is type(attn.proj) is nn.Linear:
+    if any(type(layer) is not nn.Linear for layer in (*layers, attn.proj)):
         return "its attention's projections are not plain linears"
-    if attn.qkv.out_features != 3 * attn.num_heads * attn.head_dim:
+    if sum(layer.out_features for layer in layers) != 3 * attn.num_heads * attn.head_dim:
         return "its attention's heads don't make up its projection"
     if not math.isfinite(attn.scale):
         return "its attention's scale is not finite"

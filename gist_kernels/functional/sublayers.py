@@ -196,7 +196,9 @@ class PreparedAttention(_Prepared):
         self.check_input(x)
         if grad_tokens is not None and num_queries is not None and num_queries < x.shape[1]:
             # For few queries, kernels compute the gradient of all tokens.
-            x, grad_tokens = _constant_outside(x, *grad_tokens), None
+            from gist_kernels.reference.sublayers import constant_outside
+
+            x, grad_tokens = constant_outside(x, *grad_tokens), None
         kernels = select("sublayers", x)
         arguments = x, *self._weights(rotation), num_queries, drop_path, grad_tokens
         if needs_dispatcher(x):
@@ -244,12 +246,6 @@ class PreparedMlp(_Prepared):
         from gist_kernels import reference
 
         return reference.adapter_mlp(*arguments)
-
-
-def _constant_outside(x: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """x, of which only the given tokens get a gradient."""
-    before, tokens, after = x.tensor_split((start, start + count), dim=1)
-    return torch.cat((before.detach(), tokens, after.detach()), dim=1)
 
 
 def _check_block_input(

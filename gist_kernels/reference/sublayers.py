@@ -32,14 +32,18 @@ def adapter_attention(
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_attention`."""
     if grad_tokens is not None:
-        start, count = grad_tokens
-        before, tokens, after = x.tensor_split((start, start + count), dim=1)
-        x = torch.cat((before.detach(), tokens, after.detach()), dim=1)
+        x = constant_outside(x, *grad_tokens)
     normed = _normed(x, norm)
     q, k, v = _projections(normed, weights, num_queries)
     out = attention(q, k, v, weights.num_heads, weights.scale, weights.rotation)
     out = linear(out, weights.proj_weight, weights.proj_bias, weights.proj_update)
     return _join(x[:, :num_queries], out, weights.layer_scale, adapter, drop_path)
+
+
+def constant_outside(x: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """x, of which only the given tokens get a gradient."""
+    before, tokens, after = x.tensor_split((start, start + count), dim=1)
+    return torch.cat((before.detach(), tokens, after.detach()), dim=1)
 
 
 def adapter_mlp(
