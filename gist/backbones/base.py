@@ -190,8 +190,8 @@ class BackboneFamily(ABC):
     def refusal(self, gist: bool, new_head: bool = False) -> str | None:
         """Why the model can't be wrapped, or None; ``new_head`` if its classifier is replaced."""
         # HF PEFT keeps a trained copy beside the original, in a module of its own.
-        heads = (getattr(head, "original_module", head) for head in self.heads)
-        if not new_head and not all(isinstance(head, nn.Linear) for head in heads):
+        heads = [getattr(head, "original_module", head) for head in self.heads]
+        if not new_head and not (heads and all(isinstance(head, nn.Linear) for head in heads)):
             return (
                 "has no linear classifier; create it with num_classes=..., or call "
                 "gist.wrap(..., num_classes=N), with 0 for features without a classifier"

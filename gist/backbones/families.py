@@ -45,5 +45,6 @@ def family_of(backbone: nn.Module) -> BackboneFamily:
     raise TypeError(
         "backbone must be a vision transformer for classification: timm's VisionTransformer or "
         "Eva, such as timm.create_model('vit_base_patch16_224'), or one of transformers' "
-        f"{', '.join(TRANSFORMERS_MODELS)}, SiglipForImageClassification; it is a {kind}, {reason}"
+        f"{', '.join(TRANSFORMERS_MODELS)}, SiglipForImageClassification, DINOv3ViTModel; it is a "
+        f"{kind}, {reason}"
     )

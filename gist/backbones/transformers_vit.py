@@ -204,10 +204,66 @@ class TransformersSiglip(TransformersViT):
         return token
 
 
+class TransformersDINOv3(TransformersViT):
+    """transformers' DINOv3, which has no class for classification: the classifier is ours.
+
+    It reads the class token, as the model's own pooled output does, and is the model's
+    ``classifier``.
+    """
+
+    @property
+    def encoder(self) -> Any:
+        return self.model
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        # Earlier releases have no encoder of its own around them.
+        return self.model.model.layer if hasattr(self.model, "model") else self.model.layer
+
+    @property
+    def class_position(self) -> torch.Tensor | None:
+        return self.model.embeddings.cls_token[0, 0]
+
+    @property
+    def patch_projection(self) -> nn.Conv2d:
+        return self.model.embeddings.patch_embeddings
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.norm
+
+    @property
+    def output_norm(self) -> nn.Module:
+        return self.model.norm
+
+    @property
+    def pooling(self) -> str:
+        return "token"
+
+    @property
+    def heads(self) -> Sequence[nn.Module]:
+        return [self.model.classifier] if hasattr(self.model, "classifier") else []
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.config.num_labels if self.heads else 0
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if not self.heads:
+            self.model.classifier = nn.Identity()
+        super().reset_classifier(num_classes, global_pool)
+
+    def logits(self, output: Any) -> torch.Tensor:
+        return self.classify(output[0][:, 0])
+
+
 def _linears(block: Any) -> tuple[dict[str, Any], tuple[nn.Module, nn.Module]]:
     """A block's linear layers, and what its two additions to the residual stream come from."""
-    attention, mlp = block.attention, getattr(block, "mlp", None)
+    attention: Any = block.attention
+    mlp: Any = getattr(block, "mlp", None)
     found = {name: getattr(mlp, name, None) for name in ("fc1", "fc2")}
+    if hasattr(mlp, "up_proj") and not hasattr(mlp, "gate_proj"):  # DINOv3's
+        found = {"fc1": mlp.up_proj, "fc2": mlp.down_proj}
     if hasattr(attention, "o_proj"):
         found |= {name: getattr(attention, f"{name}_proj") for name in "qkv"}
         found["proj"] = attention.o_proj
@@ -224,6 +280,7 @@ def _linears(block: Any) -> tuple[dict[str, Any], tuple[nn.Module, nn.Module]]:
 _FAMILIES = {
     **dict.fromkeys(TRANSFORMERS_MODELS, TransformersViT),
     "SiglipForImageClassification": TransformersSiglip,
+    "DINOv3ViTModel": TransformersDINOv3,
 }
 
 

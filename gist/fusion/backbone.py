@@ -69,8 +69,12 @@ class FusedBackbone(ABC):
         output: torch.Tensor = self.blocks[index](x)
         return output
 
-    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | Refusal | None:
-        """The rotary positions of a block's queries and keys, the Gist token being there.
+    def rotation(
+        self, index: int, embedded: Embedded, added_tokens: int
+    ) -> gk.Rotation | Refusal | None:
+        """The rotary positions of a block's queries and keys.
+
+        ``added_tokens`` of gist's stand among the prefix tokens; embedded has none of them.
 
         A refusal, where they are not what the kernels take, lets the block run by its own call.
         """
@@ -216,9 +220,10 @@ def features(
     if frozen and token is not None and not any(method.appended_tokens for method in methods):
         grad_tokens = token.index, token.count
     last = len(plan.blocks) - 1
+    added_tokens = 0 if token is None else token.count
 
     def run(index: int, x: torch.Tensor) -> torch.Tensor:
-        how, rotation = plan.blocks[index], backbone.rotation(index, embedded)
+        how, rotation = plan.blocks[index], backbone.rotation(index, embedded, added_tokens)
         if isinstance(how, Refusal) or isinstance(rotation, Refusal):
             return backbone.run_block(index, x, embedded)
         if index == 0 and token is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from gist.backbones.transformers_vit import transformers_family
+from gist.backbones.transformers_vit import TransformersDINOv3, transformers_family
 from gist.fusion.backbone import FusedBackbone
 from gist.fusion.timm_eva import FusedTimmEva
 from gist.fusion.timm_vit import FusedTimmViT
@@ -23,7 +23,8 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
     family = transformers_family(model)
     if family is not None:
         # Which imports transformers, as the model's maker has.
-        from gist.fusion.transformers_vit import FusedTransformersViT
+        from gist.fusion.transformers_vit import FusedTransformersDINOv3, FusedTransformersViT
 
-        return FusedTransformersViT(family)
+        rotary = isinstance(family, TransformersDINOv3)
+        return (FusedTransformersDINOv3 if rotary else FusedTransformersViT)(family)
     return Refusal(f"it is a {type(model).__name__}")

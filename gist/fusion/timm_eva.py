@@ -107,7 +107,9 @@ class FusedTimmEva(FusedBackbone):
         output: torch.Tensor = self.blocks[index](x, rope=self._of_block(index, embedded.rotary))
         return output
 
-    def rotation(self, index: int, embedded: Embedded) -> gk.Rotation | Refusal | None:
+    def rotation(
+        self, index: int, embedded: Embedded, added_tokens: int
+    ) -> gk.Rotation | Refusal | None:
         if embedded.tables is None:
             return None
         sin, cos = (self._of_block(index, table) for table in embedded.tables)
@@ -119,7 +121,7 @@ class FusedTimmEva(FusedBackbone):
             return Refusal("its rotary positions have another shape")
         if sin.requires_grad:
             return Refusal("its rotary positions are trained")
-        # gist counts its token among the prefix tokens, which have no position.
+        # gist's own are counted among the attention's prefix tokens, which have no position.
         return gk.Rotation(sin, cos, attn.num_prefix_tokens, getattr(attn, "rotate_half", False))
 
     def _of_block(self, index: int, tables: Any) -> Any:

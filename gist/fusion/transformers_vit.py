@@ -16,9 +16,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
+from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.siglip import modeling_siglip
 from transformers.models.vit import modeling_vit
 
+import gist_kernels as gk
 from gist.backbones.transformers_vit import TransformersViT
 from gist.fusion import block as fused_block
 from gist.fusion.backbone import Embedded, FusedBackbone
@@ -47,8 +49,10 @@ class _Classes(NamedTuple):
 
         whole = [found(name) for name in ("ForImageClassification", "Model", "Encoder")]
         return cls(
-            found("Layer"), found("Attention"), found("MLP"), found("SwiGLUFFN"),
-            found("LayerScale"), found("DropPath"), tuple(k for k in whole if k is not None),
+            found("Layer"), found("Attention"), found("MLP"),
+            found("SwiGLUFFN") or found("GatedMLP"), found("LayerScale"),
+            found("DropPath") or getattr(module, "Dinov3ViTDropPath", None),  # of newer releases
+            tuple(k for k in whole if k is not None),
         )  # fmt: skip
 
 
@@ -69,6 +73,7 @@ def _written(kind: Any) -> Callable[..., Any] | None:
 
 
 _VIT = _Classes.of(modeling_vit, "ViT")
+_DINOV3 = _Classes.of(modeling_dinov3_vit, "DINOv3ViT")
 _SIGLIP = _Classes(
     modeling_siglip.SiglipEncoderLayer, modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP,
     None, None, None,
@@ -82,6 +87,7 @@ _SIGLIP = _Classes(
 _FAMILIES = (
     _VIT,
     _SIGLIP,
+    _DINOV3,
     _Classes.of(modeling_dinov2, "Dinov2"),
     _Classes.of(modeling_dinov2_with_registers, "Dinov2WithRegisters"),
 )
@@ -123,7 +129,8 @@ class FusedTransformersViT(FusedBackbone):
 
     def refusal(self) -> Refusal | None:
         encoder = self.family.encoder
-        for part in (self.model, encoder, getattr(encoder, "encoder", None)):
+        within = getattr(encoder, "encoder", None), getattr(encoder, "model", None)
+        for part in (self.model, encoder, *within):
             if part is None:
                 continue
             kind = type(part)
@@ -183,6 +190,38 @@ class FusedTransformersViT(FusedBackbone):
         return block.gradient_checkpointing and block.training
 
 
+class FusedTransformersDINOv3(FusedTransformersViT):
+    """transformers' DINOv3, whose patches have rotary positions."""
+
+    def is_later(self, parameter: str) -> bool:
+        return not parameter.startswith("embeddings.")
+
+    def embed(self, images: torch.Tensor) -> Embedded:
+        images = images.to(self.family.patch_projection.weight.dtype)
+        tokens = self.model.embeddings(images)
+        rotary = self.model.rope_embeddings(images)
+        # Contiguous and not in a half type, as the kernels would make them in each block.
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        return Embedded(tokens, rotary, [t.to(dtype).contiguous() for t in rotary])
+
+    def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
+        output: torch.Tensor = self.blocks[index](x, position_embeddings=embedded.rotary)
+        return output
+
+    def rotation(
+        self, index: int, embedded: Embedded, added_tokens: int
+    ) -> gk.Rotation | Refusal | None:
+        attention: Any = self.blocks[index].attention
+        cos, sin = embedded.tables
+        num_patches = embedded.tokens.shape[1] - self.family.num_prefix_tokens
+        # A rope of the user's may give anything, which the kernels would not check.
+        if not sin.shape == cos.shape == (num_patches, attention.head_dim):
+            return Refusal("its rotary positions have another shape")
+        if sin.requires_grad:
+            return Refusal("its rotary positions are trained")
+        return gk.Rotation(sin, cos, self.family.num_prefix_tokens + added_tokens, True)
+
+
 def _norms(block: Any) -> tuple[Any, Any]:
     for names in (("layernorm_before", "layernorm_after"), ("layer_norm1", "layer_norm2")):
         if hasattr(block, names[0]):
@@ -204,6 +243,8 @@ class _AttentionLayers(NamedTuple):
 
 def _attention_layers(attention: Any) -> _AttentionLayers:
     out, scale, dropout = "o_proj", "scaling", "attention_dropout"
+    if not hasattr(attention, dropout):  # DINOv3's
+        dropout = "dropout"
     if hasattr(attention, "out_proj"):
         out, scale, dropout = "out_proj", "scale", "dropout"
     return _AttentionLayers(
@@ -297,6 +338,8 @@ class _MlpLayers(NamedTuple):
 def _mlp_layers(mlp: Any) -> _MlpLayers:
     if hasattr(mlp, "gate_proj"):
         return _MlpLayers((mlp.gate_proj, mlp.up_proj), mlp.down_proj, mlp.act_fn)
+    if hasattr(mlp, "up_proj"):
+        return _MlpLayers((mlp.up_proj,), mlp.down_proj, mlp.act_fn)
     return _MlpLayers((mlp.fc1,), mlp.fc2, mlp.activation_fn)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from gist.backbones.base import BackboneFamily
 from gist.backbones.timm_vit import TimmEva
+from gist.backbones.transformers_vit import TransformersDINOv3
 from gist.methods.base import AttachedMethod, FusedParts, Method, Refusal, new_parameters
 from gist.methods.hooks import Hook
 from gist.validate import check_count, check_rate
@@ -54,7 +55,7 @@ class VPT(Method):
         return prompts
 
     def num_parameters(self, family: BackboneFamily) -> int:
-        if isinstance(family, TimmEva):
+        if isinstance(family, (TimmEva, TransformersDINOv3)):
             raise ValueError(
                 "VPT's prompts have no place among the rotary positions of a "
                 f"{type(family.model).__name__}; use another method"

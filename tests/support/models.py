@@ -134,6 +134,16 @@ def transformers_siglip():
     )
 
 
+def transformers_dinov3():
+    """With the classifier that gist.wrap has given it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192,
+        image_size=32, patch_size=8, num_register_tokens=2, pos_embed_rescale=None,
+    )  # fmt: skip
+    return gist.unwrap(gist.wrap(transformers.DINOv3ViTModel(config), num_classes=5))
+
+
 def eva(**options):
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -156,7 +166,7 @@ FAMILIES = {
 
 
 # Not every method fits it: no prompts among rotary positions, no SSF or FacT of its packed layers.
-ROTARY = {"timm Eva": (eva, 32)}
+ROTARY = {"timm Eva": (eva, 32), "transformers DINOv3": (transformers_dinov3, 32)}
 
 
 def made(family):
