@@ -90,7 +90,7 @@ def linear_gist_loss(
         logits_dtype: compute matmuls and logits in this dtype, for instance float32 for bfloat16
             features and weights, whose rounded logits bias a KL below 1e-4 upward.
         chunk_rows: row pairs of a chunk. Default, a function of C and dtype alone: on a CPU 64 to
-            256, with at most 32 MiB of logits if these allow; on a GPU 512 to 2048, and 1 GiB.
+            256, with at most 256 MiB of logits if these allow; on a GPU 512 to 2048, and 1 GiB.
 
     Returns:
         As :func:`gist_loss`.

@@ -531,10 +531,11 @@ def test_memory_is_what_the_documentation_says(served_by, reduction, trained):
 
 
 def test_chunks_are_powers_of_two_within_their_limits():
-    assert cpu_head.chunk_rows(30522, 4) == 128
-    assert cpu_head.chunk_rows(128256, 4) == 64
-    assert cpu_head.chunk_rows(50000, 2) == 128
     assert cpu_head.chunk_rows(10, 4) == 256
+    assert cpu_head.chunk_rows(128256, 4) == 256
+    assert cpu_head.chunk_rows(262144, 4) == 128
+    assert cpu_head.chunk_rows(262144, 2) == 256
+    assert cpu_head.chunk_rows(2**20, 4) == 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
