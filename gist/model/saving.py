@@ -115,7 +115,10 @@ def load(
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}; is it what gist.save wrote?")
+            raise FileNotFoundError(
+                f"{directory} has no {name}; is it what gist.save wrote? "
+                "gist.hf.ForTrainer.from_pretrained reads what Trainer wrote"
+            )
     try:
         saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:

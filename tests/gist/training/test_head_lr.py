@@ -51,6 +51,8 @@ def test_the_classifier_has_its_rate_and_all_keep_their_weight_decay(make):
     assert found == {
         name: 4e-2 if "head" in name or "classifier" in name else 1e-2 for name in found
     }
+    if make is not head_alone:
+        assert optimizer.param_groups[0]["lr"] == 1e-2  # the rate that is logged
     decay = partial(rates_of, trained=trained, field="weight_decay")
     assert decay(optimizer) == decay(create_optimizer(trained, replace(CONFIG, head_lr=None)))
     assert set(decay(optimizer).values()) == {0.0, 0.1}
