@@ -10,17 +10,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 
 try:
     from transformers import PreTrainedConfig, TrainerCallback
-    from transformers.modeling_outputs import ImageClassifierOutput
+    from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+    from transformers.utils import SAFE_WEIGHTS_NAME
 except ImportError as error:
     raise ImportError(
         "gist.hf needs transformers 5 or newer: pip install 'gist-kernels[hf]'"
@@ -34,6 +37,8 @@ __all__ = ["ForTrainer", "SaveAdapter"]
 
 Loss = Callable[[torch.Tensor | GistOutput, torch.Tensor], torch.Tensor]
 
+Inputs = dict[str, torch.Tensor | None]
+
 IGNORED = -100
 """The label of rows that Trainer does not count."""
 
@@ -41,8 +46,8 @@ IGNORED = -100
 class ForTrainer(nn.Module):
     """A wrapped model with its loss, as ``transformers.Trainer(model=...)`` takes it.
 
-    The state dict holds what is trained, and a fingerprint of the frozen backbone. Checkpoints are
-    therefore as small as the adapter. They load onto the same backbone only.
+    The state dict holds what is trained, the config, and a fingerprint of the frozen backbone.
+    Checkpoints are therefore as small as the adapter. They load onto the same backbone only.
 
     Args:
         model: what :func:`gist.wrap` or :func:`gist.load` returned.
@@ -62,7 +67,6 @@ class ForTrainer(nn.Module):
 
     accepts_loss_kwargs = True
     """Trainer passes ``num_items_in_batch``."""
-    main_input_name = "pixel_values"
 
     def __init__(self, model: GistModel, loss: Loss | None = None) -> None:
         super().__init__()
@@ -83,14 +87,26 @@ class ForTrainer(nn.Module):
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_miss_no_frozen)
 
+    @property
+    def main_input_name(self) -> str:
+        """The backbone's kind of input: "pixel_values" or "input_ids"."""
+        return getattr(self.model.family, "main_input_name", "pixel_values")
+
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         images: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> ImageClassifierOutput:
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> ImageClassifierOutput | SequenceClassifierOutput:
         """The loss and the class token's (B, C) logits.
+
+        A backbone takes images or texts. The output is transformers' for that kind of input.
 
         Args:
             pixel_values: (B, 3, H, W) images.
@@ -100,44 +116,49 @@ class ForTrainer(nn.Module):
             images: another name for ``pixel_values``.
             num_items_in_batch: number of labels in all batches of an optimizer step. The loss is
                 then this batch's part of the step's mean; None gives the batch's mean.
+            input_ids: (B, N) int64 words.
+            attention_mask: (B, N), 0 for padding; as the backbone takes it.
+            token_type_ids, position_ids: (B, N) int64, for backbones that take them.
 
         Raises:
-            ValueError: no images, or none of the labels that training needs.
+            ValueError: no input, inputs of the other kind, or none of the labels that training
+                needs.
         """
-        if (pixel_values is None) == (images is None):
-            raise ValueError(
-                "give the images as pixel_values, or as images; Trainer drops columns of other "
-                "names unless TrainingArguments(remove_unused_columns=False)"
-            )
         if labels is None and self.model.training:
             raise ValueError(
                 "training needs labels. Trainer's label_smoothing_factor and compute_loss_func "
                 "keep them from the model; use ForTrainer(model, loss=...) instead, such as "
                 "gist.GistLoss(label_smoothing=0.1)"
             )
-        output = self.model(pixel_values if images is None else images)
+        of_images = {"pixel_values": pixel_values, "images": images}
+        of_text = {
+            "input_ids": input_ids, "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids, "position_ids": position_ids,
+        }  # fmt: skip
+        if self.main_input_name == "input_ids":
+            output = self.model(**_text(of_text, of_images))
+            result: Any = SequenceClassifierOutput
+        else:
+            output = self.model(_images(of_images, of_text))
+            result = ImageClassifierOutput
         logits = output.cls_logits if isinstance(output, GistOutput) else output
         if labels is None:
-            return ImageClassifierOutput(logits=logits)
+            return result(logits=logits)
         loss = self.loss(output, labels)
         if num_items_in_batch is not None:
             # DataParallel hands each replica its own (1, 1) copy.
             total = torch.as_tensor(num_items_in_batch, device=loss.device).reshape(())
             loss = loss * (labels.ne(IGNORED).sum() / total)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return result(loss=loss, logits=logits)
 
     def get_extra_state(self) -> torch.Tensor:
-        """The frozen backbone's fingerprint, 32 bytes."""
-        digest = bytearray.fromhex(saving.fingerprint_of(self.model))
-        return torch.frombuffer(digest, dtype=torch.uint8)
+        """What :func:`gist.save` writes to config.json, as bytes of JSON."""
+        described = json.dumps(saving.describe(self.model)).encode()
+        return torch.frombuffer(bytearray(described), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Refuse what was trained on another backbone. Nothing has been loaded then."""
-        if state.tolist() != self.get_extra_state().tolist():
-            raise ValueError(
-                "backbone does not match: its frozen weights differ from those that the checkpoint "
-                "was trained on (other weights, image size or dtype, or other parameters frozen)"
-            )
+        saving.check_fingerprint(self.model, _described(state)["backbone"]["fingerprint"])
 
     def activation_checkpointing_enable(
         self,
@@ -187,15 +208,36 @@ class ForTrainer(nn.Module):
         *,
         check_weights: bool = True,
     ) -> ForTrainer:
-        """:func:`gist.load` of a local directory, onto a backbone that is not wrapped.
+        """Wrap a fresh backbone with what a local directory holds, in evaluation mode.
 
         Args:
-            directory: a checkpoint with :class:`SaveAdapter`, or what :func:`gist.save` wrote.
-            backbone: the model that the adapter was trained on.
-            loss: as for the class. It is not saved.
+            directory: a checkpoint of Trainer, what ``trainer.save_model`` wrote, or what
+                :func:`gist.save` wrote. gist.save's files are read where both are there.
+            backbone: the model that the adapter was trained on, not wrapped.
+            loss: as for the class. Trainer's files hold its parameters, gist.save's do not.
             check_weights: refuse a backbone whose frozen weights differ from those in training.
+
+        Raises:
+            FileNotFoundError: the directory holds none of these files.
+            ValueError: as :func:`gist.load`.
         """
-        return cls(saving.load(backbone, directory, check_weights=check_weights), loss)
+        file = Path(directory) / SAFE_WEIGHTS_NAME
+        if (Path(directory) / saving.WEIGHTS_FILE).is_file() or not file.is_file():
+            model = saving.load(backbone, directory, check_weights=check_weights)
+            return cls(model, loss).eval()
+        state = safetensors.torch.load_file(file)
+        if "_extra_state" not in state:
+            raise ValueError(f"{file} is no checkpoint of gist.hf.ForTrainer")
+        described = _described(state.pop("_extra_state"))
+        own, of_loss = (
+            {n.removeprefix(part): value for n, value in state.items() if n.startswith(part)}
+            for part in ("model.", "loss.")
+        )
+        model = saving.restore(backbone, described, own, file, check_weights=check_weights)
+        restored = cls(model, loss)
+        module = restored.loss if isinstance(restored.loss, nn.Module) else nn.Module()
+        module.load_state_dict(of_loss)
+        return restored.eval()
 
 
 class SaveAdapter(TrainerCallback):
@@ -234,6 +276,40 @@ def _gist_model(model: nn.Module) -> GistModel:
             f"is a {type(model).__name__}"
         )
     return model.model
+
+
+def _images(own: Inputs, others: Inputs) -> torch.Tensor:
+    _refuse(others, "images", "pixel_values")
+    given = [images for images in own.values() if images is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "give the images as pixel_values, or as images; Trainer drops columns of other "
+            "names unless TrainingArguments(remove_unused_columns=False)"
+        )
+    return given[0]
+
+
+def _text(own: Inputs, others: Inputs) -> dict[str, torch.Tensor]:
+    _refuse(others, "text", "input_ids")
+    if own["input_ids"] is None:
+        raise ValueError(
+            "give the words as input_ids, as a tokenizer names them; Trainer drops columns of "
+            "other names unless TrainingArguments(remove_unused_columns=False)"
+        )
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def _refuse(others: Inputs, kind: str, name: str) -> None:
+    found = [other for other, value in others.items() if value is not None]
+    if found:
+        raise ValueError(
+            f"the backbone takes {kind}, as {name}; remove {', '.join(found)} from the data"
+        )
+
+
+def _described(state: torch.Tensor) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads(bytes(state.tolist()))
+    return described
 
 
 def _config_of(model: GistModel) -> PreTrainedConfig:

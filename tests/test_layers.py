@@ -21,7 +21,7 @@ GIST_LAYERS = (
     ("gist.runs",),
     ("gist.train", "gist.evaluation"),  # their earlier places
     ("gist.training",),
-    ("gist.hf",),
+    ("gist.hf", "gist.timm_task"),
     ("gist.model",),
     ("gist.fusion",),
     ("gist.methods",),

@@ -84,12 +84,13 @@ def register(commands: Any) -> None:
                 help=f"{what} Default: bf16 on a CUDA device that computes in it, else fp32",
             )
             continue
+        kind = float if field.default is None else type(field.default)
         group.add_argument(
             option,
-            type=type(field.default),
+            type=kind,
             default=field.default,
-            metavar=type(field.default).__name__.upper(),
-            help=f"{what} Default: %(default)s",
+            metavar=kind.__name__.upper(),
+            help=what if field.default is None else f"{what} Default: %(default)s",
         )
     _add_run_options(train)
     train.add_argument("--workers", type=int, default=0, help="loader processes")

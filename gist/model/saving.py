@@ -59,21 +59,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> N
     replicated, directory, model = is_replicated(model), Path(directory), gist_model_of(model)
     refuse_added(model)
     values = model.state_dict()  # sharded parameters are sharded again
-    parameters = dict(model.named_parameters())
-    adapted, beside = model.adapted_names(), _beside(model)
-    frozen = [name for name in adapted if not parameters[name].requires_grad]
     state = {name: whole(values[name]) for name in saved_names(model)}
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
-    config = {
-        "format": FORMAT if beside or frozen else 1,
-        "gist": model.config.to_dict(),
-        "num_classes": _classes(model.family),
-        "backbone": _describe(model.backbone, model.config, beside),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        **({"also_trained": beside, "frozen": frozen} if beside or frozen else {}),
-        **extra,
-    }
+    digest = hashlib.sha256(weights).hexdigest()
+    config = {**describe(model), "weights_sha256": digest, **extra}
     sharded, processes = is_sharded(model), torch.distributed
     together = processes.is_available() and processes.is_initialized()
     try:
@@ -83,6 +72,21 @@ def save(model: nn.Module, directory: str | os.PathLike[str], **extra: Any) -> N
     finally:
         if together and sharded:
             processes.barrier()  # the files are there for all
+
+
+def describe(model: GistModel) -> dict[str, Any]:
+    """JSON values by which :func:`restore` puts trained parameters onto a fresh backbone."""
+    parameters = dict(model.named_parameters())
+    adapted, beside = model.adapted_names(), _beside(model)
+    frozen = [name for name in adapted if not parameters[name].requires_grad]
+    return {
+        "format": FORMAT if beside or frozen else 1,
+        "gist": model.config.to_dict(),
+        "num_classes": _classes(model.family),
+        "backbone": _describe(model.backbone, model.config, beside),
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        **({"also_trained": beside, "frozen": frozen} if beside or frozen else {}),
+    }
 
 
 def load(
@@ -111,21 +115,42 @@ def load(
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}; is it what gist.save wrote?")
+            raise FileNotFoundError(
+                f"{directory} has no {name}; is it what gist.save wrote? "
+                "gist.hf.ForTrainer.from_pretrained reads what Trainer wrote"
+            )
     try:
         saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG_FILE} is not valid JSON: {error}") from error
-    if saved.get("format") not in (1, FORMAT):
-        raise ValueError(
-            f"{directory / CONFIG_FILE} has format {saved.get('format')!r}; "
-            f"this version reads formats 1 to {FORMAT}"
-        )
+    _check_format(saved, directory / CONFIG_FILE)
     weights = (directory / WEIGHTS_FILE).read_bytes()
     if hashlib.sha256(weights).hexdigest() != saved["weights_sha256"]:
         raise ValueError(
             f"{directory / WEIGHTS_FILE} is damaged or not the one that {CONFIG_FILE} describes"
         )
+    state = safetensors.torch.load(weights)
+    return restore(backbone, saved, state, directory / WEIGHTS_FILE, check_weights=check_weights)
+
+
+def restore(
+    backbone: nn.Module,
+    saved: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    source: Path,
+    *,
+    check_weights: bool = True,
+) -> GistModel:
+    """Wrap a fresh backbone with trained parameters, as :func:`load` says.
+
+    Args:
+        backbone: the model that they were trained on, not wrapped.
+        saved: what :func:`describe` returned.
+        state: the parameters of :func:`saved_names`, by name.
+        source: the file that they are from, for errors.
+        check_weights: refuse a backbone whose frozen weights differ from those in training.
+    """
+    _check_format(saved, source)
     config = GistConfig.from_dict(saved["gist"])
     family, beside = family_of(backbone), saved.get("also_trained", [])
     own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
@@ -135,7 +160,6 @@ def load(
             "adapter trained"
         )
     _check_match(_describe(backbone, config, beside), saved["backbone"], check_weights)
-    state = safetensors.torch.load(weights)
     classes = saved["num_classes"]
     # A head that was reset is no longer the one that HF PEFT had put there.
     lacking = {name for name in state if name.startswith("backbone.")} - own
@@ -143,7 +167,7 @@ def load(
         family.reset_classifier(classes)
     model = wrap(backbone, config, num_classes=None if classes else 0)
     try:
-        _fill(model, state, beside, directory)
+        _fill(model, state, beside, source)
     except Exception:
         unwrap(model)
         raise
@@ -169,13 +193,20 @@ def refuse_added(model: GistModel) -> None:
         )
 
 
+def _check_format(saved: dict[str, Any], source: Path) -> None:
+    if saved.get("format") not in (1, FORMAT):
+        raise ValueError(
+            f"{source} has format {saved.get('format')!r}; this version reads formats 1 to {FORMAT}"
+        )
+
+
 def _fill(
-    model: GistModel, state: dict[str, torch.Tensor], beside: Sequence[str], directory: Path
+    model: GistModel, state: dict[str, torch.Tensor], beside: Sequence[str], source: Path
 ) -> None:
     expected = set(model.adapted_names()).union(beside)
     if state.keys() != expected:
         raise ValueError(
-            f"{directory / WEIGHTS_FILE} holds other parameters than {CONFIG_FILE} describes: "
+            f"{source} holds other parameters than its config describes: "
             f"{sorted(state.keys() ^ expected)[:4]}"
         )
     model.load_state_dict(state, strict=False)
@@ -195,6 +226,15 @@ def saved_names(model: GistModel) -> list[str]:
 def fingerprint_of(model: GistModel) -> str:
     """SHA-256, in hexadecimal, of what the backbone holds beside :func:`saved_names`."""
     return _fingerprint(model.backbone, model.config, _beside(model))
+
+
+def check_fingerprint(model: GistModel, trained_on: str) -> None:
+    """Raise a ValueError unless ``trained_on`` is the :func:`fingerprint_of` the model."""
+    if trained_on != fingerprint_of(model):
+        raise ValueError(
+            "backbone does not match: its frozen weights differ from those that the checkpoint "
+            "was trained on (other weights, image size or dtype, or other parameters frozen)"
+        )
 
 
 def _describe(backbone: nn.Module, config: GistConfig, beside: Sequence[str]) -> dict[str, Any]:

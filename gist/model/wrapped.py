@@ -291,6 +291,11 @@ class GistModel(TimmInterface):
         if self.config.gist and self.config.separate_head:
             self.gist_head = copy.deepcopy(heads[0])
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the classifier, and of the Gist token's where it has its own."""
+        gist_head = [] if self.gist_head is None else list(self.gist_head.parameters())
+        return _head_parameters(self.family.heads) + gist_head
+
     def count_parameters(self) -> ParameterCount:
         """What :func:`gist.count_parameters` returns."""
 

@@ -30,6 +30,8 @@ class TrainConfig:
         batch_size: images a step, over all processes and parts; the last, smaller batch of an
             epoch is used too.
         lr: peak learning rate.
+        head_lr: the classifier's own peak; None for ``lr``. Its warm-up and cosine begin and end
+            where those of ``lr`` do.
         weight_decay: decoupled; not applied to biases, norms and the Gist token.
         warmup_epochs: from ``warmup_lr`` up to ``lr``; may be a fraction.
         warmup_lr: where the warm-up starts.
@@ -56,6 +58,7 @@ class TrainConfig:
     stop_after: int = 0
     batch_size: int = 32
     lr: float = 1e-3
+    head_lr: float | None = None
     weight_decay: float = 1e-4
     warmup_epochs: float = 2.0
     warmup_lr: float = 1e-7
@@ -80,6 +83,8 @@ class TrainConfig:
             "kl_warmup_epochs",
         ):  # fmt: skip
             check_non_negative(name, getattr(self, name))
+        if self.head_lr is not None:
+            check_non_negative("head_lr", self.head_lr)
         check_between("stop_after", self.stop_after, 0, self.epochs, "epochs")
         for name in ("label_smoothing", "ema"):
             check_rate(name, getattr(self, name))

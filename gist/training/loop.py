@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,6 +28,7 @@ from gist.training.ema import Ema
 from gist.training.evaluation import evaluate, processes
 from gist.training.log import Log
 from gist.training.mixup import Mixup
+from gist.training.optimizer import create_optimizer
 from gist.training.state import ResumeFile, rng_state, seed_all, set_rng_state
 from gist_kernels.kernels.cpu import memory
 
@@ -111,8 +111,9 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite; it names the step.
         OSError: the resume file or the log could not be written; it names the file.
-        ValueError: the resume file was written by another number of processes, or the optimizer
-            needs a library or a device that is not here.
+        ValueError: the resume file was written by another number of processes, the optimizer needs
+            a library or a device that is not here, or ``config.head_lr`` is for a classifier that
+            the model does not train.
     """
     if next(model.parameters()).device.type == "cpu":
         memory.keep_freed()
@@ -130,15 +131,6 @@ def fit(
     if training.best is not None:
         model.load_state_dict(training.best, strict=False)
     return training.result
-
-
-def _optimizer(model: GistModel, config: TrainConfig) -> torch.optim.Optimizer:
-    try:
-        return create_optimizer_v2(
-            model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay
-        )
-    except (AssertionError, ImportError) as error:  # what timm raises without Apex, say
-        raise ValueError(f"optimizer {config.optimizer} can't be used here: {error}") from error
 
 
 @contextmanager
@@ -217,7 +209,7 @@ class _Training:
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
         )
-        self.optimizer = _optimizer(model, config)
+        self.optimizer = create_optimizer(model, config)
         steps = config.epochs * len(self.batches)
         self.schedule = CosineLRScheduler(
             self.optimizer,

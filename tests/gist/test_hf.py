@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import METHOD_CONFIGS, eva, timm_vit, transformers_dinov2, transformers_vit
+from safetensors.torch import save_file
 from torch import nn
 from training import in_processes
 
@@ -20,6 +21,8 @@ import gist
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+
+from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
 import gist.hf  # noqa: E402
 
@@ -74,7 +77,10 @@ def rows(count, name="pixel_values"):
     ]
 
 
-def trainer_of(model, folder, *, train=13, evaluate=0, callbacks=(), compute_metrics=None, **args):
+def trainer_of(
+    model, folder, *, train=13, evaluate=0, data=rows, callbacks=(), compute_metrics=None,
+    processing_class=None, **args,
+):  # fmt: skip
     """A Trainer of one epoch with SGD: each step's gradient shows in the weights."""
     settings = {
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no",
@@ -85,10 +91,11 @@ def trainer_of(model, folder, *, train=13, evaluate=0, callbacks=(), compute_met
     return transformers.Trainer(
         model if not isinstance(model, gist.GistModel) else gist.hf.ForTrainer(model),
         arguments,
-        train_dataset=rows(train),
-        eval_dataset=rows(evaluate) if evaluate else None,
+        train_dataset=data(train),
+        eval_dataset=data(evaluate) if evaluate else None,
         callbacks=list(callbacks),
         compute_metrics=compute_metrics,
+        processing_class=processing_class,
     )
 
 
@@ -179,6 +186,62 @@ def test_a_checkpoint_holds_the_adapter_alone(family, method, tmp_path):
     trainer.model.save_pretrained(tmp_path / "own")
     again = gist.hf.ForTrainer.from_pretrained(tmp_path / "own", backbone_of(family))
     assert torch.equal(again(pixels).logits, model(pixels))
+
+
+@some_cases
+def test_what_trainer_saves_is_read_onto_a_fresh_backbone(family, method, tmp_path):
+    trainer = trainer_of(model_of(family, method), tmp_path, save_strategy="epoch")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "own"))
+    trainer.create_model_card()  # as push_to_hub does
+    model, pixels = trainer.model.eval(), torch.stack([row["pixel_values"] for row in rows(3)])
+    for folder in (tmp_path / "own", tmp_path / "checkpoint-2"):
+        assert not (folder / "adapter.safetensors").exists()
+        again = gist.hf.ForTrainer.from_pretrained(folder, backbone_of(family))
+        assert not again.training
+        assert again.model.config == model.model.config
+        assert torch.equal(again(pixels).logits, model(pixels).logits)
+        assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_another_backbone_is_refused_unless_meant(tmp_path):
+    trainer_of(model_of(), tmp_path).save_model()
+    other = backbone_of("timm ViT")
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight[0, 0] += 1e-3
+    load = gist.hf.ForTrainer.from_pretrained
+    with pytest.raises(ValueError, match="backbone does not match"):
+        load(tmp_path, other)
+    assert load(tmp_path, other, check_weights=False).model.backbone is other
+
+
+def test_a_trained_loss_is_saved_and_read_with_the_model(tmp_path):
+    class Scaled(gist.GistLoss):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, output, target):
+            return self.scale * super().forward(output, target)
+
+    trainer = trainer_of(gist.hf.ForTrainer(model_of(), Scaled()), tmp_path)
+    trainer.train()
+    trainer.save_model()
+    scale = trainer.model.loss.scale
+    load = gist.hf.ForTrainer.from_pretrained
+    assert scale != 1
+    assert torch.equal(load(tmp_path, backbone_of("timm ViT"), Scaled()).loss.scale, scale)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "scale"'):
+        load(tmp_path, backbone_of("timm ViT"))
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    load = gist.hf.ForTrainer.from_pretrained
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        load(tmp_path, backbone_of("timm ViT"))
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is no checkpoint of gist.hf.ForTr"):
+        load(tmp_path, backbone_of("timm ViT"))
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
@@ -319,6 +382,98 @@ def test_images_is_another_name_of_pixel_values(tmp_path):
     assert (trainer.predict(rows(3, "images")).predictions == expected).all()
     with pytest.raises(ValueError, match="pixel_values, or as images"):
         trainer.predict(rows(3, "picture"))
+
+
+class Reader(gist.GistModel):
+    """A wrapped ViT that is called as a text backbone: its images show the words."""
+
+    @property
+    def family(self):
+        family = super().family
+        family.main_input_name = "input_ids"
+        return family
+
+    def forward(self, images=None, *, input_ids, attention_mask, **others):
+        assert images is None
+        self.others = others
+        words = F.pad(input_ids * attention_mask, (0, 32 - input_ids.shape[1])) / 10
+        return super().forward(words[:, None, None].expand(-1, 3, 32, -1).contiguous())
+
+
+def reader():
+    return Reader(backbone_of("timm ViT"), gist.GistConfig(token_dropout=0.0))
+
+
+def texts(count):
+    return [
+        {"input_ids": list(range(2, 4 + index)), "label": index % 5, "text": "a column of words"}
+        for index in range(count)
+    ]
+
+
+def tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[PAD]": 0, "[UNK]": 1, **{f"word {number}": number for number in range(2, 20)}}
+    model = tokenizers.models.WordLevel(words, unk_token="[UNK]")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), pad_token="[PAD]", unk_token="[UNK]"
+    )
+
+
+def of_text(folder, **args):
+    return trainer_of(reader(), folder, data=texts, processing_class=tokenizer(), **args)
+
+
+def test_padded_texts_train_in_parts_as_whole(tmp_path):
+    whole, parts = of_text(tmp_path), of_text(
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )  # fmt: skip
+    before = reader().trainable_state_dict()
+    for trainer in (whole, parts):
+        trainer.train()
+    found, expected = (trainer.model.model.trainable_state_dict() for trainer in (parts, whole))
+    assert not torch.equal(expected["token.weight"], before["token.weight"])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+
+
+def test_texts_are_evaluated_and_read_again(tmp_path):
+    trainer = of_text(tmp_path, evaluate=13, compute_metrics=correct)
+    found = trainer.evaluate()
+    batch = trainer.data_collator([{"input_ids": row["input_ids"]} for row in texts(13)])
+    model = trainer.model.eval()
+    output = model(**batch, labels=torch.tensor([row["label"] for row in texts(13)]))
+    assert isinstance(output, SequenceClassifierOutput)
+    assert found["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    trainer.save_model()
+    again = gist.hf.ForTrainer.from_pretrained(tmp_path, backbone_of("timm ViT"))
+    assert all(
+        torch.equal(value, again.model.trainable_state_dict()[name])
+        for name, value in model.model.trainable_state_dict().items()
+    )
+
+
+def test_a_text_backbone_gets_what_was_given():
+    model = gist.hf.ForTrainer(reader()).eval()
+    assert model.main_input_name == "input_ids"
+    ids = torch.tensor([[2, 3, 4]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model(**given)
+    assert model.model.others == {}
+    others = {"token_type_ids": torch.zeros_like(ids), "position_ids": torch.arange(3)[None]}
+    model(**given, **others)
+    assert model.model.others.keys() == others.keys()
+    with pytest.raises(ValueError, match=r"text, as input_ids; remove pixel_values from"):
+        model(torch.randn(1, 3, 32, 32), **given)
+    with pytest.raises(ValueError, match="give the words as input_ids"):
+        model(attention_mask=torch.ones_like(ids))
+
+
+def test_an_image_backbone_refuses_words():
+    model, ids = gist.hf.ForTrainer(model_of()).eval(), torch.tensor([[2, 3]])
+    assert model.main_input_name == "pixel_values"
+    with pytest.raises(ValueError, match=r"images, as pixel_values; remove input_ids, attention_m"):
+        model(torch.randn(1, 3, 32, 32), input_ids=ids, attention_mask=ids)
 
 
 def test_a_model_without_its_loss_is_refused_with_what_to_write(tmp_path):

@@ -49,7 +49,9 @@ def train(folder: Path, out: Path, *more: str) -> int:
     return cli.main(["train", "--data", str(folder), "--out", str(out), *options, *schedule, *more])
 
 
-@pytest.mark.parametrize("more", [[], ["--no-gist"], ["--method", "none", "--no-gist"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--no-gist", "--head-lr", "0.02"], ["--method", "none", "--no-gist"]]
+)
 def test_trains_on_a_folder_and_writes_everything(folder, tmp_path, more):
     out = tmp_path / "out"
     assert train(folder, out, *more) == 0
@@ -63,6 +65,7 @@ def test_trains_on_a_folder_and_writes_everything(folder, tmp_path, more):
     assert results["parameters"]["token"] == (0 if more else 192)
     assert results["parameters"]["method"] == (0 if "none" in more else 12 * (2 * 192 * 4 + 196))
     assert results["config"]["train"]["batch_size"] == 4
+    assert results["config"]["train"]["head_lr"] == (0.02 if "--head-lr" in more else None)
     assert results["versions"]["torch"] == torch.__version__.split("+")[0]
     assert json.loads((out / "config.json").read_text())["classes"] == sorted(COLOURS)
     with Image.open(out / "curves.png") as picture:

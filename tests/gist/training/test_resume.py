@@ -22,7 +22,7 @@ PLAIN = TrainConfig(epochs=4, batch_size=16, lr=1e-2, warmup_epochs=0.5, seed=5)
 # All that draws at random or keeps a state of its own.
 ALL = replace(
     PLAIN, accumulate=3, mixup=0.4, cutmix=1.0, ema=0.7, clip_grad_norm=1.0, label_smoothing=0.1,
-    optimizer="nadamw",
+    optimizer="nadamw", head_lr=3e-2,
 )  # fmt: skip
 CONFIGS = {"plain": PLAIN, "all": ALL}
 DROPOUT = {"gist_config": gist.GistConfig(token_dropout=0.2), "drop_path": 0.3}
