@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import gist
 from bench.measure import Call, Case, mismatch
-from gist.data import Transformed, load_folder, prepare
+from gist.data import Transformed, Transforms, load_folder, prepare
 from gist.training.batches import BatchSampler
 
 # Model, side in pixels, batch size, batches a call.
@@ -71,7 +71,8 @@ def case(
     backbone = timm.create_model(name, num_classes=CLASSES, img_size=side).to(device, dtype)
     config = resolve_model_data_config(backbone)
     images = load_folder(folder, check=False).train
-    files, in_memory = Transformed(images, side, config), prepare(images, side, config)
+    transforms = Transforms.of("vtab", config, side)
+    files, in_memory = Transformed(images, transforms), prepare(images, transforms)
 
     def loading(data: Dataset, workers: int) -> Call:
         order = BatchSampler(len(images), batch_size, seed=0)

@@ -23,7 +23,7 @@ from gist.cli.common import (
     warn_passed_over,
 )
 from gist.cli.results import show
-from gist.data import available_data, load_data
+from gist.data import PRESETS, available_data, load_data
 from gist.files import write_json
 from gist.methods import METHODS
 from gist.model.config import GistConfig
@@ -62,6 +62,14 @@ def register(commands: Any) -> None:
         "--random-weights", action="store_true", help="none: a baseline to compare with"
     )
     group.add_argument("--img-size", type=int, help="side in pixels; default: the backbone's own")
+    group.add_argument(
+        "--augment",
+        choices=PRESETS,
+        default="light",
+        help="none: resize and crop the centre; light: random crops, flips, mild colour jitter; "
+        "strong: smaller crops, RandAugment, random erasing; vtab: squeeze to a square. "
+        "Default: %(default)s",
+    )
     group = train.add_argument_group("what to train")
     group.add_argument(
         "--method",
@@ -92,7 +100,8 @@ def register(commands: Any) -> None:
             help=f"{what} Default: %(default)s",
         )
     _add_run_options(train)
-    train.add_argument("--workers", type=int, default=0, help="loader processes")
+    train.add_argument("--workers", type=int,
+                       help="loader processes; default: one per CPU, at most 8")  # fmt: skip
     train.add_argument("--out", type=Path, help="results folder; default: one under runs/")
     train.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                        help="steps between saves to resume from, beside epochs' ends")  # fmt: skip
@@ -145,6 +154,7 @@ def _train(arguments: argparse.Namespace) -> None:
         pretrained=arguments.pretrained,
         img_size=arguments.img_size,
         drop_path=arguments.drop_path,
+        augment=arguments.augment,
         loss=loss_of(arguments.loss),
     )
     check_model(config)

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from gist.data.base import DataError, ImageData, Preloaded, Transformed, prepare
+from gist.data.base import (
+    Augmented,
+    DataError,
+    Draw,
+    ImageData,
+    Preloaded,
+    Transformed,
+    prepare,
+    prepare_training,
+)
 from gist.data.folder import load_folder
 from gist.data.offline import SOURCES
+from gist.data.transforms import PRESETS, Transforms
 from gist_kernels.check import unknown_name
 
 DATA_SETS: dict[str, Callable[[], ImageData]] = {n: s.load for n, s in SOURCES.items()}
@@ -41,12 +51,17 @@ def load_data(source: str, *, check: bool = True) -> ImageData:
 
 
 __all__ = [
+    "PRESETS",
+    "Augmented",
     "DataError",
+    "Draw",
     "ImageData",
     "Preloaded",
     "Transformed",
+    "Transforms",
     "available_data",
     "load_data",
     "load_folder",
     "prepare",
+    "prepare_training",
 ]

@@ -22,10 +22,19 @@ Sample = tuple[Path, int]
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Image files with their labels, decoded on access. A DataError names what can't be read."""
+    """Image files with their labels, decoded on access. A DataError names what can't be read.
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
+    Args:
+        samples: paths and labels.
+        least_side: as :func:`gist.data.images.decode` takes it.
+    """
+
+    def __init__(self, samples: Sequence[Sample], least_side: int | None = None) -> None:
+        self.samples, self.least_side = samples, least_side
+
+    def reduced(self, least_side: int) -> ImageFiles:
+        """The same files, of which large JPEGs are decoded at a smaller size."""
+        return ImageFiles(self.samples, least_side)
 
     @property
     def labels(self) -> list[int]:
@@ -37,7 +46,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         try:
-            return read_image(path), label
+            return read_image(path, self.least_side), label
         except Exception as error:  # decoders of damaged files raise anything
             raise DataError(unreadable(path, error)) from error
 
@@ -169,7 +178,7 @@ def _read_all(paths: Sequence[Path]) -> tuple[list[bytes], list[str]]:
     def read(path: Path) -> tuple[bytes, str | None]:
         try:
             data = path.read_bytes()
-            decode(data)
+            decode(data, least_side=1)  # reads all of a JPEG's data, and computes few pixels
         except Exception as error:  # decoders of damaged files raise anything
             return b"", unreadable(path, error)
         return hashlib.sha256(data).digest(), None

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timm.data import resolve_model_data_config
 
-from gist.backbones.create import input_size
 from gist.data import DataError
 from gist.data.base import Transformed
 from gist.data.folder import ImageFiles
 from gist.data.walk import Found, find_images
 from gist.model.saving import CONFIG_FILE
-from gist.runs.run import load_run
+from gist.runs.run import load_run, transforms_of
 
 
 class Prediction(NamedTuple):
@@ -73,9 +71,7 @@ def predict(
     classes = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["classes"]
     found = images if isinstance(images, Found) else find(images)
     files, faults = found.images, found.faults
-    img_size = input_size(model.backbone)
-    normalisation = resolve_model_data_config(model.backbone)
-    inputs = Transformed(ImageFiles([(file, 0) for file in files]), img_size, normalisation)
+    inputs = Transformed(ImageFiles([(file, 0) for file in files]), transforms_of(directory))
     for start in range(0, len(files), batch_size):
         read: list[Path] = []
         pixels: list[torch.Tensor] = []

@@ -17,9 +17,10 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import gist_kernels as gk
+from gist.data.base import Augmented
 from gist.model.loss import GistLoss
 from gist.model.wrapped import GistModel
 from gist.training.batches import BatchSampler
@@ -27,6 +28,7 @@ from gist.training.config import PRECISIONS, TrainConfig
 from gist.training.cuda_graph import CudaGraphed
 from gist.training.ema import Ema
 from gist.training.evaluation import evaluate, processes
+from gist.training.loading import training_loader
 from gist.training.log import Log
 from gist.training.mixup import Mixup
 from gist.training.state import ResumeFile, rng_state, seed_all, set_rng_state
@@ -88,11 +90,12 @@ def fit(
     Args:
         model: on the device to train on.
         train, val: items are a float (3, H, W) image, normalised, and an int class. Without
-            ``val``, epochs are not evaluated.
+            ``val``, epochs are not evaluated. A :class:`gist.data.Augmented` ``train`` gets each
+            image's draw.
         config: the schedule.
         loss: default :class:`gist.GistLoss` with the published weights and
             ``config.label_smoothing``. Any other loss must be a mean over images.
-        workers: loader processes.
+        workers: loader processes; images in memory need none.
         on_step: called in order with each step's number, from 1, and its loss; on a GPU some steps
             late, because each read of a loss waits for the device.
         on_epoch: called with each finished epoch.
@@ -100,8 +103,9 @@ def fit(
             training resumes from ``resume_file``.
         resume_file: saved at each epoch's end and every ``resume_file.every`` steps. If it holds a
             state, the training resumes from it. On a CPU the result then has the bits of a training
-            that was never stopped, unless ``workers`` load items that are drawn at random. The file
-            stays after the last epoch: remove it once the result is safe.
+            that was never stopped, whatever ``workers`` are, unless items other than those of
+            :class:`gist.data.Augmented` are drawn at random. The file stays after the last epoch:
+            remove it once the result is safe.
         log: records each step.
 
     Returns:
@@ -124,6 +128,7 @@ def fit(
     except KeyboardInterrupt:
         training.result.interrupted = True
     finally:
+        del training.loader  # ends its workers
         if log is not None:
             log.close()
     training.result.seconds = training.seconds()
@@ -208,14 +213,10 @@ class _Training:
             accumulate=config.accumulate,
             process=rank,
             processes=world,
+            draws=isinstance(train, Augmented),
         )
-        self.loader = DataLoader(
-            train,
-            batch_sampler=self.batches,
-            generator=torch.Generator().manual_seed(config.seed + rank),  # draws the workers' seeds
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda",
+        self.loader = training_loader(
+            train, self.batches, workers=workers, seed=config.seed + rank, device=self.device
         )
         self.optimizer = _optimizer(model, config)
         steps = config.epochs * len(self.batches)

@@ -1,0 +1,171 @@
+"""Runs on augmented images: the same bits with any workers and after a kill; what they record."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training import in_processes, kill_at
+
+from gist import cli
+from gist.data import Transforms, load_data, prepare
+from gist.runs.predict import predict
+from gist.runs.run import Listener, RunConfig, load_run, run, transforms_of
+from gist.training.config import TrainConfig
+from gist.training.loading import default_workers, workers_for
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two classes that differ in colour; 14 images to train, of which the last batch has two."""
+    root, random = tmp_path_factory.mktemp("images") / "data", np.random.default_rng(0)
+    for split, count in (("train", 7), ("val", 3)):
+        for channel, name in enumerate(("red", "green")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 120, (30, 40, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg", quality=95)
+    return root
+
+
+def train(
+    folder: Path, out: Path, workers: int | None, augment: str = "strong", kill: int | None = None
+) -> dict[str, Any]:
+    listener = Listener()
+    if kill:
+        listener.step = kill_at(kill)  # type: ignore[method-assign]
+    config = RunConfig(
+        str(folder), "test_vit", img_size=SIDE, augment=augment,
+        train=TrainConfig(epochs=3, batch_size=4, lr=1e-2, warmup_epochs=0, seed=3),
+    )  # fmt: skip
+    data = load_data(str(folder))
+    return run(config, data, out, workers=workers, save_every=3, listener=listener)
+
+
+def test_no_worker_outlives_a_training(folder, tmp_path):
+    train(folder, tmp_path / "run", 2)
+    assert multiprocessing.active_children() == []
+
+
+def written(out: Path) -> list[bytes]:
+    return [(out / name).read_bytes() for name in ("adapter.safetensors", "log.csv")]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert in_processes(train, folder, out, 0) == [0]
+    return out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_bits(folder, whole, tmp_path, workers):
+    # In this process: those of in_processes are daemons, which have no children.
+    train(folder, tmp_path / "run", workers)
+    assert written(tmp_path / "run") == written(whole)
+
+
+@pytest.mark.parametrize("kill", [2, 6, 11])
+def test_a_killed_run_resumes_to_the_same_bits(folder, whole, tmp_path, kill):
+    out = tmp_path / "run"
+    assert in_processes(train, folder, out, 0, "strong", kill) == [-signal.SIGKILL]
+    assert not (out / "results.json").exists()
+    train(folder, out, 2)
+    assert written(out) == written(whole)
+
+
+def test_augmentation_changes_a_training(folder, tmp_path):
+    train(folder, tmp_path / "none", 0, "none")
+    train(folder, tmp_path / "light", 0, "light")
+    assert written(tmp_path / "none")[1] != written(tmp_path / "light")[1]
+
+
+def test_results_record_the_transforms(folder, whole):
+    recorded = json.loads((whole / "results.json").read_text())["transforms"]
+    assert recorded["preset"] == "strong"
+    assert recorded["evaluation"]["input_size"] == [3, SIDE, SIDE]
+    assert recorded["evaluation"]["crop_pct"] == 0.95  # test_vit's own
+    assert recorded["training"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
+    assert transforms_of(whole).to_dict() == recorded
+
+
+def probabilities(out: Path, folder: Path) -> list[float]:
+    return [found.probability for found in predict(out, [folder / "val"])]
+
+
+def expected(out: Path, folder: Path, transforms: Transforms) -> Any:
+    images = prepare(load_data(str(folder)).val, transforms)
+    by_name = torch.stack([images[i][0] for i in (3, 4, 5, 0, 1, 2)])  # green before red
+    with torch.no_grad():
+        found = load_run(out)(torch.cat([by_name[3:], by_name[:3]])).softmax(1).max(1).values
+    return pytest.approx(found.tolist(), abs=1e-6)
+
+
+def test_prediction_prepares_images_as_recorded(folder, tmp_path):
+    out = tmp_path / "run"
+    train(folder, out, 0, "light")
+    results = json.loads((out / "results.json").read_text())
+    recorded = results.pop("transforms")
+    ours = probabilities(out, folder)
+    assert ours == expected(out, folder, Transforms.from_dict(recorded))
+
+    recorded["evaluation"]["crop_pct"] = 0.5
+    (out / "results.json").write_text(json.dumps({**results, "transforms": recorded}))
+    assert probabilities(out, folder) == expected(out, folder, Transforms.from_dict(recorded))
+    assert probabilities(out, folder) != pytest.approx(ours, abs=1e-6)
+
+
+def test_an_earlier_versions_run_is_vtabs(folder, tmp_path):
+    out = tmp_path / "run"
+    train(folder, out, 0, "vtab")
+    results = json.loads((out / "results.json").read_text())
+    del results["transforms"]
+    assert "augment" not in results["config"]  # as an earlier version wrote it
+    (out / "results.json").write_text(json.dumps(results))
+    assert transforms_of(out) == Transforms.of("vtab", results["normalisation"], SIDE)
+    assert probabilities(out, folder) == expected(out, folder, transforms_of(out))
+    assert train(folder, out, 0, "vtab")["reused"]
+    with pytest.raises(FileExistsError, match="it differs in augment"):
+        train(folder, out, 0, "light")
+
+
+def test_the_command_line_trains_with_light_and_merges_with_what_was_recorded(
+    folder, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    options = ["--method", "lora", "--model", "test_vit", "--random-weights",
+               "--img-size", str(SIDE), "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "--out", str(out)]  # fmt: skip
+    assert cli.main(["train", "--data", str(folder), *options]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["config"]["augment"] == results["transforms"]["preset"] == "light"
+    capsys.readouterr()
+    assert cli.main(["merge", str(out), "--drop-token", "--device", "cpu"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"6 validation images: {results['val_accuracy']:.2%} as trained" in said
+    assert "images as timm.data.create_transform(input_size=[3, 16, 16]," in said
+
+
+def test_workers_by_default_and_none_for_images_in_memory(folder, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert [default_workers(n) for n in (1, 2, 6, 12)] == [6, 3, 1, 1]
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert default_workers() == 8
+    transforms = transforms_for(SIDE)
+    data = load_data(str(folder))
+    assert workers_for(prepare(data.val, transforms), 5) == 0
+    monkeypatch.setattr("gist.data.base.PRELOAD_BYTES", 0)
+    assert workers_for(prepare(data.val, transforms), 5) == 5
+
+
+def transforms_for(side: int) -> Transforms:
+    return Transforms.of("vtab", {"mean": (0.5,) * 3, "std": (0.5,) * 3}, side)
