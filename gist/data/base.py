@@ -122,7 +122,7 @@ class Transformed(Dataset[tuple[torch.Tensor, int]]):
     """A split decoded and transformed item by item, as in evaluation."""
 
     def __init__(self, split: Images, transforms: Transforms) -> None:
-        self.split = _decoded_for(split, transforms.least_side())
+        self.split = decoded_for(split, transforms.least_side())
         self.transforms = transforms
         self._transform = transforms.for_evaluation()
 
@@ -184,7 +184,7 @@ class Augmented(Dataset[tuple[torch.Tensor, int]]):
     """
 
     def __init__(self, split: Images, transforms: Transforms, seed: int) -> None:
-        self.split = _decoded_for(split, transforms.least_side(training=True))
+        self.split = decoded_for(split, transforms.least_side(training=True))
         self.seed = seed % 2**64  # seeds may be negative
         self._transform = transforms.for_training()
 
@@ -197,7 +197,8 @@ class Augmented(Dataset[tuple[torch.Tensor, int]]):
             return self._transform(image), int(label)
 
 
-def _decoded_for(split: Images, least_side: int | None) -> Images:
+def decoded_for(split: Images, least_side: int | None) -> Images:
+    """The split decoded at a smaller size, if it can be; None: in full."""
     if least_side is None or not isinstance(split, ReducibleImages):
         return split
     return split.reduced(least_side)

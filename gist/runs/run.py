@@ -12,6 +12,7 @@ import json
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ from gist.validate import check_choice
 
 RESULTS_FILE = "results.json"
 RESUME_FILE = "resume.pt"
+SAMPLINGS = ("uniform", "balanced")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class RunConfig:
         img_size: side of the square images; None for the backbone's own.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
         augment: the preset of the images' transforms, as :meth:`gist.data.Transforms.of` takes it.
+        sampling: "uniform": an epoch takes each training image once. "balanced": an epoch draws as
+            many images, each class equally often on average.
         loss: arguments of :class:`gist.GistLoss` other than its defaults.
     """
 
@@ -70,15 +74,18 @@ class RunConfig:
     drop_path: float = 0.0
     loss: Mapping[str, Any] = field(default_factory=dict)
     augment: str = "vtab"
+    sampling: str = "uniform"
 
     def __post_init__(self) -> None:
         check_choice("augment", self.augment, PRESETS)
+        check_choice("sampling", self.sampling, SAMPLINGS)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values. A setting that earlier versions did not have is left out at its default."""
         described = {**asdict(self), "gist": self.gist.to_dict()}
-        if self.augment == "vtab":
-            del described["augment"]
+        for name, default in (("augment", "vtab"), ("sampling", "uniform")):
+            if described[name] == default:
+                del described[name]
         return described
 
 
@@ -202,6 +209,9 @@ def run(
         val,
         config.train,
         loss=loss,
+        sample_weights=balanced_weights(data.train.labels)
+        if config.sampling == "balanced"
+        else None,
         workers=workers,
         on_step=listener.step,
         on_epoch=listener.epoch,
@@ -237,6 +247,12 @@ def run(
     if main:
         resume_file.remove()
     return {**results, "reused": False}
+
+
+def balanced_weights(labels: Sequence[int]) -> list[float]:
+    """Weights by which each class that occurs is drawn equally often."""
+    images = Counter(labels)
+    return [1 / images[label] for label in labels]
 
 
 def read_results(directory: Path) -> dict[str, Any] | None:

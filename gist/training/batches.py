@@ -24,6 +24,11 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
         batch_size: images a step, over all parts; the last batch of an epoch may be smaller.
         draws: give each image as a :class:`gist.data.Draw`, which :class:`gist.data.Augmented`
             takes, instead of its index.
+        weights: of each image, its share of the draws; an epoch draws ``count`` images with
+            replacement. None: an epoch takes each image once.
+
+    Raises:
+        ValueError: another number of weights than images.
     """
 
     def __init__(
@@ -36,10 +41,16 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
         process: int = 0,
         processes: int = 1,
         draws: bool = False,
+        weights: Sequence[float] | None = None,
     ) -> None:
+        if weights is not None and len(weights) != count:
+            raise ValueError(
+                f"weights must have one number per image, {count:,}; they have {len(weights):,}"
+            )
         self.count, self.batch_size = count, batch_size
         self.accumulate, self.process, self.processes = accumulate, process, processes
         self.draws = draws
+        self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn = 0
         self._parts: list[list[int] | list[Draw]] = []
@@ -55,6 +66,11 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
         images its batch has and how many parts this process."""
         while self._drawn < epoch:
             self._drawn += 1
+            if self._weights is not None:
+                order = torch.multinomial(
+                    self._weights, self.count, replacement=True, generator=self._generator
+                )
+                continue
             # The same draws, and so the same order, as DataLoader(shuffle=True).
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
             order = torch.randperm(self.count, generator=self._generator)

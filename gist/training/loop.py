@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,42 +31,12 @@ from gist.training.evaluation import evaluate, processes
 from gist.training.loading import training_loader
 from gist.training.log import Log
 from gist.training.mixup import Mixup
+from gist.training.result import Epoch, FitResult
 from gist.training.state import ResumeFile, rng_state, seed_all, set_rng_state
 from gist_kernels.kernels.cpu import memory
 
 # Steps between two reads of the loss. On a GPU, a read waits for the device.
 READ_EVERY = {"cpu": 1, "cuda": 10}
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Measurements of a finished epoch; ``val_`` are None without validation images."""
-
-    epoch: int
-    train_loss: float
-    val_accuracy: float | None
-    val_loss: float | None
-    train_seconds: float
-
-
-@dataclass
-class FitResult:
-    """The history of a training.
-
-    The model then holds the parameters of ``best_epoch``, which is the last one where there are no
-    validation images.
-    """
-
-    history: list[Epoch] = field(default_factory=list)
-    best_epoch: int | None = None
-    images_per_second: float = math.nan
-    """Training throughput: images over the seconds spent in training steps."""
-    interrupted: bool = False
-    seconds: float = 0.0
-    """Time of all starts, with evaluation. A killed start counts up to its last save."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fit(
@@ -76,6 +46,7 @@ def fit(
     config: TrainConfig,
     *,
     loss: GistLoss | None = None,
+    sample_weights: Sequence[float] | None = None,
     workers: int = 0,
     on_step: Callable[[int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -95,6 +66,8 @@ def fit(
         config: the schedule.
         loss: default :class:`gist.GistLoss` with the published weights and
             ``config.label_smoothing``. Any other loss must be a mean over images.
+        sample_weights: of each training image, its share of the draws; an epoch then draws as many
+            images as there are, with replacement. None: an epoch takes each image once.
         workers: loader processes; images in memory need none.
         on_step: called in order with each step's number, from 1, and its loss; on a GPU some steps
             late, because each read of a loss waits for the device.
@@ -120,7 +93,7 @@ def fit(
     """
     if next(model.parameters()).device.type == "cpu":
         memory.keep_freed()
-    training = _Training(model, train, val, config, loss, workers, resume_file, log)
+    training = _Training(model, train, val, config, loss, sample_weights, workers, resume_file, log)
     training.on_step, training.on_epoch = on_step, on_epoch
     try:
         training.resume(on_resume)
@@ -186,6 +159,7 @@ class _Training:
         val: Dataset[Any] | None,
         config: TrainConfig,
         loss: GistLoss | None,
+        sample_weights: Sequence[float] | None,
         workers: int,
         resume_file: ResumeFile | None,
         log: Log | None,
@@ -214,6 +188,7 @@ class _Training:
             process=rank,
             processes=world,
             draws=isinstance(train, Augmented),
+            weights=sample_weights,
         )
         self.loader = training_loader(
             train, self.batches, workers=workers, seed=config.seed + rank, device=self.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from training import in_processes, kill_at
 from gist import cli
 from gist.data import Transforms, load_data, prepare
 from gist.runs.predict import predict
-from gist.runs.run import Listener, RunConfig, load_run, run, transforms_of
+from gist.runs.run import (
+    SAMPLINGS,
+    Listener,
+    RunConfig,
+    balanced_weights,
+    load_run,
+    run,
+    transforms_of,
+)
+from gist.training.batches import BatchSampler
 from gist.training.config import TrainConfig
 from gist.training.loading import default_workers, workers_for
 
@@ -26,12 +36,12 @@ SIDE = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two classes that differ in colour; 14 images to train, of which the last batch has two."""
+    """Two classes of different size; 14 images to train, of which the last batch has two."""
     root, random = tmp_path_factory.mktemp("images") / "data", np.random.default_rng(0)
-    for split, count in (("train", 7), ("val", 3)):
+    for split, counts in (("train", (10, 4)), ("val", (3, 3))):
         for channel, name in enumerate(("red", "green")):
             (root / split / name).mkdir(parents=True)
-            for index in range(count):
+            for index in range(counts[channel]):
                 pixels = random.integers(0, 120, (30, 40, 3), dtype=np.uint8)
                 pixels[..., channel] += 100
                 Image.fromarray(pixels).save(root / split / name / f"{index}.jpg", quality=95)
@@ -39,13 +49,18 @@ def folder(tmp_path_factory) -> Path:
 
 
 def train(
-    folder: Path, out: Path, workers: int | None, augment: str = "strong", kill: int | None = None
+    folder: Path,
+    out: Path,
+    workers: int | None,
+    augment: str = "strong",
+    sampling: str = "uniform",
+    kill: int | None = None,
 ) -> dict[str, Any]:
     listener = Listener()
     if kill:
         listener.step = kill_at(kill)  # type: ignore[method-assign]
     config = RunConfig(
-        str(folder), "test_vit", img_size=SIDE, augment=augment,
+        str(folder), "test_vit", img_size=SIDE, augment=augment, sampling=sampling,
         train=TrainConfig(epochs=3, batch_size=4, lr=1e-2, warmup_epochs=0, seed=3),
     )  # fmt: skip
     data = load_data(str(folder))
@@ -62,26 +77,50 @@ def written(out: Path) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert in_processes(train, folder, out, 0) == [0]
-    return out
+def whole(folder, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of each sampling, without workers."""
+    out = tmp_path_factory.mktemp("whole")
+    for sampling in SAMPLINGS:
+        assert in_processes(train, folder, out / sampling, 0, "strong", sampling) == [0]
+    assert written(out / "uniform") != written(out / "balanced")
+    return {sampling: out / sampling for sampling in SAMPLINGS}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_bits(folder, whole, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "sampling"), [(1, "uniform"), (2, "balanced")])
+def test_any_number_of_workers_gives_the_same_bits(folder, whole, tmp_path, workers, sampling):
     # In this process: those of in_processes are daemons, which have no children.
-    train(folder, tmp_path / "run", workers)
-    assert written(tmp_path / "run") == written(whole)
+    train(folder, tmp_path / "run", workers, sampling=sampling)
+    assert written(tmp_path / "run") == written(whole[sampling])
 
 
-@pytest.mark.parametrize("kill", [2, 6, 11])
-def test_a_killed_run_resumes_to_the_same_bits(folder, whole, tmp_path, kill):
+@pytest.mark.parametrize(
+    ("kill", "sampling"), [(2, "uniform"), (6, "balanced"), (11, "uniform"), (11, "balanced")]
+)
+def test_a_killed_run_resumes_to_the_same_bits(folder, whole, tmp_path, kill, sampling):
     out = tmp_path / "run"
-    assert in_processes(train, folder, out, 0, "strong", kill) == [-signal.SIGKILL]
+    assert in_processes(train, folder, out, 0, "strong", sampling, kill) == [-signal.SIGKILL]
     assert not (out / "results.json").exists()
-    train(folder, out, 2)
-    assert written(out) == written(whole)
+    train(folder, out, 2, sampling=sampling)
+    assert written(out) == written(whole[sampling])
+
+
+def test_balanced_sampling_draws_each_class_equally_often():
+    labels = [0] * 90 + [1] * 9 + [3]
+    weights = balanced_weights(labels)
+    batches = BatchSampler(100, 7, seed=2, draws=True, weights=weights)
+    seen: Counter[int] = Counter()
+    for epoch in range(1, 31):
+        batches.start(epoch)
+        draws = [draw for part in batches for draw in part]
+        assert len(draws) == 100
+        assert {draw.epoch for draw in draws} == {epoch}
+        # Each use of an image has a draw of its own.
+        assert len(set(draws)) == 100
+        assert max(draw.repeat for draw in draws if draw.image == 99) > 10
+        seen.update(labels[draw.image] for draw in draws)
+    assert all(900 < seen[label] < 1100 for label in (0, 1, 3))
+    with pytest.raises(ValueError, match="one number per image, 4; they have 3"):
+        BatchSampler(4, 2, seed=0, weights=[1, 1, 1])
 
 
 def test_augmentation_changes_a_training(folder, tmp_path):
@@ -90,13 +129,14 @@ def test_augmentation_changes_a_training(folder, tmp_path):
     assert written(tmp_path / "none")[1] != written(tmp_path / "light")[1]
 
 
-def test_results_record_the_transforms(folder, whole):
-    recorded = json.loads((whole / "results.json").read_text())["transforms"]
+def test_results_record_the_transforms(whole):
+    out = whole["uniform"]
+    recorded = json.loads((out / "results.json").read_text())["transforms"]
     assert recorded["preset"] == "strong"
     assert recorded["evaluation"]["input_size"] == [3, SIDE, SIDE]
     assert recorded["evaluation"]["crop_pct"] == 0.95  # test_vit's own
     assert recorded["training"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
-    assert transforms_of(whole).to_dict() == recorded
+    assert transforms_of(out).to_dict() == recorded
 
 
 def probabilities(out: Path, folder: Path) -> list[float]:
@@ -144,7 +184,8 @@ def test_the_command_line_trains_with_light_and_merges_with_what_was_recorded(
 ):
     out = tmp_path / "out"
     options = ["--method", "lora", "--model", "test_vit", "--random-weights",
-               "--img-size", str(SIDE), "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "--out", str(out)]  # fmt: skip
+               "--img-size", str(SIDE), "--epochs", "1",
+               "--warmup-epochs", "0", "--device", "cpu", "--out", str(out)]  # fmt: skip
     assert cli.main(["train", "--data", str(folder), *options]) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["config"]["augment"] == results["transforms"]["preset"] == "light"
