@@ -28,7 +28,7 @@ from gist.data import PRESETS, ImageData, available_data, folds, load_data
 from gist.files import write_json
 from gist.methods import METHODS
 from gist.model.config import GistConfig
-from gist.runs.run import SAMPLINGS, RunConfig, check_model, run
+from gist.runs.run import BALANCES, RunConfig, check_model, run
 from gist.training.config import PRECISIONS, TrainConfig
 
 FOLDS_FILE = "folds.json"
@@ -77,8 +77,10 @@ def register(commands: Any) -> None:
     )
     group.add_argument("--folds", type=int, metavar="K",
                        help="cross-validate: K runs, each tested on another part")  # fmt: skip
-    group.add_argument("--sampling", choices=SAMPLINGS, default=SAMPLINGS[0],
+    group.add_argument("--sampling", choices=BALANCES, default=BALANCES[0],
                        help="balanced: draw each class equally often")  # fmt: skip
+    group.add_argument("--class-weights", choices=BALANCES, default=BALANCES[0],
+                       help="balanced: the loss counts images of rare classes more")  # fmt: skip
     group = train.add_argument_group("what to train")
     group.add_argument(
         "--method",
@@ -165,6 +167,7 @@ def _train(arguments: argparse.Namespace) -> None:
         drop_path=arguments.drop_path,
         augment=arguments.augment,
         sampling=arguments.sampling,
+        class_weights=arguments.class_weights,
         loss=loss_of(arguments.loss),
     )
     check_model(config)

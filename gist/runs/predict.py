@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,16 +73,25 @@ def predict(
     found = images if isinstance(images, Found) else find(images)
     files, faults = found.images, found.faults
     inputs = Transformed(ImageFiles([(file, 0) for file in files]), transforms_of(directory))
+
+    def decoded(index: int) -> torch.Tensor | DataError:
+        try:
+            return inputs[index][0]
+        except DataError as error:
+            return error
+
     for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        with ThreadPoolExecutor() as pool:
+            images_read = list(pool.map(decoded, range(start, start + len(batch))))
         read: list[Path] = []
         pixels: list[torch.Tensor] = []
-        for index, file in enumerate(files[start : start + batch_size], start):
-            try:
-                pixels.append(inputs[index][0])
-            except DataError as error:
-                faults.append(str(error))
+        for file, image in zip(batch, images_read, strict=True):
+            if isinstance(image, DataError):
+                faults.append(str(image))
             else:
                 read.append(file)
+                pixels.append(image)
         if not read:
             continue
         with torch.no_grad():

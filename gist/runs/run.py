@@ -42,7 +42,7 @@ from gist.validate import check_choice
 
 RESULTS_FILE = "results.json"
 RESUME_FILE = "resume.pt"
-SAMPLINGS = ("uniform", "balanced")
+BALANCES = ("uniform", "balanced")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class RunConfig:
         augment: the preset of the images' transforms, as :meth:`gist.data.Transforms.of` takes it.
         sampling: "uniform": an epoch takes each training image once. "balanced": an epoch draws as
             many images, each class equally often on average.
+        class_weights: "uniform"; or "balanced": the loss counts an image by the reciprocal of its
+            class's share of the training images, with a mean of 1.
         loss: arguments of :class:`gist.GistLoss` other than its defaults.
     """
 
@@ -75,15 +77,20 @@ class RunConfig:
     loss: Mapping[str, Any] = field(default_factory=dict)
     augment: str = "vtab"
     sampling: str = "uniform"
+    class_weights: str = "uniform"
 
     def __post_init__(self) -> None:
         check_choice("augment", self.augment, PRESETS)
-        check_choice("sampling", self.sampling, SAMPLINGS)
+        for name in ("sampling", "class_weights"):
+            check_choice(name, getattr(self, name), BALANCES)
+        if self.sampling == self.class_weights == "balanced":
+            raise ValueError("sampling and class_weights both balance the classes; choose one")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values. A setting that earlier versions did not have is left out at its default."""
         described = {**asdict(self), "gist": self.gist.to_dict()}
-        for name, default in (("augment", "vtab"), ("sampling", "uniform")):
+        added = {"augment": "vtab", "sampling": "uniform", "class_weights": "uniform"}
+        for name, default in added.items():
             if described[name] == default:
                 del described[name]
         return described
@@ -199,7 +206,10 @@ def run(
     transforms = Transforms.of(config.augment, normalisation, img_size)
     train = prepare_training(data.train, transforms, config.train.seed)
     val = prepare(data.val, transforms) if data.val is not None else None
-    loss = GistLoss(**config.loss) if config.loss else None
+    options = dict(config.loss)
+    if config.class_weights == "balanced":
+        options["class_weights"] = balanced_class_weights(data.train.labels, len(data.classes))
+    loss = GistLoss(**options) if options else None
     batches = -(-len(train) // config.train.batch_size)  # rounded up
     listener.starts(model, (config.train.stop_after or config.train.epochs) * batches)
 
@@ -253,6 +263,15 @@ def balanced_weights(labels: Sequence[int]) -> list[float]:
     """Weights by which each class that occurs is drawn equally often."""
     images = Counter(labels)
     return [1 / images[label] for label in labels]
+
+
+def balanced_class_weights(labels: Sequence[int], classes: int) -> list[float]:
+    """Weights by which each class counts as much as any other; their mean over images is 1.
+
+    A class without an image has the weight of a class with one.
+    """
+    images = Counter(labels)
+    return [len(labels) / (len(images) * max(1, images[label])) for label in range(classes)]
 
 
 def read_results(directory: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from gist.training.loading import workers_for
+from gist.training.loading import loaded, workers_for
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def evaluate(
         # The default is the global generator: its draw would change a training.
         generator=torch.Generator(),
     )
-    for images, target in loader:
+    for images, target in loaded(loader):
         target = target.to(device)
         logits = model(images.to(device)).float()
         right = (logits.argmax(1) == target).sum()

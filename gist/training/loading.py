@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gist.data.base import Preloaded
+from gist.data.base import DataError, Preloaded
 from gist.training.batches import BatchSampler
 
 MOST_WORKERS = 8
@@ -48,3 +49,16 @@ def training_loader(
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
+
+
+def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's parts. The first one asked for starts or resets its workers.
+
+    Raises:
+        DataError: as in this process: the loader puts a worker's traceback before the text.
+    """
+    try:
+        yield from loader
+    except DataError as error:
+        text = str(error).rpartition(f"{DataError.__module__}.{DataError.__qualname__}: ")[2]
+        raise DataError(text.strip()) from error

@@ -28,7 +28,7 @@ from gist.training.config import PRECISIONS, TrainConfig
 from gist.training.cuda_graph import CudaGraphed
 from gist.training.ema import Ema
 from gist.training.evaluation import evaluate, processes
-from gist.training.loading import training_loader
+from gist.training.loading import loaded, training_loader
 from gist.training.log import Log
 from gist.training.mixup import Mixup
 from gist.training.result import Epoch, FitResult
@@ -230,8 +230,7 @@ class _Training:
         self.model.train()
         steps = self.batches.start(self.at.epoch, self.at.batch)
         start, before = time.perf_counter(), self.at.epoch_seconds
-        # Even without a batch, an iterator would start the loader's workers.
-        parts = iter(self.loader) if steps else iter(())
+        parts = loaded(self.loader)
         for size, own in steps:
             self._step(parts, size, own)
             due = self.resume_file is not None and self.resume_file.every

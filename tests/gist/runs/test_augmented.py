@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -16,12 +17,13 @@ from PIL import Image
 from training import in_processes, kill_at
 
 from gist import cli
-from gist.data import Transforms, load_data, prepare
+from gist.data import DataError, Transforms, load_data, prepare
 from gist.runs.predict import predict
 from gist.runs.run import (
-    SAMPLINGS,
+    BALANCES,
     Listener,
     RunConfig,
+    balanced_class_weights,
     balanced_weights,
     load_run,
     run,
@@ -54,6 +56,7 @@ def train(
     workers: int | None,
     augment: str = "strong",
     sampling: str = "uniform",
+    class_weights: str = "uniform",
     kill: int | None = None,
 ) -> dict[str, Any]:
     listener = Listener()
@@ -61,6 +64,7 @@ def train(
         listener.step = kill_at(kill)  # type: ignore[method-assign]
     config = RunConfig(
         str(folder), "test_vit", img_size=SIDE, augment=augment, sampling=sampling,
+        class_weights=class_weights,
         train=TrainConfig(epochs=3, batch_size=4, lr=1e-2, warmup_epochs=0, seed=3),
     )  # fmt: skip
     data = load_data(str(folder))
@@ -72,6 +76,19 @@ def test_no_worker_outlives_a_training(folder, tmp_path):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_turns_out_unreadable_is_named(folder, tmp_path, workers):
+    copy = shutil.copytree(folder, tmp_path / "data")
+    broken = copy / "train" / "red" / "4.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    config = RunConfig(str(copy), "test_vit", img_size=SIDE, augment="light")
+    data = load_data(str(copy), check=False)
+    with pytest.raises(DataError) as error:
+        run(config, data, tmp_path / "run", workers=workers)
+    assert str(error.value).startswith(f"{broken} can't be read: ")
+    assert len(str(error.value).splitlines()) == 1
+
+
 def written(out: Path) -> list[bytes]:
     return [(out / name).read_bytes() for name in ("adapter.safetensors", "log.csv")]
 
@@ -80,10 +97,10 @@ def written(out: Path) -> list[bytes]:
 def whole(folder, tmp_path_factory) -> dict[str, Path]:
     """A finished run of each sampling, without workers."""
     out = tmp_path_factory.mktemp("whole")
-    for sampling in SAMPLINGS:
+    for sampling in BALANCES:
         assert in_processes(train, folder, out / sampling, 0, "strong", sampling) == [0]
     assert written(out / "uniform") != written(out / "balanced")
-    return {sampling: out / sampling for sampling in SAMPLINGS}
+    return {sampling: out / sampling for sampling in BALANCES}
 
 
 @pytest.mark.parametrize(("workers", "sampling"), [(1, "uniform"), (2, "balanced")])
@@ -98,10 +115,28 @@ def test_any_number_of_workers_gives_the_same_bits(folder, whole, tmp_path, work
 )
 def test_a_killed_run_resumes_to_the_same_bits(folder, whole, tmp_path, kill, sampling):
     out = tmp_path / "run"
-    assert in_processes(train, folder, out, 0, "strong", sampling, kill) == [-signal.SIGKILL]
+    assert in_processes(train, folder, out, 0, "strong", sampling, "uniform", kill) == [
+        -signal.SIGKILL
+    ]
     assert not (out / "results.json").exists()
     train(folder, out, 2, sampling=sampling)
     assert written(out) == written(whole[sampling])
+
+
+def test_balanced_class_weights():
+    assert balanced_class_weights([0] * 6 + [1] * 2, 2) == pytest.approx([8 / 12, 8 / 4])
+    assert balanced_class_weights([0, 0, 2, 2], 3) == pytest.approx([1, 2, 1])
+
+
+def test_class_weights_change_the_loss_and_not_the_data(folder, tmp_path):
+    for name in BALANCES:
+        train(folder, tmp_path / name, 0, "none", class_weights=name)
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in BALANCES]
+    first = [float(log[1].split(",")[3]) for log in logs]
+    # Before the first update: 10 red images of weight 0.7 and 4 green ones of 1.75.
+    assert first[0] != pytest.approx(first[1], rel=1e-3)
+    with pytest.raises(ValueError, match="both balance the classes; choose one"):
+        RunConfig("x", "test_vit", sampling="balanced", class_weights="balanced")
 
 
 def test_balanced_sampling_draws_each_class_equally_often():
