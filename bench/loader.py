@@ -97,9 +97,7 @@ def _mosaic(sources: Sequence[np.ndarray[Any, Any]], random: np.random.Generator
             y = random.integers(source.shape[0] - tile_height)
             x = random.integers(source.shape[1] - tile_width)
             tile = source[y : y + tile_height, x : x + tile_width]
-            photo[top : top + tile_height, left : left + tile_width] = tile[
-                :, :: random.choice((-1, 1))
-            ]
+            photo[top : top + tile_height, left : left + tile_width] = tile
     return Image.fromarray(photo)
 
 
