@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gist.backbones.transformers_vit import TRANSFORMERS_MODELS, TransformersViT
 
 PREFIX = "hf:"
 PROCESSOR_FILE = "preprocessor_config.json"
+_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
 _ANCHOR = "embeddings.cls_token"  # the name that tells a prefix
 
 
@@ -33,7 +34,8 @@ def create(
 ) -> nn.Module:
     """A model for image classification, float32, with ``num_classes`` outputs.
 
-    Its ``pretrained_cfg`` holds the normalisation of ``preprocessor_config.json``, in timm's terms.
+    Its ``pretrained_cfg`` holds what ``preprocessor_config.json`` says, in timm's terms: mean and
+    standard deviation, interpolation, and the share of an image that is cropped.
 
     Args:
         folder: has config.json and preprocessor_config.json; with ``pretrained`` the weights, too.
@@ -61,8 +63,11 @@ def create(
         model = _with_weights(kind, config, folder, weights)
         if wanted != config.image_size:
             model = _resized(model, wanted)
-    mean, std = _normalisation(folder)
-    model.pretrained_cfg = {"input_size": (3, wanted, wanted), "mean": mean, "std": std}
+    processor = json.loads((folder / PROCESSOR_FILE).read_text(encoding="utf-8"))
+    mean, std = _normalisation(processor, folder)
+    model.pretrained_cfg = {
+        "input_size": (3, wanted, wanted), "mean": mean, "std": std, **_resizing(processor),
+    }  # fmt: skip
     return model
 
 
@@ -128,9 +133,28 @@ def _square(value: Any, name: str, folder: Path) -> int:
     return int(sides.pop())
 
 
-def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _resizing(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """Interpolation, crop percentage and crop mode. timm's defaults take the place of what lacks.
+
+    A processor that crops nothing resizes each image straight to a square.
+    """
+    found: dict[str, Any] = {}
+    if processor.get("resample") in range(len(_RESAMPLING)):
+        found["interpolation"] = _RESAMPLING[processor["resample"]]
+    size = processor.get("size")
+    if processor.get("do_center_crop") and isinstance(size, dict) and "shortest_edge" in size:
+        crop = processor.get("crop_size", size["shortest_edge"])
+        side = crop["height"] if isinstance(crop, dict) else crop
+        found |= {"crop_pct": min(1.0, side / size["shortest_edge"]), "crop_mode": "center"}
+    elif isinstance(size, int) or (isinstance(size, dict) and "height" in size):
+        found |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    return found
+
+
+def _normalisation(
+    processor: Mapping[str, Any], folder: Path
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, of levels in [0, 1]."""
-    processor = json.loads((folder / PROCESSOR_FILE).read_text(encoding="utf-8"))
     scaled = processor.get("do_rescale", True)
     if not scaled or abs(255 * processor.get("rescale_factor", 1 / 255) - 1) > 1e-6:
         raise ValueError(f"{folder / PROCESSOR_FILE} does not scale levels by 1/255, as GIST does")

@@ -13,7 +13,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
 import gist_kernels
@@ -25,7 +24,7 @@ from gist.files import write_atomically
 from gist.model.merge import merge
 from gist.runs import summary
 from gist.runs.predict import find, predict
-from gist.runs.run import load_run, read_results
+from gist.runs.run import load_run, read_results, transforms_of
 from gist.training.evaluation import evaluate
 
 
@@ -93,7 +92,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     warn_passed_over(data.passed_over)
     split, which = (data.test, "test") if data.test is not None else (data.val, "validation")
     assert split is not None
-    images = prepare(split, input_size(model.backbone), resolve_model_data_config(model.backbone))
+    images = prepare(split, transforms_of(arguments.run))
     models = (model, _Logits(merged))
     before, after = (evaluate(each.to(arguments.device), images) for each in models)
     console.print(
@@ -131,6 +130,9 @@ def _write_merged(merged: Any, name: str, arguments: argparse.Namespace) -> None
         listed = ", ".join(f"{key}={value}" for key, value in options.items())
         how = f"timm.create_model({name!r}, {listed})"
     console.print(f"{out}: weights of {how}", soft_wrap=True)
+    prepared = transforms_of(arguments.run).evaluation
+    listed = ", ".join(f"{key}={value!r}" for key, value in prepared.items())
+    console.print(f"It takes images as timm.data.create_transform({listed})", soft_wrap=True)
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import statistics
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from gist.cli.common import (
     warn_passed_over,
 )
 from gist.cli.results import show
-from gist.data import available_data, load_data
+from gist.data import PRESETS, ImageData, available_data, folds, load_data
 from gist.files import write_json
 from gist.methods import METHODS
 from gist.model.config import GistConfig
-from gist.runs.run import RunConfig, check_model, run
+from gist.runs.run import BALANCES, RunConfig, check_model, run
 from gist.training.config import PRECISIONS, TrainConfig
+
+FOLDS_FILE = "folds.json"
 
 
 def register(commands: Any) -> None:
@@ -41,7 +44,9 @@ def register(commands: Any) -> None:
         "--data",
         required=True,
         help="folder with train/CLASS/*, val/CLASS/*, optionally test/CLASS/* (or only CLASS/*, "
-        f"then split 80/20), or a data set's name: {', '.join(available_data())}",
+        "then split 80/20); a .csv or .jsonl file with path, label and optionally split; a folder "
+        "saved by Hugging Face's datasets; or a data set's name: "
+        f"{', '.join(available_data())}",
     )
     group.add_argument("--no-check", dest="check", action="store_false",
                        help="open no image before training; repeat it to resume")  # fmt: skip
@@ -62,6 +67,20 @@ def register(commands: Any) -> None:
         "--random-weights", action="store_true", help="none: a baseline to compare with"
     )
     group.add_argument("--img-size", type=int, help="side in pixels; default: the backbone's own")
+    group.add_argument(
+        "--augment",
+        choices=PRESETS,
+        default="light",
+        help="none: resize and crop the centre; light: random crops, flips, mild colour jitter; "
+        "strong: smaller crops, RandAugment, random erasing; vtab: squeeze to a square. "
+        "Default: %(default)s",
+    )
+    group.add_argument("--folds", type=int, metavar="K",
+                       help="cross-validate: K runs, each tested on another part")  # fmt: skip
+    group.add_argument("--sampling", choices=BALANCES, default=BALANCES[0],
+                       help="balanced: draw each class equally often")  # fmt: skip
+    group.add_argument("--class-weights", choices=BALANCES, default=BALANCES[0],
+                       help="balanced: the loss counts images of rare classes more")  # fmt: skip
     group = train.add_argument_group("what to train")
     group.add_argument(
         "--method",
@@ -93,7 +112,8 @@ def register(commands: Any) -> None:
             help=what if field.default is None else f"{what} Default: %(default)s",
         )
     _add_run_options(train)
-    train.add_argument("--workers", type=int, default=0, help="loader processes")
+    train.add_argument("--workers", type=int,
+                       help="loader processes; default: one per CPU, at most 8")  # fmt: skip
     train.add_argument("--out", type=Path, help="results folder; default: one under runs/")
     train.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                        help="steps between saves to resume from, beside epochs' ends")  # fmt: skip
@@ -146,6 +166,9 @@ def _train(arguments: argparse.Namespace) -> None:
         pretrained=arguments.pretrained,
         img_size=arguments.img_size,
         drop_path=arguments.drop_path,
+        augment=arguments.augment,
+        sampling=arguments.sampling,
+        class_weights=arguments.class_weights,
         loss=loss_of(arguments.loss),
     )
     check_model(config)
@@ -158,21 +181,50 @@ def _train(arguments: argparse.Namespace) -> None:
         "runs",
         f"{data.name}-{model_label(arguments.model)}-{arguments.method}-{name}-seed{arguments.seed}",
     )
-    with RunProgress(f"{arguments.method} ({name})") as progress:
-        results = run(
-            config,
-            data,
-            directory,
-            device=arguments.device,
-            workers=arguments.workers,
-            fresh=arguments.fresh,
-            save_every=arguments.save_every,
-            log_every=arguments.log_every,
-            tensorboard=arguments.tensorboard,
-            wandb=arguments.wandb,
-            listener=progress,
-        )
-    show({f"{arguments.method} ({name})": results}, directory, f"{data.name}, {arguments.model}")
+    title = f"{data.name}, {arguments.model}"
+
+    def train(label: str, data: ImageData, directory: Path) -> dict[str, Any]:
+        with RunProgress(label) as progress:
+            return run(
+                config,
+                data,
+                directory,
+                device=arguments.device,
+                workers=arguments.workers,
+                fresh=arguments.fresh,
+                save_every=arguments.save_every,
+                log_every=arguments.log_every,
+                tensorboard=arguments.tensorboard,
+                wandb=arguments.wandb,
+                listener=progress,
+            )
+
+    label = f"{arguments.method} ({name})"
+    if arguments.folds is None:
+        show({label: train(label, data, directory)}, directory, title)
+        return
+    parts = folds(data, arguments.folds)
+    results = {
+        f"fold {number}": train(f"{label}, fold {number}", part, directory / f"fold{number}")
+        for number, part in enumerate(parts, start=1)
+    }
+    show(results, directory, f"{title}, {len(parts)} folds")
+    if not console.quiet:
+        _show_spread([found["test"]["accuracy"] for found in results.values()], directory)
+
+
+def _show_spread(accuracies: list[float], directory: Path) -> None:
+    """Print and write the folds' mean accuracy and standard deviation."""
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    write_json(
+        directory / FOLDS_FILE,
+        {"accuracies": accuracies, "mean": mean, "standard_deviation": deviation},
+    )
+    console.print(
+        f"{len(accuracies)} folds: {mean:.2%} +- {deviation:.2%} (standard deviation), "
+        f"{min(accuracies):.2%} to {max(accuracies):.2%}",
+        highlight=False,
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:

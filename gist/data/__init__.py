@@ -1,13 +1,26 @@
-"""Images to train on: named data sets and image folders."""
+"""Images to train on: named data sets, image folders, tables, and saved ``datasets``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from gist.data.base import DataError, ImageData, Preloaded, Transformed, prepare
+from gist.data.base import (
+    Augmented,
+    DataError,
+    Draw,
+    ImageData,
+    Preloaded,
+    Transformed,
+    prepare,
+    prepare_training,
+)
 from gist.data.folder import load_folder
+from gist.data.folds import folds
+from gist.data.hf_dataset import is_saved_dataset, load_saved_dataset
 from gist.data.offline import SOURCES
+from gist.data.table import SUFFIXES, load_table
+from gist.data.transforms import PRESETS, Transforms
 from gist_kernels.check import unknown_name
 
 DATA_SETS: dict[str, Callable[[], ImageData]] = {n: s.load for n, s in SOURCES.items()}
@@ -19,34 +32,47 @@ def available_data() -> list[str]:
 
 
 def load_data(source: str, *, check: bool = True) -> ImageData:
-    """Images by a data set's name or from a folder in ImageFolder layout.
+    """Images by a data set's name, or from files.
 
     Args:
-        source: a name of :func:`available_data`, or a folder for :func:`load_folder`. A folder
-            with a data set's name needs ``./name``.
-        check: open every image of a folder first.
+        source: a name of :func:`available_data`; a folder for :func:`load_folder`; a CSV or JSONL
+            file for :func:`load_table`; or a folder for :func:`load_saved_dataset`. A folder with a
+            data set's name needs ``./name``.
+        check: open every image of files first.
 
     Raises:
-        ValueError: neither a known name nor a folder.
-        DataError: a folder's images can't be used as they are; it lists every fault found.
+        ValueError: neither a known name nor a folder or a table.
+        FileNotFoundError: there is no such table.
+        DataError: the images can't be used as they are; it lists every fault found.
         ImportError: a data set's package is missing; the text names the extra that brings it.
     """
     if source in DATA_SETS:
         return DATA_SETS[source]()
-    if Path(source).is_dir():
-        return load_folder(Path(source), check=check)
-    raise ValueError(
-        unknown_name("data", source, DATA_SETS, hint=", or a folder with one sub-folder a class")
-    )
+    path = Path(source)
+    if path.is_dir():
+        load = load_saved_dataset if is_saved_dataset(path) else load_folder
+        return load(path, check=check)
+    if path.suffix.lower() in SUFFIXES:
+        return load_table(path, check=check)
+    hint = ", or a folder with one sub-folder a class, or a .csv or .jsonl file"
+    raise ValueError(unknown_name("data", source, DATA_SETS, hint=hint))
 
 
 __all__ = [
+    "PRESETS",
+    "Augmented",
     "DataError",
+    "Draw",
     "ImageData",
     "Preloaded",
     "Transformed",
+    "Transforms",
     "available_data",
+    "folds",
     "load_data",
     "load_folder",
+    "load_saved_dataset",
+    "load_table",
     "prepare",
+    "prepare_training",
 ]

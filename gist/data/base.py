@@ -1,21 +1,20 @@
-"""Data sets, and how their images become a model's input.
-
-Preprocessing is VTAB's: each image is resized straight to a square, bicubic and antialiased,
-without crop or augmentation, then normalised as the backbone expects.
-"""
+"""Data sets of images, and their items as a model's input."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+
+from gist.data.transforms import Transforms, seeded
 
 # Up to this size a split is decoded and resized once and kept as bytes.
 PRELOAD_BYTES = 512 * 2**20
@@ -28,6 +27,15 @@ class Images(Protocol):
     def labels(self) -> Sequence[int]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
+
+
+@runtime_checkable
+class ReducibleImages(Images, Protocol):
+    """Images that can be decoded at a smaller size than they were saved with."""
+
+    def reduced(self, least_side: int) -> Images:
+        """The same images; the shorter side of a reduced one has at least ``least_side`` pixels."""
+        ...
 
 
 class DataError(ValueError):
@@ -87,63 +95,110 @@ def fingerprint(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(
-    split: Images, img_size: int, data_config: Mapping[str, Any]
-) -> Transformed | Preloaded:
-    """The split as normalised float (3, img_size, img_size) images and int labels.
+def prepare(split: Images, transforms: Transforms) -> Transformed | Preloaded:
+    """The split as normalised float (3, img_size, img_size) images and int labels, as evaluated.
 
     Decoded once and held in memory where it fits (:data:`PRELOAD_BYTES`), else decoded when asked.
-
-    Args:
-        split: of an :class:`ImageData`.
-        img_size: side in pixels.
-        data_config: ``mean`` and ``std``, as timm's ``resolve_model_data_config`` returns them.
     """
-    transformed = Transformed(split, img_size, data_config)
-    fits = len(transformed) * 3 * img_size**2 <= PRELOAD_BYTES
+    transformed = Transformed(split, transforms)
+    fits = len(transformed) * 3 * transforms.img_size**2 <= PRELOAD_BYTES
     return Preloaded(transformed) if fits else transformed
 
 
-class Transformed(Dataset[tuple[torch.Tensor, int]]):
-    """A split decoded, resized and normalised item by item."""
+def prepare_training(
+    split: Images, transforms: Transforms, seed: int
+) -> Transformed | Preloaded | Augmented:
+    """The split as a training takes it: with random draws, if ``transforms`` makes any.
 
-    def __init__(self, split: Images, img_size: int, data_config: Mapping[str, Any]) -> None:
-        self.split, self.img_size = split, img_size
-        self.mean = torch.tensor(data_config["mean"])[:, None, None]
-        self.std = torch.tensor(data_config["std"])[:, None, None]
+    Args:
+        seed: of the draws.
+    """
+    if transforms.training is None:
+        return prepare(split, transforms)
+    return Augmented(split, transforms, seed)
+
+
+class Transformed(Dataset[tuple[torch.Tensor, int]]):
+    """A split decoded and transformed item by item, as in evaluation."""
+
+    def __init__(self, split: Images, transforms: Transforms) -> None:
+        self.split = decoded_for(split, transforms.least_side())
+        self.transforms = transforms
+        self._transform = transforms.for_evaluation()
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         pixels, label = self.pixels(index)
-        return self.normalise(pixels), label
+        return self.transforms.normalise(pixels), label
 
     def pixels(self, index: int) -> tuple[torch.Tensor, int]:
         """One image as uint8 (3, img_size, img_size), and its label."""
         image, label = self.split[index]
-        # PIL's bicubic filter widens with the scale, as antialias=True does elsewhere.
-        image = image.resize((self.img_size, self.img_size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(label)
-
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        return (pixels.float() / 255 - self.mean) / self.std
+        return self._transform(image), int(label)
 
 
 class Preloaded(Dataset[tuple[torch.Tensor, int]]):
-    """A :class:`Transformed` split decoded once and kept as uint8."""
+    """A :class:`Transformed` split decoded once, by threads, and kept as uint8."""
 
     def __init__(self, transformed: Transformed) -> None:
-        self._normalise = transformed.normalise
-        size = transformed.img_size
+        self._normalise = transformed.transforms.normalise
+        size = transformed.transforms.img_size
         self.pixels = torch.empty(len(transformed), 3, size, size, dtype=torch.uint8)
-        self.labels: list[int] = []
-        for index in range(len(transformed)):
-            self.pixels[index], label = transformed.pixels(index)
-            self.labels.append(label)
+        self.labels = [0] * len(transformed)
+
+        def read(index: int) -> None:
+            self.pixels[index], self.labels[index] = transformed.pixels(index)
+
+        with ThreadPoolExecutor() as pool:
+            # Exhausts the results, so that the first error is raised.
+            deque(pool.map(read, range(len(transformed))), maxlen=0)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self._normalise(self.pixels[index]), self.labels[index]
+
+
+class Draw(NamedTuple):
+    """One use of an image in training.
+
+    Attributes:
+        image: its index in the split.
+        epoch: from 1.
+        repeat: how often the epoch has used the image before.
+    """
+
+    image: int
+    epoch: int
+    repeat: int
+
+
+class Augmented(Dataset[tuple[torch.Tensor, int]]):
+    """A split decoded and transformed at random.
+
+    An item depends only on ``seed`` and the :class:`Draw` that asks for it, not on the process or
+    on what came before. The global generators stay as they are.
+    """
+
+    def __init__(self, split: Images, transforms: Transforms, seed: int) -> None:
+        self.split = decoded_for(split, transforms.least_side(training=True))
+        self.seed = seed % 2**64  # seeds may be negative
+        self._transform = transforms.for_training()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, int]:
+        image, label = self.split[draw.image]
+        with seeded((self.seed, draw.epoch, draw.image, draw.repeat)):
+            return self._transform(image), int(label)
+
+
+def decoded_for(split: Images, least_side: int | None) -> Images:
+    """The split decoded at a smaller size, if it can be; None: in full."""
+    if least_side is None or not isinstance(split, ReducibleImages):
+        return split
+    return split.reduced(least_side)

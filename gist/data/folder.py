@@ -8,24 +8,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from gist.data.base import DataError, ImageData, fingerprint
 from gist.data.images import decode, image_suffixes, read_image
+from gist.data.split import split_off_val, too_few_to_split
 from gist.data.walk import find_images
 
 SPLITS = ("train", "val", "test")
-VAL_SHARE = 0.2
 Sample = tuple[Path, int]
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Image files with their labels, decoded on access. A DataError names what can't be read."""
+    """Image files with their labels, decoded on access. A DataError names what can't be read.
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
+    Args:
+        samples: paths and labels.
+        least_side: as :func:`gist.data.images.decode` takes it.
+    """
+
+    def __init__(self, samples: Sequence[Sample], least_side: int | None = None) -> None:
+        self.samples, self.least_side = samples, least_side
+
+    def reduced(self, least_side: int) -> ImageFiles:
+        """The same files, of which large JPEGs are decoded at a smaller size."""
+        return ImageFiles(self.samples, least_side)
 
     @property
     def labels(self) -> list[int]:
@@ -37,7 +45,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         try:
-            return read_image(path), label
+            return read_image(path, self.least_side), label
         except Exception as error:  # decoders of damaged files raise anything
             raise DataError(unreadable(path, error)) from error
 
@@ -90,18 +98,47 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
             samples[split] += [(file, label) for file in found.images]
             passed_over += found.passed_over
             faults += found.faults
+    return data_of_files(root, sorted(classes), samples, faults, passed_over, check=check)
+
+
+def data_of_files(
+    source: Path,
+    classes: Sequence[str],
+    samples: dict[str, list[Sample]],
+    faults: Sequence[str],
+    passed_over: Sequence[Path] = (),
+    *,
+    check: bool,
+) -> ImageData:
+    """Image files of known classes and splits.
+
+    Args:
+        source: the folder or table that names them.
+        samples: of each split; without "val", a fifth of each class in "train" is set apart.
+        faults: found so far, a line each.
+        check: as :func:`load_folder` takes it.
+
+    Raises:
+        DataError: ``faults``, and those found here.
+    """
+    faults = list(faults)
     if "val" not in samples:
-        faults += _split_off_val(samples, sorted(classes))
+        labels = [label for _, label in samples["train"]]
+        faults += too_few_to_split(labels, classes)
+        train, val = split_off_val(labels)
+        of_train = samples["train"]
+        samples = {**samples, "train": [of_train[i] for i in train]}
+        samples["val"] = [of_train[i] for i in val]
     paths = [path for split in samples.values() for path, _ in split]
     digests: list[bytes] = []
     if check:
         digests, unread = _read_all(paths)
         faults += unread
     if faults:
-        raise DataError(f"{root} can't be trained on:\n  " + "\n  ".join(sorted(faults)))
+        raise DataError(f"{source} can't be trained on:\n  " + "\n  ".join(sorted(faults)))
     return ImageData(
-        name=root.resolve().name,
-        classes=tuple(sorted(classes)),
+        name=source.resolve().stem if source.is_file() else source.resolve().name,
+        classes=tuple(classes),
         train=ImageFiles(samples["train"]),
         val=ImageFiles(samples["val"]),
         test=ImageFiles(samples["test"]) if "test" in samples else None,
@@ -124,31 +161,10 @@ def _beside(root: Path, folders: Mapping[str, Path]) -> list[Path]:
     return sorted(p for p in found if not p.name.startswith("."))
 
 
-def _split_off_val(samples: dict[str, list[Sample]], classes: Sequence[str]) -> list[str]:
-    """Move a fifth of each class from train to val; returns the classes too small for that."""
-    random, faults = np.random.default_rng(0), []
-    by_class: dict[int, list[Sample]] = {}
-    for sample in samples["train"]:
-        by_class.setdefault(sample[1], []).append(sample)
-    train: list[Sample] = []
-    samples["val"] = []
-    for label, of_class in by_class.items():
-        if len(of_class) == 1:
-            faults.append(
-                f"class {classes[label]!r} has one image; two are needed to set one apart for val"
-            )
-        count = max(1, round(VAL_SHARE * len(of_class)))
-        chosen = set(random.permutation(len(of_class))[:count].tolist())
-        for index, sample in enumerate(of_class):
-            (samples["val"] if index in chosen else train).append(sample)
-    samples["train"] = train
-    return faults
-
-
 def _fingerprint(samples: Mapping[str, Sequence[Sample]], digests: Sequence[bytes]) -> str:
     """The fingerprint of images in splits, by their content if ``digests`` has it."""
     listed = [(split, *sample) for split, of_split in samples.items() for sample in of_split]
-    contents = digests or [_status(path) for _, path, _ in listed]
+    contents = digests or [status(path) for _, path, _ in listed]
     # Names as the file system has them: they need not be UTF-8.
     identities: Iterator[bytes] = (
         part
@@ -158,7 +174,8 @@ def _fingerprint(samples: Mapping[str, Sequence[Sample]], digests: Sequence[byte
     return ("" if digests else "unread-") + fingerprint(identities)
 
 
-def _status(path: Path) -> bytes:
+def status(path: Path) -> bytes:
+    """A file's size and time of modification, which stand for its content."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns}".encode()
 
@@ -169,7 +186,7 @@ def _read_all(paths: Sequence[Path]) -> tuple[list[bytes], list[str]]:
     def read(path: Path) -> tuple[bytes, str | None]:
         try:
             data = path.read_bytes()
-            decode(data)
+            decode(data, least_side=1)  # reads all of a JPEG's data, and computes few pixels
         except Exception as error:  # decoders of damaged files raise anything
             return b"", unreadable(path, error)
         return hashlib.sha256(data).digest(), None

@@ -3,12 +3,79 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset
+
+from gist.data.base import Images, decoded_for
 
 SEED = 2312_07255  # for the data sets' splits; independent of a training's seed
+VAL_SHARE = 0.2
+
+
+class Joined(Dataset[tuple[Image.Image, int]]):
+    """Two or more splits, one after the other."""
+
+    def __init__(self, *splits: Images) -> None:
+        self.splits = splits
+        self._all: Dataset[Any] = ConcatDataset(cast(Iterable[Dataset[Any]], splits))
+        self.labels = [label for split in splits for label in split.labels]
+
+    def reduced(self, least_side: int) -> Joined:
+        return Joined(*(decoded_for(split, least_side) for split in self.splits))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self._all[index]
+
+
+class Part(Dataset[tuple[Image.Image, int]]):
+    """Some images of a split, by their indices."""
+
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, indices
+        labels = images.labels
+        self.labels = [int(labels[i]) for i in indices]
+
+    def reduced(self, least_side: int) -> Part:
+        return Part(decoded_for(self.images, least_side), self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[self.indices[index]]
+
+
+def split_off_val(labels: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Indices to train on, and a fifth of each class, at least one image, for validation."""
+    random = np.random.default_rng(0)
+    by_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_class.setdefault(label, []).append(index)
+    train: list[int] = []
+    val: list[int] = []
+    for of_class in by_class.values():
+        count = max(1, round(VAL_SHARE * len(of_class)))
+        chosen = set(random.permutation(len(of_class))[:count].tolist())
+        for place, index in enumerate(of_class):
+            (val if place in chosen else train).append(index)
+    return train, val
+
+
+def too_few_to_split(labels: Sequence[int], classes: Sequence[str]) -> list[str]:
+    """A line per class with one image, which :func:`split_off_val` leaves none to train on."""
+    return [
+        f"class {classes[label]!r} has one image; two are needed to set one apart for val"
+        for label, count in Counter(labels).items()
+        if count == 1
+    ]
 
 
 def pixel_digest(image: Image.Image) -> bytes:

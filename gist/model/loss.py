@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ class GistLoss(nn.Module):
     Args:
         detach: "cls" or "gist", the side that the KL terms don't train; None trains both, as
             released. The cross-entropies train both sides in any case.
+        class_weights: of each class, a positive factor on all terms of its images. The mean still
+            divides by the number of images, so that parts of a batch add up to the whole. Class
+            probabilities have their mean weight. None: 1 for every class.
 
     Attributes:
         kl_scale: factor on both KL terms; 1, unless a schedule sets it at each step.
@@ -36,8 +41,11 @@ class GistLoss(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         detach: str | None = None,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if class_weights is not None and not all(0 < w < math.inf for w in class_weights):
+            raise ValueError(f"class_weights must be positive numbers; they are {class_weights}")
         if detach not in (None, "cls", "gist"):
             raise ValueError(f"detach must be 'cls', 'gist' or None; it is {detach!r}")
         self.temperature = temperature
@@ -48,6 +56,9 @@ class GistLoss(nn.Module):
         self.ignore_index = ignore_index
         self.detach = detach
         self.kl_scale = 1.0
+        weights = None if class_weights is None else torch.tensor(class_weights).float()
+        self.class_weights: torch.Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def extra_repr(self) -> str:
         return (
@@ -90,6 +101,7 @@ class GistLoss(nn.Module):
             kl_weights=tuple(self.kl_scale * weight for weight in self.kl_weights),
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            row_weight=self._row_weight(cls_logits, target),
             return_terms=return_terms,
         )
         if apart is None:
@@ -97,9 +109,30 @@ class GistLoss(nn.Module):
         return (result[0] + apart, result[1]) if return_terms else result + apart
 
     def _cross_entropy(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(
+        weights = self._row_weight(logits, target)
+        loss = F.cross_entropy(
             logits.float() if self.detach and logits.dtype.itemsize < 4 else logits,
             target,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            reduction="mean" if weights is None else "none",
         )
+        if weights is None:
+            return loss
+        images = len(target) if target.is_floating_point() else (target != self.ignore_index).sum()
+        return (weights * loss).sum() / images
+
+    def _row_weight(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+        """(B,) float32, the weight of each image."""
+        if self.class_weights is None:
+            return None
+        if len(self.class_weights) != logits.shape[-1]:
+            raise ValueError(
+                f"class_weights must have one number per class, {logits.shape[-1]}; they have "
+                f"{len(self.class_weights)}"
+            )
+        if self.class_weights.device != target.device:
+            self.class_weights = self.class_weights.to(target.device)
+        if target.is_floating_point():
+            return target.float() @ self.class_weights
+        return self.class_weights[target.masked_fill(target == self.ignore_index, 0)]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timm.data import resolve_model_data_config
 
-from gist.backbones.create import input_size
 from gist.data import DataError
 from gist.data.base import Transformed
 from gist.data.folder import ImageFiles
 from gist.data.walk import Found, find_images
 from gist.model.saving import CONFIG_FILE
-from gist.runs.run import load_run
+from gist.runs.run import load_run, transforms_of
 
 
 class Prediction(NamedTuple):
@@ -73,19 +72,26 @@ def predict(
     classes = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["classes"]
     found = images if isinstance(images, Found) else find(images)
     files, faults = found.images, found.faults
-    img_size = input_size(model.backbone)
-    normalisation = resolve_model_data_config(model.backbone)
-    inputs = Transformed(ImageFiles([(file, 0) for file in files]), img_size, normalisation)
+    inputs = Transformed(ImageFiles([(file, 0) for file in files]), transforms_of(directory))
+
+    def decoded(index: int) -> torch.Tensor | DataError:
+        try:
+            return inputs[index][0]
+        except DataError as error:
+            return error
+
     for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        with ThreadPoolExecutor() as pool:
+            images_read = list(pool.map(decoded, range(start, start + len(batch))))
         read: list[Path] = []
         pixels: list[torch.Tensor] = []
-        for index, file in enumerate(files[start : start + batch_size], start):
-            try:
-                pixels.append(inputs[index][0])
-            except DataError as error:
-                faults.append(str(error))
+        for file, image in zip(batch, images_read, strict=True):
+            if isinstance(image, DataError):
+                faults.append(str(image))
             else:
                 read.append(file)
+                pixels.append(image)
         if not read:
             continue
         with torch.no_grad():

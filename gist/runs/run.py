@@ -9,11 +9,12 @@ is not done again.
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from timm.data import resolve_model_data_config
 
 from gist.backbones import create_backbone
 from gist.backbones.create import find_weights, input_size, skeleton
-from gist.data import ImageData, prepare
+from gist.data import PRESETS, ImageData, Transforms, prepare, prepare_training
 from gist.files import write_json
 from gist.model.config import GistConfig
 from gist.model.describe import count_parameters
@@ -33,12 +34,15 @@ from gist.model.wrapped import GistModel, wrap
 from gist.runs.provenance import describe_machine, git_revision, versions
 from gist.training.config import TrainConfig
 from gist.training.evaluation import evaluate, processes
+from gist.training.loading import default_workers
 from gist.training.log import Log
 from gist.training.loop import Epoch, fit
 from gist.training.state import ResumeFile, check_same
+from gist.validate import check_choice
 
 RESULTS_FILE = "results.json"
 RESUME_FILE = "resume.pt"
+BALANCES = ("uniform", "balanced")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class RunConfig:
         pretrained: the model's own weights, from timm's hub or its folder.
         img_size: side of the square images; None for the backbone's own.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
+        augment: the preset of the images' transforms, as :meth:`gist.data.Transforms.of` takes it.
+        sampling: "uniform": an epoch takes each training image once. "balanced": an epoch draws as
+            many images, each class equally often on average.
+        class_weights: "uniform"; or "balanced": the loss counts an image by the reciprocal of its
+            class's share of the training images, with a mean of 1.
         loss: arguments of :class:`gist.GistLoss` other than its defaults.
     """
 
@@ -66,9 +75,25 @@ class RunConfig:
     img_size: int | None = None
     drop_path: float = 0.0
     loss: Mapping[str, Any] = field(default_factory=dict)
+    augment: str = "vtab"
+    sampling: str = "uniform"
+    class_weights: str = "uniform"
+
+    def __post_init__(self) -> None:
+        check_choice("augment", self.augment, PRESETS)
+        for name in ("sampling", "class_weights"):
+            check_choice(name, getattr(self, name), BALANCES)
+        if self.sampling == self.class_weights == "balanced":
+            raise ValueError("sampling and class_weights both balance the classes; choose one")
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "gist": self.gist.to_dict()}
+        """JSON values. A setting that earlier versions did not have is left out at its default."""
+        described = {**asdict(self), "gist": self.gist.to_dict()}
+        added = {"augment": "vtab", "sampling": "uniform", "class_weights": "uniform"}
+        for name, default in added.items():
+            if described[name] == default:
+                del described[name]
+        return described
 
 
 def check_model(config: RunConfig) -> None:
@@ -110,7 +135,7 @@ def run(
     directory: Path,
     *,
     device: str = "cpu",
-    workers: int = 0,
+    workers: int | None = 0,
     fresh: bool = False,
     save_every: int = 0,
     log_every: int = 1,
@@ -132,6 +157,8 @@ def run(
         data: ``config.data``, loaded.
         directory: made if missing.
         device: where to train; with several processes, "cuda" is each process's own device.
+        workers: loader processes of each process; None for
+            :func:`gist.training.loading.default_workers`. Images in memory need none.
         fresh: train again from the beginning, even if the run is finished.
         save_every: steps between saves of the training's state, beside each epoch's end.
         log_every: steps between rows of log.csv.
@@ -145,6 +172,8 @@ def run(
     listener = listener or Listener()
     process = processes(device)
     main = process.is_main_process
+    if workers is None:
+        workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     where = process.device if process.num_processes > 1 else torch.device(device)
     # Through JSON, so that it compares equal to an earlier run's.
     described = json.loads(json.dumps({**config.to_dict(), "data_fingerprint": data.fingerprint}))
@@ -174,10 +203,13 @@ def run(
     model = wrap(backbone, config.gist).to(where)
     normalisation = resolve_model_data_config(backbone)
     img_size = input_size(backbone)
-    as_input = partial(prepare, img_size=img_size, data_config=normalisation)
-    train = as_input(data.train)
-    val = as_input(data.val) if data.val is not None else None
-    loss = GistLoss(**config.loss) if config.loss else None
+    transforms = Transforms.of(config.augment, normalisation, img_size)
+    train = prepare_training(data.train, transforms, config.train.seed)
+    val = prepare(data.val, transforms) if data.val is not None else None
+    options = dict(config.loss)
+    if config.class_weights == "balanced":
+        options["class_weights"] = balanced_class_weights(data.train.labels, len(data.classes))
+    loss = GistLoss(**options) if options else None
     batches = -(-len(train) // config.train.batch_size)  # rounded up
     listener.starts(model, (config.train.stop_after or config.train.epochs) * batches)
 
@@ -187,6 +219,9 @@ def run(
         val,
         config.train,
         loss=loss,
+        sample_weights=balanced_weights(data.train.labels)
+        if config.sampling == "balanced"
+        else None,
         workers=workers,
         on_step=listener.step,
         on_epoch=listener.epoch,
@@ -205,13 +240,14 @@ def run(
         "seconds": fitted.seconds,
         "normalisation": {key: normalisation[key] for key in ("mean", "std")},
         "img_size": img_size,
+        "transforms": transforms.to_dict(),
         "machine": {**describe_machine(where), "processes": process.num_processes},
         "versions": versions(),
         "git": git_revision(),
     }
     if data.test is not None and not fitted.interrupted:
         started = time.perf_counter()
-        results["test"] = asdict(evaluate(model, as_input(data.test), workers=workers))
+        results["test"] = asdict(evaluate(model, prepare(data.test, transforms), workers=workers))
         results["seconds"] += time.perf_counter() - started
     if main:
         save(model, directory, classes=list(data.classes))
@@ -223,10 +259,44 @@ def run(
     return {**results, "reused": False}
 
 
+def balanced_weights(labels: Sequence[int]) -> list[float]:
+    """Weights by which each class that occurs is drawn equally often."""
+    images = Counter(labels)
+    return [1 / images[label] for label in labels]
+
+
+def balanced_class_weights(labels: Sequence[int], classes: int) -> list[float]:
+    """Weights by which each class counts as much as any other; their mean over images is 1.
+
+    A class without an image has the weight of a class with one.
+    """
+    images = Counter(labels)
+    return [len(labels) / (len(images) * max(1, images[label])) for label in range(classes)]
+
+
 def read_results(directory: Path) -> dict[str, Any] | None:
     """A run's results, or None where there are none."""
     path = directory / RESULTS_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def transforms_of(directory: Path) -> Transforms:
+    """The transforms that a finished run recorded. An earlier version's runs all had "vtab".
+
+    Raises:
+        FileNotFoundError: ``directory`` holds no finished run.
+    """
+    results = _finished(directory)
+    if "transforms" in results:
+        return Transforms.from_dict(results["transforms"])
+    return Transforms.of("vtab", results["normalisation"], results["img_size"])
+
+
+def _finished(directory: Path) -> dict[str, Any]:
+    results = read_results(directory)
+    if results is None:
+        raise FileNotFoundError(f"{directory} holds no finished run: there is no {RESULTS_FILE}")
+    return results
 
 
 def load_run(directory: Path) -> GistModel:
@@ -235,9 +305,7 @@ def load_run(directory: Path) -> GistModel:
     Raises:
         FileNotFoundError: ``directory`` holds no finished run.
     """
-    results = read_results(directory)
-    if results is None:
-        raise FileNotFoundError(f"{directory} holds no finished run: there is no {RESULTS_FILE}")
+    results = _finished(directory)
     config = results["config"]
     saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     torch.manual_seed(config["train"]["seed"])  # in case the backbone's weights were drawn

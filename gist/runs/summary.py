@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,17 @@ def table(runs: Mapping[str, Results], title: str) -> Table:
         result.add_row(
             name,
             f"{test['accuracy']:.1%}" if test else "-",
-            f"{run['val_accuracy']:.1%}",
+            "-" if run["val_accuracy"] is None else f"{run['val_accuracy']:.1%}",
             *(f"{parameters[part]:,}" for part in ("method", "token", "head")),
             f"{run['fit']['images_per_second']:.0f}",
             f"{run['seconds']:.0f} s",
         )
     return result
+
+
+def _percent(accuracy: float | None) -> float:
+    """nan, which draws nothing, without validation images."""
+    return math.nan if accuracy is None else 100 * accuracy
 
 
 def plot(runs: Mapping[str, Results], path: Path, title: str) -> None:
@@ -48,10 +54,11 @@ def plot(runs: Mapping[str, Results], path: Path, title: str) -> None:
         history = run["fit"]["history"]
         epochs = [epoch["epoch"] for epoch in history]
         (line,) = accuracy.plot(
-            epochs, [100 * epoch["val_accuracy"] for epoch in history], label=name
+            epochs, [_percent(epoch["val_accuracy"]) for epoch in history], label=name
         )
         best = run["fit"]["best_epoch"]
-        accuracy.plot(best, 100 * run["val_accuracy"], "o", color=line.get_color())
+        if run["val_accuracy"] is not None:
+            accuracy.plot(best, 100 * run["val_accuracy"], "o", color=line.get_color())
         loss.plot(epochs, [epoch["train_loss"] for epoch in history], label=name)
     accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
     accuracy.set_title("accuracy (dot: the epoch kept)", fontsize=10)

@@ -14,8 +14,8 @@ from PIL import Image
 from gist.data import ImageData
 from gist.data.base import Images
 from gist.data.images import to_rgb
-from gist.data.split import distinct, pixel_digest, stratified
-from gist.suites.vtab_layout import LISTS, Joined
+from gist.data.split import Joined, distinct, pixel_digest, stratified
+from gist.suites.vtab_layout import LISTS
 from gist_kernels.check import unknown_name
 
 

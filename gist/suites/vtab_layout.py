@@ -7,17 +7,15 @@ ROOT/<task>/images/<split>/000000.jpg
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
-
-from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset
+from typing import Any
 
 from gist.data import DataError, ImageData
-from gist.data.base import Images, fingerprint
+from gist.data.base import fingerprint
 from gist.data.folder import ImageFiles, Sample
+from gist.data.split import Joined
 from gist.suites.tasks import Task
 
 LISTS = ("train800", "val200", "train800val200", "test")
@@ -147,17 +145,3 @@ def stages_of(data: ImageData) -> Stages:
         select=replace(data, test=None),
         final=replace(data, train=Joined(data.train, data.val), val=None),
     )
-
-
-class Joined(Dataset[tuple[Image.Image, int]]):
-    """Two or more splits, one after the other."""
-
-    def __init__(self, *splits: Images) -> None:
-        self._both: Dataset[Any] = ConcatDataset(cast(Iterable[Dataset[Any]], splits))
-        self.labels = [label for split in splits for label in split.labels]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self._both[index]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from gist.data.base import Draw
 
-class BatchSampler(Sampler[list[int]]):
+
+class BatchSampler(Sampler[list[int] | list[Draw]]):
     """The batches of an epoch, from any step on, split into the parts of one process.
 
     The order depends only on seed and epoch. Each batch is split into ``accumulate`` times
@@ -18,6 +22,13 @@ class BatchSampler(Sampler[list[int]]):
     Args:
         count: images in an epoch.
         batch_size: images a step, over all parts; the last batch of an epoch may be smaller.
+        draws: give each image as a :class:`gist.data.Draw`, which :class:`gist.data.Augmented`
+            takes, instead of its index.
+        weights: of each image, its share of the draws; an epoch draws ``count`` images with
+            replacement. None: an epoch takes each image once.
+
+    Raises:
+        ValueError: another number of weights than images.
     """
 
     def __init__(
@@ -29,12 +40,20 @@ class BatchSampler(Sampler[list[int]]):
         accumulate: int = 1,
         process: int = 0,
         processes: int = 1,
+        draws: bool = False,
+        weights: Sequence[float] | None = None,
     ) -> None:
+        if weights is not None and len(weights) != count:
+            raise ValueError(
+                f"weights must have one number per image, {count:,}; they have {len(weights):,}"
+            )
         self.count, self.batch_size = count, batch_size
         self.accumulate, self.process, self.processes = accumulate, process, processes
+        self.draws = draws
+        self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn = 0
-        self._parts: list[list[int]] = []
+        self._parts: list[list[int] | list[Draw]] = []
 
     def __len__(self) -> int:
         """Number of steps in an epoch."""
@@ -43,21 +62,43 @@ class BatchSampler(Sampler[list[int]]):
     def start(self, epoch: int, step: int = 0) -> list[tuple[int, int]]:
         """Go to an epoch, later than any before, and past its first ``step`` steps.
 
-        Iterating then gives the indices of each part. Returned is, for each step left, how many
+        Iterating then gives the images of each part. Returned is, for each step left, how many
         images its batch has and how many parts this process."""
         while self._drawn < epoch:
             self._drawn += 1
+            if self._weights is not None:
+                order = torch.multinomial(
+                    self._weights, self.count, replacement=True, generator=self._generator
+                )
+                continue
             # The same draws, and so the same order, as DataLoader(shuffle=True).
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
             order = torch.randperm(self.count, generator=self._generator)
             torch.randperm(self.count, generator=self._generator)
+        items: list[Any] = order.tolist()
+        if self.draws:
+            items = _draws(items, epoch)
         steps, self._parts = [], []
-        for batch in order.split(self.batch_size)[step:]:
-            cut = batch.tensor_split(self.accumulate * self.processes)
-            own = [part.tolist() for part in cut[self.process :: self.processes] if len(part)]
+        for first in range(step * self.batch_size, self.count, self.batch_size):
+            batch = items[first : first + self.batch_size]
+            cut = torch.arange(len(batch)).tensor_split(self.accumulate * self.processes)
+            own = [
+                [batch[i] for i in part.tolist()]
+                for part in cut[self.process :: self.processes]
+                if len(part)
+            ]
             self._parts += own
             steps.append((len(batch), len(own)))
         return steps
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int] | list[Draw]]:
         return iter(self._parts)
+
+
+def _draws(order: Sequence[int], epoch: int) -> list[Draw]:
+    used: Counter[int] = Counter()
+    draws = []
+    for index in order:
+        draws.append(Draw(index, epoch, used[index]))
+        used[index] += 1
+    return draws

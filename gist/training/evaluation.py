@@ -14,6 +14,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from gist.training.loading import loaded, workers_for
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -43,7 +45,7 @@ def evaluate(
     """
     model.eval()
     device = next(model.parameters()).device
-    state = processes(device)
+    state, workers = processes(device), workers_for(data, workers)
     if state.num_processes > 1:
         share = range(state.process_index, len(data), state.num_processes)  # type: ignore[arg-type]
         data = Subset(data, share)
@@ -56,7 +58,7 @@ def evaluate(
         # The default is the global generator: its draw would change a training.
         generator=torch.Generator(),
     )
-    for images, target in loader:
+    for images, target in loaded(loader):
         target = target.to(device)
         logits = model(images.to(device)).float()
         right = (logits.argmax(1) == target).sum()

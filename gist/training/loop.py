@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
 from timm.scheduler import CosineLRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import gist_kernels as gk
+from gist.data.base import Augmented
 from gist.model.loss import GistLoss
 from gist.model.wrapped import GistModel
 from gist.training.batches import BatchSampler
@@ -26,45 +27,16 @@ from gist.training.config import PRECISIONS, TrainConfig
 from gist.training.cuda_graph import CudaGraphed
 from gist.training.ema import Ema
 from gist.training.evaluation import evaluate, processes
+from gist.training.loading import loaded, training_loader
 from gist.training.log import Log
 from gist.training.mixup import Mixup
 from gist.training.optimizer import create_optimizer
+from gist.training.result import Epoch, FitResult
 from gist.training.state import ResumeFile, rng_state, seed_all, set_rng_state
 from gist_kernels.kernels.cpu import memory
 
 # Steps between two reads of the loss. On a GPU, a read waits for the device.
 READ_EVERY = {"cpu": 1, "cuda": 10}
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Measurements of a finished epoch; ``val_`` are None without validation images."""
-
-    epoch: int
-    train_loss: float
-    val_accuracy: float | None
-    val_loss: float | None
-    train_seconds: float
-
-
-@dataclass
-class FitResult:
-    """The history of a training.
-
-    The model then holds the parameters of ``best_epoch``, which is the last one where there are no
-    validation images.
-    """
-
-    history: list[Epoch] = field(default_factory=list)
-    best_epoch: int | None = None
-    images_per_second: float = math.nan
-    """Training throughput: images over the seconds spent in training steps."""
-    interrupted: bool = False
-    seconds: float = 0.0
-    """Time of all starts, with evaluation. A killed start counts up to its last save."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fit(
@@ -74,6 +46,7 @@ def fit(
     config: TrainConfig,
     *,
     loss: GistLoss | None = None,
+    sample_weights: Sequence[float] | None = None,
     workers: int = 0,
     on_step: Callable[[int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -88,11 +61,14 @@ def fit(
     Args:
         model: on the device to train on.
         train, val: items are a float (3, H, W) image, normalised, and an int class. Without
-            ``val``, epochs are not evaluated.
+            ``val``, epochs are not evaluated. A :class:`gist.data.Augmented` ``train`` gets each
+            image's draw.
         config: the schedule.
         loss: default :class:`gist.GistLoss` with the published weights and
             ``config.label_smoothing``. Any other loss must be a mean over images.
-        workers: loader processes.
+        sample_weights: of each training image, its share of the draws; an epoch then draws as many
+            images as there are, with replacement. None: an epoch takes each image once.
+        workers: loader processes; images in memory need none.
         on_step: called in order with each step's number, from 1, and its loss; on a GPU some steps
             late, because each read of a loss waits for the device.
         on_epoch: called with each finished epoch.
@@ -100,8 +76,9 @@ def fit(
             training resumes from ``resume_file``.
         resume_file: saved at each epoch's end and every ``resume_file.every`` steps. If it holds a
             state, the training resumes from it. On a CPU the result then has the bits of a training
-            that was never stopped, unless ``workers`` load items that are drawn at random. The file
-            stays after the last epoch: remove it once the result is safe.
+            that was never stopped, whatever ``workers`` are, unless items other than those of
+            :class:`gist.data.Augmented` are drawn at random. The file stays after the last epoch:
+            remove it once the result is safe.
         log: records each step.
 
     Returns:
@@ -117,7 +94,7 @@ def fit(
     """
     if next(model.parameters()).device.type == "cpu":
         memory.keep_freed()
-    training = _Training(model, train, val, config, loss, workers, resume_file, log)
+    training = _Training(model, train, val, config, loss, sample_weights, workers, resume_file, log)
     training.on_step, training.on_epoch = on_step, on_epoch
     try:
         training.resume(on_resume)
@@ -125,6 +102,7 @@ def fit(
     except KeyboardInterrupt:
         training.result.interrupted = True
     finally:
+        del training.loader  # ends its workers
         if log is not None:
             log.close()
     training.result.seconds = training.seconds()
@@ -173,6 +151,7 @@ class _Training:
         val: Dataset[Any] | None,
         config: TrainConfig,
         loss: GistLoss | None,
+        sample_weights: Sequence[float] | None,
         workers: int,
         resume_file: ResumeFile | None,
         log: Log | None,
@@ -200,14 +179,11 @@ class _Training:
             accumulate=config.accumulate,
             process=rank,
             processes=world,
+            draws=isinstance(train, Augmented),
+            weights=sample_weights,
         )
-        self.loader = DataLoader(
-            train,
-            batch_sampler=self.batches,
-            generator=torch.Generator().manual_seed(config.seed + rank),  # draws the workers' seeds
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda",
+        self.loader = training_loader(
+            train, self.batches, workers=workers, seed=config.seed + rank, device=self.device
         )
         self.optimizer = create_optimizer(model, config)
         steps = config.epochs * len(self.batches)
@@ -246,8 +222,7 @@ class _Training:
         self.model.train()
         steps = self.batches.start(self.at.epoch, self.at.batch)
         start, before = time.perf_counter(), self.at.epoch_seconds
-        # Even without a batch, an iterator would start the loader's workers.
-        parts = iter(self.loader) if steps else iter(())
+        parts = loaded(self.loader)
         for size, own in steps:
             self._step(parts, size, own)
             due = self.resume_file is not None and self.resume_file.every

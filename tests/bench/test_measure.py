@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from bench import measure, report
 from gist import cli
@@ -277,6 +278,35 @@ def test_a_loaders_case_measures_what_it_says(tmp_path):
     for name, call in small.calls.items():
         last = call()
         assert name == "training step" or last.shape == (4, 3, 32, 32)
+
+
+def test_photos_are_loaded_in_turn(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    from bench import loader
+    from gist.data import load_folder
+
+    monkeypatch.setattr(loader, "PHOTO_SIZE", (800, 600))
+    loader.write_photos(tmp_path, 5)
+    files = load_folder(tmp_path).train
+    assert len(files) == 5
+    assert files[0][0].size == (800, 600)
+    seen = []
+    monkeypatch.setattr(
+        loader.Augmented, "__getitem__", lambda self, draw: seen.append(draw) or (torch.ones(1), 0)
+    )
+    monkeypatch.setattr(
+        loader,
+        "DataLoader",
+        lambda data, **options: DataLoader(data, batch_sampler=options["batch_sampler"]),
+    )
+    small = loader.photo_case(tmp_path, "test_vit", 32, 2, torch.float32, CPU)
+    assert small.parity() is None
+    assert small.images == 8
+    first = small.calls["photos, light, 2 workers"]
+    first(), first()
+    assert [draw[:2] for draw in seen] == [(i % 5, 1 + i // 5) for i in range(16)]
+    for name in ("photos, squeezed, 2 workers", "training step"):
+        small.calls[name]()
 
 
 def test_images_a_second_are_those_of_a_call(capsys):

@@ -135,3 +135,23 @@ def test_a_size_that_does_not_fit_is_answered(tmp_path):
     saved(tmp_path)
     with pytest.raises(ValueError, match="not a multiple of hf:.* patch size, 8; take 32"):
         create_backbone(f"hf:{tmp_path}", num_classes=2, img_size=33)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("bilinear", 1.0, "squash")),  # ViT's: straight to 224 x 224
+        ({"resample": 3, "size": 224}, ("bicubic", 1.0, "squash")),
+        ({"do_center_crop": True, "size": {"shortest_edge": 256},
+          "crop_size": {"height": 224, "width": 224}}, ("bilinear", 0.875, "center")),
+        ({"do_center_crop": True, "size": {"shortest_edge": 200}, "crop_size": 224},
+         ("bilinear", 1.0, "center")),
+        ({"resample": None, "size": {"longest_edge": 9}}, ("bicubic", 0.875, "center")),
+    ],
+)  # fmt: skip
+def test_the_processors_resizing_is_the_backbones(settings, expected, tmp_path):
+    saved(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    config = resolve_model_data_config(create_backbone(f"hf:{tmp_path}", num_classes=3))
+    assert tuple(config[key] for key in ("interpolation", "crop_pct", "crop_mode")) == expected

@@ -21,7 +21,7 @@ import gist_kernels
 from gist import cli
 from gist.cli import common
 from gist.cli import train as train_command
-from gist.data import load_data, prepare
+from gist.data import Transforms, load_data, prepare
 from gist.runs.run import load_run
 
 MODEL = "vit_tiny_patch16_224"
@@ -121,7 +121,8 @@ def test_a_run_predicts_images(folder, tmp_path, capsys):
     assert sum(right) / 6 == pytest.approx(results["test"]["accuracy"])  # as the run measured
 
     model = load_run(out)
-    pixels = prepare(load_data(str(folder)).test, 32, resolve_model_data_config(model.backbone))
+    transforms = Transforms.of("light", resolve_model_data_config(model.backbone), 32)
+    pixels = prepare(load_data(str(folder)).test, transforms)
     with torch.no_grad():
         expected = model(torch.stack([image for image, _ in pixels])).softmax(1)
     said = [float(row["probability"]) for row in rows[:6]]

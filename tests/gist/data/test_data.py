@@ -14,12 +14,13 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, features
 from torchvision.datasets import ImageFolder
 
-from gist.data import DataError, ImageData, Preloaded, Transformed, load_data, prepare
+from gist.data import DataError, ImageData, Preloaded, Transformed, Transforms, load_data, prepare
 from gist.data.images import read_image
 from gist.data.mnist import Digits
 from gist.data.walk import find_images
 
 NORMALISATION = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+VTAB = Transforms.of("vtab", NORMALISATION, 8)
 
 
 def picture(path: Path, seed: int = 0, size=(20, 16), mode: str = "RGB", **options) -> Path:
@@ -281,7 +282,7 @@ def test_a_check_reads_each_file_once_and_no_check_reads_none(root, opened):
 def test_without_a_check_each_file_is_read_once_to_be_held(root, opened):
     data = load_data(str(root), check=False)
     for split in (data.train, data.val):
-        prepare(split, 8, NORMALISATION)
+        prepare(split, VTAB)
     assert sorted(opened) == sorted(str(path) for path in root.glob("*/*/[0-9].png"))
 
 
@@ -304,7 +305,7 @@ def test_an_image_that_turns_out_unreadable_is_named(root):
     broken.write_bytes(broken.read_bytes()[:80])
     data = load_data(str(root), check=False)
     with pytest.raises(DataError, match=f"^{broken} can't be read: "):
-        prepare(data.train, 8, NORMALISATION)
+        prepare(data.train, VTAB)
 
 
 def test_faults_of_structure(root, tmp_path):
@@ -346,7 +347,7 @@ def test_preprocessing_is_torchvisions_antialiased_bicubic(root):
     )
     mean, std = (torch.tensor(NORMALISATION[k])[:, None, None] for k in ("mean", "std"))
     expected = (resized.clamp(0, 255).round() / 255 - mean) / std
-    pixels, given = Transformed(data.train, 8, NORMALISATION)[5]
+    pixels, given = Transformed(data.train, VTAB)[5]
     assert (pixels.shape, given) == ((3, 8, 8), label)
     # Within one of 255 levels: PIL rounds its filter's weights.
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1.01 / 255 / 0.2)
@@ -354,10 +355,10 @@ def test_preprocessing_is_torchvisions_antialiased_bicubic(root):
 
 def test_preloading_changes_nothing(root, monkeypatch):
     data = load_data(str(root))
-    kept = prepare(data.train, 8, NORMALISATION)
+    kept = prepare(data.train, VTAB)
     assert isinstance(kept, Preloaded)
     monkeypatch.setattr("gist.data.base.PRELOAD_BYTES", 8 * 3 * 64 - 1)
-    lazy = prepare(data.train, 8, NORMALISATION)
+    lazy = prepare(data.train, VTAB)
     assert isinstance(lazy, Transformed)
     assert len(kept) == len(lazy) == 8
     for (a, x), (b, y) in ((kept[i], lazy[i]) for i in range(8)):

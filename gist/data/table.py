@@ -1,0 +1,117 @@
+"""Tables of image files and their labels: CSV and JSON Lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gist.data.base import DataError, ImageData
+from gist.data.folder import SPLITS, Sample, data_of_files
+
+SUFFIXES = (".csv", ".jsonl")
+COLUMNS = ("path", "label")
+_Row = tuple[int, Mapping[str, Any]]
+
+
+def load_table(file: Path, *, check: bool = True) -> ImageData:
+    """Images that a CSV file or a file of JSON Lines names.
+
+    Columns, or keys: ``path``, relative to the file's folder; ``label``, a class's name; and
+    optionally ``split``: train, val or test. Without a row of val, a fifth of each class is set
+    apart for validation, the same in every run. Other columns are ignored. Blank lines are skipped.
+
+    Args:
+        file: UTF-8, its suffix one of :data:`SUFFIXES`. A CSV file starts with its columns' names.
+        check: as :func:`gist.data.load_folder` takes it. Without a check, too, each file must
+            exist.
+
+    Raises:
+        DataError: a missing column; rows without path or label, with another split, with a file
+            that does not exist or that another row has too; unreadable images; fewer than two
+            classes: all that was found, a line each, with the row's line in the file.
+    """
+    rows, faults = _rows(file)
+    named: dict[str, list[tuple[Path, str]]] = {"train": []}
+    line_of: dict[Path, int] = {}
+    for line, row in rows:
+        where = f"{file}:{line}"
+        path, label, split = (_text(row.get(key)) for key in (*COLUMNS, "split"))
+        place = file.parent / path
+        if None in row:
+            faults.append(f"{where}: more fields than columns; quote a field that holds a comma")
+        elif not path or not label:
+            faults.append(f"{where}: no {'label' if path else 'path'}")
+        elif "split" in row and split not in SPLITS:
+            faults.append(f"{where}: the split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        elif place in line_of:
+            faults.append(f"{where}: {path} is in line {line_of[place]} too")
+        elif not place.is_file():
+            faults.append(f"{where}: {place} does not exist")
+        else:
+            named.setdefault(split or "train", []).append((place, label))
+        line_of.setdefault(place, line)
+    classes = sorted({label for split in named.values() for _, label in split})
+    if len(classes) < 2 and not faults:
+        faults.append(f"{file} has {len(classes)} classes; at least 2 are needed")
+    if faults:  # before any image is read
+        raise DataError(f"{file} can't be trained on:\n  " + "\n  ".join(faults))
+    number = {name: label for label, name in enumerate(classes)}
+    samples: dict[str, list[Sample]] = {
+        split: [(place, number[label]) for place, label in of_split]
+        for split, of_split in named.items()
+    }
+    return data_of_files(file, classes, samples, [], check=check)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _rows(file: Path) -> tuple[list[_Row], list[str]]:
+    """Rows with their lines in the file, and a line per row that is none."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            if file.suffix.lower() == ".csv":
+                return _csv_rows(stream, file), []
+            return _json_rows(stream, file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} can't be read: {error}") from error
+
+
+def _csv_rows(stream: Iterator[str], file: Path) -> list[_Row]:
+    reader = csv.DictReader(stream, strict=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    _check_columns(reader.fieldnames, file)
+    return [(reader.line_num, row) for row in reader]
+
+
+def _json_rows(stream: Iterator[str], file: Path) -> tuple[list[_Row], list[str]]:
+    rows: list[_Row] = []
+    faults = []
+    for line, text in enumerate(stream, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            faults.append(f"{file}:{line}: no JSON: {error}")
+            continue
+        if isinstance(row, dict):
+            rows.append((line, row))
+        else:
+            faults.append(f"{file}:{line}: not an object with the keys {', '.join(COLUMNS)}")
+    if rows:
+        _check_columns(rows[0][1], file)
+    return rows, faults
+
+
+def _check_columns(names: Any, file: Path) -> None:
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise DataError(
+            f"{file} has no column {' and no column '.join(missing)}; its columns are "
+            f"{', '.join(map(str, names)) or 'none'}"
+        )
