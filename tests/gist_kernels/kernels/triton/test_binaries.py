@@ -111,6 +111,18 @@ def test_attention_with_rotary_positions_fits(card, keys, head_dim, half, rotate
     check(launches, target)
 
 
+@pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    ("keys", "head_dim", "half"), [(198, 64, None), (100, 64, True), (64, 64, None)]
+)
+def test_attention_of_padded_rows_fits(card, keys, head_dim, half):
+    target = binaries.TARGETS[card]
+    launches = binaries.attention_launches(keys, head_dim, target, half=half, padded=True)
+    assert len(launches) == (0 if (card, keys) == ("sm_80", 198) else 2)
+    assert all(launch.arguments["lengths"] is not None for launch in launches)
+    check(launches, target)
+
+
 def test_what_a_card_has_not_is_told():
     target = binaries.TARGETS["sm_86"]
     launch = binaries.attention_launches(100, 64, target)[0]
