@@ -133,7 +133,7 @@ void run(const Case &c, int threads) {
   const Slice d_out = dense(of_d_out);
   fill(d_out);
   const auto of_padding = [&](void (Buffer::*act)(int64_t, int64_t) const) {
-    for (const Slice *slice : {&in.q, &in.k, &in.v, &d_out})
+    for (const Slice *slice : std::initializer_list<const Slice *>{&in.q, &in.k, &in.v, &d_out})
       for (int64_t b = 0; b < c.batch; ++b)
         for (int64_t row = c.length(b); row < slice->rows; ++row)
           (slice->buffer->*act)(slice->at(b, row, 0), width);

@@ -426,6 +426,8 @@ def _backward_kernel(
             )
         _store(d_q, of_q, batch, head, d_q_batch, d_q_row, query, queries, column, ALIGN, HEAD_DIM)
     of_k = scale * of_k
+    if lengths is not None:  # once more, where the loop holds no register for it
+        _, keys = _own(lengths, batch, queries, all_keys)
     if sin is not None:
         # Before the rotation, which takes registers.
         _store(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
