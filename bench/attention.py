@@ -25,6 +25,8 @@ SHAPES = {
     "cuda": ((128, 198, 12, 198), (128, 258, 12, 258), (64, 579, 12, 579), (128, 198, 12, 2)),
 }
 HEAD_DIM = 64
+# Images, tokens, heads, and the shortest row: lengths are uniform from there to all tokens.
+PADDED = {"cpu": (16, 64, 12, 8), "cuda": (512, 64, 12, 8)}
 
 
 # Of PyTorch's kernels for a GPU, beside the one that it would take by itself.
@@ -57,6 +59,7 @@ def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Ca
         kernels = {name: kernel for name, kernel in KERNELS.items() if name not in missing}
     for shape in SHAPES[device.type]:
         yield case(*shape, dtype, device, kernels)
+    yield padded_case(*PADDED[device.type], dtype, device)
 
 
 def case(
@@ -90,12 +93,6 @@ def case(
     def differentiated(attention: Callable[..., torch.Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attention(qkv), qkv, upstream)
 
-    # Two products forward, five backward: as many operations as one product of these sizes.
-    rows = 7 * batch * heads * queries * tokens // 2048
-    a, b = (torch.randn(n, HEAD_DIM * 32, device=device, dtype=dtype) for n in (rows, 64))
-    linear = linear_of(device)
-    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
-
     def parity() -> str | None:
         image = qkv[:1].detach()
         exact = image.double().requires_grad_()
@@ -114,9 +111,81 @@ def case(
             "ours": differentiated(ours),
             "SDPA": differentiated(sdpa),
             **{name: differentiated(sdpa_by(kernel)) for name, kernel in kernels.items()},
-            "a product as large": lambda: linear(a, b, None),
+            "a product as large": product(batch * heads * queries * tokens, dtype, device),
         },
         parity=parity,
         floors={"ours": ("a product as large", 1.0)},
-        clock=time.process_time if one_thread else wall_clock,
+        clock=clock(device),
     )
+
+
+def padded_case(
+    batch: int,
+    tokens: int,
+    heads: int,
+    shortest: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Case:
+    """Rows of ``shortest`` to ``tokens`` tokens, padded to ``tokens``."""
+    torch.manual_seed(0)
+    width = heads * HEAD_DIM
+    lengths = torch.randint(shortest, tokens + 1, (batch,))
+    scores = heads * int(lengths.square().sum())
+    lengths = lengths.to(device)
+    present = torch.arange(tokens, device=device) < lengths[:, None]
+    qkv = torch.randn(batch, tokens, 3 * width, device=device, dtype=dtype, requires_grad=True)
+    # A loss that leaves the padding out.
+    upstream = torch.randn(batch, tokens, width, device=device, dtype=dtype) * present[..., None]
+
+    def ours(qkv: torch.Tensor) -> torch.Tensor:
+        return gk.prefix_attention(qkv, heads, lengths=lengths)
+
+    def without_lengths(qkv: torch.Tensor) -> torch.Tensor:
+        return gk.prefix_attention(qkv, heads)
+
+    def masked(qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.unflatten(-1, (3, heads, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        mask = present[:, None, None]
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return out.transpose(1, 2).flatten(2)
+
+    def differentiated(attention: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attention(qkv), qkv, upstream)
+
+    def parity() -> str | None:
+        exact = qkv.detach().double().requires_grad_()
+        found, truth = ours(qkv), masked(exact) * present[..., None]
+        (d_found,) = torch.autograd.grad(found, qkv, upstream)
+        (d_truth,) = torch.autograd.grad(truth, exact, upstream.double())
+        return mismatch(
+            {"out": (found.detach(), truth.detach()), "d_qkv": (d_found, d_truth)}, relative=1e-5
+        )
+
+    return Case(
+        sizes={"B": batch, "N": tokens, "H": heads, "shortest": shortest},
+        dtype=dtype,
+        calls={
+            "ours": differentiated(ours),
+            "ours, without lengths": differentiated(without_lengths),
+            "SDPA, boolean mask": differentiated(masked),
+            "a product as large": product(scores, dtype, device),
+        },
+        parity=parity,
+        floors={"ours": ("a product as large", 1.0)},
+        clock=clock(device),
+    )
+
+
+def product(scores: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """One matmul of as many operations as attention with so many scores: two matmuls forward, five
+    backward."""
+    rows = 7 * scores // 2048
+    a, b = (torch.randn(n, HEAD_DIM * 32, device=device, dtype=dtype) for n in (rows, 64))
+    linear = linear_of(device)
+    return lambda: linear(a, b, None)
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if one_thread else wall_clock

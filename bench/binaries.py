@@ -203,10 +203,13 @@ def attention_launches(
     target: GPUTarget,
     dtype: torch.dtype = torch.bfloat16,
     half: bool | None = None,
+    padded: bool = False,
 ) -> list[Launch]:
     """What attention launches, of slices of packed tensors as in a sublayer; nothing where it
-    leaves them to PyTorch. With rotary positions in pairs ``half`` or not, unless None."""
+    leaves them to PyTorch. With rotary positions in pairs ``half`` or not, unless None; with
+    lengths if ``padded``."""
     heads = 2
+    lengths = torch.ones(1, dtype=torch.int64) if padded else None
     q, k, v = torch.zeros(1, keys, 3 * heads * head_dim, dtype=dtype).chunk(3, dim=-1)
     rotation = None
     if half is not None:
@@ -215,8 +218,8 @@ def attention_launches(
         if attention.serves(q, k, heads):
             if rotation is not None and not attention.rotates(q, k, heads, rotation):
                 rotation = None
-            out, lse = attention.forward(q, k, v, heads, 0.125, rotation)
-            attention.backward(out, q, k, v, lse, heads, 0.125, q, k, v, rotation)
+            out, lse = attention.forward(q, k, v, heads, 0.125, rotation, lengths)
+            attention.backward(out, q, k, v, lse, heads, 0.125, q, k, v, rotation, lengths)
     return found
 
 
@@ -354,7 +357,8 @@ def attention_configurations(target: GPUTarget) -> Iterator[Launch]:
         for keys in KEYS:
             for dtype in (torch.bfloat16, torch.float16):
                 for half in (None, False, True):
-                    yield from attention_launches(keys, head_dim, target, dtype, half)
+                    for padded in (False, True):
+                        yield from attention_launches(keys, head_dim, target, dtype, half, padded)
 
 
 FAMILIES = {
@@ -379,7 +383,7 @@ def main() -> None:
     for name in arguments.target or TARGETS:
         target = TARGETS[name]
         print(
-            f"{name}\n{'kernel':<26}{'tile':<22}{'dtype':<10}{'kind, rank':<13}{'T':<5}"
+            f"{name}\n{'kernel':<26}{'tile':<22}{'dtype':<10}{'kind, rank':<21}{'T':<5}"
             f"{'registers':>9}{'shared':>8}{'spills':>8}"
         )
         for each in distinct(each for family in families for each in FAMILIES[family](target)):
@@ -410,9 +414,11 @@ def _line(launched: Launch, used: Usage) -> str:
         kind = f"head {launched.arguments['HEAD_DIM']}"
         if launched.arguments["sin"] is not None:
             kind += ", half" if launched.arguments["HALF"] else ", pairs"
+        if launched.arguments["lengths"] is not None:
+            kind += ", padded"
     return (
         f"{launched.name():<26}{launched.shape():<22}"
-        f"{'' if tensor is None else str(tensor.dtype)[6:]:<10}{kind!s:<13}"
+        f"{'' if tensor is None else str(tensor.dtype)[6:]:<10}{kind!s:<21}"
         f"{launched.arguments.get('POWER', ''):<5}"
         f"{used.registers:>9}{used.shared:>8}{used.spills:>8}"
     )

@@ -122,7 +122,7 @@ def _adapter_backward(
 
 
 def _attention_forward(
-    q: Any, k: Any, v: Any, num_heads: int, scale: float, rotation: Any = None
+    q: Any, k: Any, v: Any, num_heads: int, scale: float, rotation: Any = None, lengths: Any = None
 ) -> Any:
     return torch.empty_like(q), q.new_empty((q.shape[0], num_heads, q.shape[1]))
 

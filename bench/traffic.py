@@ -191,20 +191,25 @@ ATTENTION_LEAST = {"forward": 4, "backward": 7}
 
 
 def measure_attention(
-    images: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
+    images: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    lengths: torch.Tensor | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Traffic of attention over one packed tensor in (M, D) tensors, as :func:`measure_adapter`."""
     qkv = torch.randn(images, tokens, 3 * heads * head_dim).to(dtype)
     gradients = torch.empty_like(qkv)
     found = {}
     with counted() as traffic:
-        out, lse = attention.forward(*qkv.chunk(3, dim=-1), heads, head_dim**-0.5)
+        out, lse = attention.forward(*qkv.chunk(3, dim=-1), heads, head_dim**-0.5, lengths=lengths)
     found["forward"] = traffic, (qkv, out)
     d_out = torch.randn_like(out)
     with counted() as traffic:
         attention.backward(
             d_out, *qkv.chunk(3, dim=-1), lse, heads, head_dim**-0.5,
-            *gradients.chunk(3, dim=-1),
+            *gradients.chunk(3, dim=-1), lengths=lengths,
         )  # fmt: skip
     found["backward"] = traffic, (qkv, d_out, gradients)
     unit = out.numel() * out.itemsize

@@ -103,6 +103,13 @@ def token_count(name: str, count: int | None, tokens: int) -> None:
         raise ValueError(f"{name} must be an integer in [1, {tokens}], or None; it is {count!r}")
 
 
+def token_lengths(name: str, lengths: torch.Tensor, tokens: int) -> None:
+    """Wait for the device, and check each row's number of tokens, (B,) integers."""
+    for row, length in enumerate(lengths.tolist()):
+        if not 1 <= length <= tokens:
+            raise ValueError(f"{name}[{row}] is {length}; it must be in [1, {tokens}]")
+
+
 def class_indices(name: str, value: torch.Tensor, classes: int, ignore_index: int) -> None:
     """Wait for the device, and check class indices. Probabilities need no check."""
     if value.is_floating_point():

@@ -6,7 +6,7 @@ The operators are for calls that kernels serve.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,7 @@ def attention_forward(
     scale: float | None,
     rotation: Rotation | None,
     need_grad: bool,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionGraph | None]:
     """``(out, lse, graph)`` of (B, Q, H Dh) queries and (B, N, H Dh) keys and values.
 
@@ -52,15 +53,16 @@ def attention_forward(
         if rotation is not None and not kernels.rotates(q, k, num_heads, rotation):
             q, k = (_rotated(part, num_heads, rotation) for part in (q, k))
             rotation = None
-        out, lse = kernels.forward(q, k, v, num_heads, _scale(q, num_heads, scale), rotation)
+        scale = _scale(q, num_heads, scale)
+        out, lse = kernels.forward(q, k, v, num_heads, scale, rotation, lengths)
         return out, lse, None
     from gist_kernels import reference
 
     if not need_grad:
-        return reference.attention(q, k, v, num_heads, scale, rotation), None, None
+        return reference.attention(q, k, v, num_heads, scale, rotation, lengths), None, None
     leaves = q, k, v = tuple(part.detach().requires_grad_() for part in (q, k, v))
     with torch.enable_grad():
-        out = reference.attention(q, k, v, num_heads, scale, rotation)
+        out = reference.attention(q, k, v, num_heads, scale, rotation, lengths)
     return out.detach(), None, AttentionGraph(out, leaves)
 
 
@@ -78,17 +80,20 @@ def attention_backward(
     d_q: torch.Tensor,
     d_k: torch.Tensor,
     d_v: torch.Tensor,
+    lengths: torch.Tensor | None = None,
 ) -> None:
-    """Writes the gradients of ``q``, ``k`` and ``v`` into the last three."""
+    """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``."""
     if lse is not None:
         scale = _scale(q, num_heads, scale)
         if rotation is None or kernels.rotates(q, k, num_heads, rotation):
-            kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v, rotation)
+            kernels.backward(
+                d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v, rotation, lengths
+            )
         else:
             from gist_kernels.reference.rotation import rotate_gradient_
 
             q, k = (_rotated(part, num_heads, rotation) for part in (q, k))
-            kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v)
+            kernels.backward(d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v, None, lengths)
             for grad in (d_q, d_k):
                 rotate_gradient_(grad, num_heads, rotation)
         return
@@ -117,11 +122,12 @@ def prefix_attention(
     num_queries: int | None,
     scale: float | None,
     rotation: Rotation | None,
+    lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of the first tokens, or all, of a packed (B, N, 3 H Dh)."""
     need_grad = torch.is_grad_enabled()
     result: torch.Tensor = _PrefixAttention.apply(
-        kernels, need_grad, num_heads, num_queries, scale, rotation, qkv
+        kernels, need_grad, num_heads, num_queries, scale, rotation, lengths, qkv
     )
     return result
 
@@ -133,11 +139,14 @@ def prefix_attention_operator(
     num_queries: int | None,
     scale: float | None,
     rotation: Rotation | None,
+    lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     """As :func:`prefix_attention`, by the registered operator, where kernels serve the call."""
     scale = None if scale is None else float(scale)
     sin, cos, start, half = flat_rotation(rotation)
-    results = _OPERATORS[backend](qkv, sin, cos, num_heads, num_queries, scale, start, half)
+    results = _OPERATORS[backend](
+        qkv, sin, cos, lengths, num_heads, num_queries, scale, start, half
+    )
     out: torch.Tensor = results[0]
     return out
 
@@ -157,14 +166,15 @@ class _PrefixAttention(torch.autograd.Function):
         num_queries: int | None,
         scale: float | None,
         rotation: Rotation | None,
+        lengths: torch.Tensor | None,
         qkv: torch.Tensor,
     ) -> torch.Tensor:
         qkv = _packed(qkv)
-        ctx.options = num_heads, num_queries, scale, rotation
+        ctx.options = _Options(num_heads, num_queries, scale, rotation, lengths)
         out, lse, ctx.graph = _of_packed(kernels, qkv, ctx.options, need_grad)
         ctx.kernels = kernels
-        # The tables too: autograd sees to their versions.
-        ctx.save_for_backward(qkv, lse, *flat_rotation(rotation)[:2])
+        # Tables and lengths too: autograd sees to their versions.
+        ctx.save_for_backward(qkv, lse, *flat_rotation(rotation)[:2], lengths)
         return out
 
     @staticmethod
@@ -172,10 +182,16 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, saved: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         qkv, lse, *_ = saved
         d_qkv = _of_packed_backward(ctx.kernels, qkv, ctx.options, lse, ctx.graph, d_out)
-        return None, None, None, None, None, None, d_qkv
+        return None, None, None, None, None, None, None, d_qkv
 
 
-_Options: TypeAlias = "tuple[int, int | None, float | None, Rotation | None]"
+class _Options(NamedTuple):
+    num_heads: int
+    num_queries: int | None
+    scale: float | None
+    rotation: Rotation | None
+    lengths: torch.Tensor | None
+
 
 ROTATION_TABLES = "Tensor? rotation_sin", "Tensor? rotation_cos"
 ROTATION_OPTIONS = "SymInt rotation_start", "bool rotation_half"
@@ -202,10 +218,10 @@ def _packed(qkv: torch.Tensor) -> torch.Tensor:
 def _of_packed(
     kernels: AttentionKernels, qkv: torch.Tensor, options: _Options, need_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionGraph | None]:
-    num_heads, num_queries, scale, rotation = options
+    num_heads, num_queries, scale, rotation, lengths = options
     q, k, v = qkv.chunk(3, dim=-1)
     q = q[:, :num_queries]
-    return attention_forward(kernels, q, k, v, num_heads, scale, rotation, need_grad)
+    return attention_forward(kernels, q, k, v, num_heads, scale, rotation, need_grad, lengths)
 
 
 def _of_packed_backward(
@@ -216,7 +232,7 @@ def _of_packed_backward(
     graph: AttentionGraph | None,
     d_out: torch.Tensor,
 ) -> torch.Tensor:
-    num_heads, num_queries, scale, rotation = options
+    num_heads, num_queries, scale, rotation, lengths = options
     q, k, v = qkv.chunk(3, dim=-1)
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
@@ -227,16 +243,18 @@ def _of_packed_backward(
         d_out = d_out.contiguous()
     attention_backward(
         kernels, d_out, q[:, :num_queries], k, v, lse, graph, num_heads, scale, rotation,
-        d_q[:, :num_queries], d_k, d_v,
+        d_q[:, :num_queries], d_k, d_v, lengths,
     )  # fmt: skip
     return d_qkv
 
 
 def _of_flat(tensors: Any, options: Any) -> tuple[torch.Tensor, _Options]:
     """The packed tensor, and the options."""
-    qkv, *tables = tensors
+    qkv, *tables, lengths = tensors
     num_heads, num_queries, scale, *rotation = options
-    return _packed(qkv), (num_heads, num_queries, scale, rotation_of(tables, rotation))
+    return _packed(qkv), _Options(
+        num_heads, num_queries, scale, rotation_of(tables, rotation), lengths
+    )
 
 
 def _forward(kernels: AttentionKernels, tensors: Any, options: Any) -> Any:
@@ -255,7 +273,7 @@ _OPERATORS: dict[str, Any] = {}
 _OPERATION = Operation(
     "prefix_attention",
     trained=("Tensor qkv",),
-    frozen=ROTATION_TABLES,
+    frozen=(*ROTATION_TABLES, "Tensor? lengths"),
     options=("int num_heads", "SymInt? num_queries", "float? scale", *ROTATION_OPTIONS),
     saved=("lse",),
     forward=_forward,

@@ -66,6 +66,7 @@ class _Attention:
         num_heads: int,
         scale: float,
         rotation: Rotation | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
         return q.new_empty(q.shape), lse

@@ -35,6 +35,9 @@ struct AttentionCall {
   double scale;
   AttentionTensor q, k, v;
   AttentionRotation rotation;
+  // (batch), 1 to keys: the tokens of each image. What lies beyond is not read; what is written
+  // there is 0. Null if every image has all of them.
+  const std::int64_t *lengths;
   AttentionTensor out;  // forward only
   float *lse;           // (batch, heads, queries): forward writes it, backward reads it
   AttentionTensor d_out, d_q, d_k, d_v;  // backward only
@@ -42,12 +45,17 @@ struct AttentionCall {
 
 enum class Direction : int { forward, backward };
 
+// The queries and keys that an image has, at most those of the call.
+struct AttentionSizes {
+  std::int64_t queries, keys;
+};
+
 // The kernels of one instruction set: one head of one image at a time.
 struct AttentionKernels {
   // The size of the scratch memory of `run`, in floats. It must start on a cache line.
-  std::int64_t (*scratch)(const AttentionCall &, Direction);
-  void (*run)(const AttentionCall &, Direction, std::int64_t image, std::int64_t head,
-              float *scratch);
+  std::int64_t (*scratch)(const AttentionCall &, Direction, AttentionSizes);
+  void (*run)(const AttentionCall &, Direction, AttentionSizes, std::int64_t image,
+              std::int64_t head, float *scratch);
 };
 
 extern const AttentionKernels GIST_EVERY_SET(attention_rows);

@@ -358,7 +358,8 @@ constexpr char kAttentionGroups[] =
     "lse: (batch, heads, queries) floats, contiguous\n"
     "rotation: None, or (sin, cos, first token, rows of a table, whether each head has one, "
     "whether "
-    "the pairs are feature j and j + columns / 2); contiguous floats\n";
+    "the pairs are feature j and j + columns / 2); contiguous floats\n"
+    "lengths: (batch,) int64, contiguous, 1 to keys; 0 for none\n";
 
 gist::AttentionTensor attention_tensor(const AttentionTensor &tensor) {
   const auto [address, batch_stride, row_stride] = tensor;
@@ -368,7 +369,8 @@ gist::AttentionTensor attention_tensor(const AttentionTensor &tensor) {
 gist::AttentionCall attention_call(int dtype, const AttentionSizes &sizes, double scale,
                                    const AttentionTensor &q, const AttentionTensor &k,
                                    const AttentionTensor &v, Address lse,
-                                   const std::optional<AttentionRotation> &rotation) {
+                                   const std::optional<AttentionRotation> &rotation,
+                                   Address lengths) {
   gist::AttentionCall call = {};
   call.dtype = static_cast<gist::Dtype>(dtype);
   std::tie(call.batch, call.heads, call.queries, call.keys, call.head_dim) = sizes;
@@ -377,6 +379,7 @@ gist::AttentionCall attention_call(int dtype, const AttentionSizes &sizes, doubl
   call.k = attention_tensor(k);
   call.v = attention_tensor(v);
   call.lse = static_cast<float *>(pointer(lse));
+  call.lengths = static_cast<const int64_t *>(pointer(lengths));
   if (rotation) {
     const auto [sin, cos, start, rows, per_head, half] = *rotation;
     call.rotation = {static_cast<const float *>(pointer(sin)),
@@ -392,9 +395,9 @@ gist::AttentionCall attention_call(int dtype, const AttentionSizes &sizes, doubl
 void attention_forward(int dtype, const AttentionSizes &sizes, double scale,
                        const AttentionTensor &q, const AttentionTensor &k, const AttentionTensor &v,
                        Address lse, const std::optional<AttentionRotation> &rotation,
-                       const AttentionTensor &out, int threads) {
+                       Address lengths, const AttentionTensor &out, int threads) {
   const nb::gil_scoped_release release;
-  gist::AttentionCall call = attention_call(dtype, sizes, scale, q, k, v, lse, rotation);
+  gist::AttentionCall call = attention_call(dtype, sizes, scale, q, k, v, lse, rotation, lengths);
   call.out = attention_tensor(out);
   gist::attention_forward(call, threads);
 }
@@ -402,11 +405,11 @@ void attention_forward(int dtype, const AttentionSizes &sizes, double scale,
 void attention_backward(int dtype, const AttentionSizes &sizes, double scale,
                         const AttentionTensor &q, const AttentionTensor &k,
                         const AttentionTensor &v, Address lse,
-                        const std::optional<AttentionRotation> &rotation,
+                        const std::optional<AttentionRotation> &rotation, Address lengths,
                         const AttentionTensor &d_out, const AttentionTensor &d_q,
                         const AttentionTensor &d_k, const AttentionTensor &d_v, int threads) {
   const nb::gil_scoped_release release;
-  gist::AttentionCall call = attention_call(dtype, sizes, scale, q, k, v, lse, rotation);
+  gist::AttentionCall call = attention_call(dtype, sizes, scale, q, k, v, lse, rotation, lengths);
   call.d_out = attention_tensor(d_out);
   call.d_q = attention_tensor(d_q);
   call.d_k = attention_tensor(d_k);
@@ -499,10 +502,11 @@ void define_activation(nb::module_ &m) {
 void define_attention(nb::module_ &m) {
   m.attr("ATTENTION_DTYPES") = codes_of(gist::kAttentionDtypes);
   m.def("attention_forward", &attention_forward, "dtype"_a, "sizes"_a, "scale"_a, "q"_a, "k"_a,
-        "v"_a, "lse"_a, "rotation"_a.none(), "out"_a, "threads"_a,
+        "v"_a, "lse"_a, "rotation"_a.none(), "lengths"_a, "out"_a, "threads"_a,
         doc("Writes out and lse.", kAttentionGroups).c_str());
   m.def("attention_backward", &attention_backward, "dtype"_a, "sizes"_a, "scale"_a, "q"_a, "k"_a,
-        "v"_a, "lse"_a, "rotation"_a.none(), "d_out"_a, "d_q"_a, "d_k"_a, "d_v"_a, "threads"_a,
+        "v"_a, "lse"_a, "rotation"_a.none(), "lengths"_a, "d_out"_a, "d_q"_a, "d_k"_a, "d_v"_a,
+        "threads"_a,
         doc("Writes d_q, d_k and d_v from attention_forward's lse.", kAttentionGroups).c_str());
 }
 

@@ -8,7 +8,7 @@ from gist_kernels import autograd, check
 from gist_kernels.autograd.attention import flat_rotation
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
-from gist_kernels.tracing import needs_dispatcher, takes_operators
+from gist_kernels.tracing import batched, needs_dispatcher, takes_operators
 from gist_kernels.weights import Rotation
 
 for _backend in BACKENDS:
@@ -23,6 +23,7 @@ def prefix_attention(
     num_queries: int | None = None,
     scale: float | None = None,
     rotation: Rotation | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multi-head self-attention over a packed projection, for the first tokens or all.
 
@@ -34,13 +35,19 @@ def prefix_attention(
         scale: factor on the scores. Default: ``Dh ** -0.5``.
         rotation: of queries and keys, by frozen tables of any floating dtype. It is computed in
             float32 at least. Default: none.
+        lengths: (B,), int32 or int64, on qkv's device: each row's number of tokens, 1 to N. The
+            tokens after them are padding: no token attends to them, their results and gradients are
+            0, and nothing they hold, nan included, reaches anything else. The kernels don't read
+            them. Values are checked on a CPU. On other devices, and by the reference in compiled
+            code, they are not: a check would wait for the device. There a length below 0 counts as
+            0, one above N as N. Default: N for every row.
 
     Returns:
         (B, num_queries, H Dh), dense, in qkv's dtype.
 
     Raises:
-        TypeError: not a floating-point tensor. ValueError: a wrong shape or value, or a table that
-            requires a gradient.
+        TypeError: not a floating-point tensor, or lengths of another dtype. ValueError: a wrong
+            shape, device or value, or a table that requires a gradient.
     """
     check.floating("qkv", qkv)
     check.shape("qkv", qkv, (None, None, None), "(B, N, 3 * num_heads * head_dim)")
@@ -56,26 +63,41 @@ def prefix_attention(
         check.finite("scale", scale)
     if rotation is not None:
         check_rotation("rotation", rotation, "qkv", qkv, num_heads, qkv.shape[2] // 3 // num_heads)
+    if lengths is not None:
+        _check_lengths(lengths, qkv)
     kernels = select("attention", qkv)
-    if needs_dispatcher(qkv, *flat_rotation(rotation)[:2]):
+    if needs_dispatcher(qkv, *flat_rotation(rotation)[:2], lengths):
         width = qkv.shape[2] // 3
         if (
             kernels is None
-            or not takes_operators(qkv, rotation)
+            or not takes_operators(qkv, rotation, lengths)
             or not autograd.served(kernels, qkv, qkv.dtype, num_heads, width)
         ):
             from gist_kernels import reference
 
-            return reference.prefix_attention(qkv, num_heads, num_queries, scale, rotation)
+            return reference.prefix_attention(qkv, num_heads, num_queries, scale, rotation, lengths)
         backend = serving("attention", qkv.device.type, qkv.dtype)
         return autograd.prefix_attention_operator(
-            backend, qkv, num_heads, num_queries, scale, rotation
+            backend, qkv, num_heads, num_queries, scale, rotation, lengths
         )
-    if kernels is None or negated(qkv, rotation):
+    if kernels is None or negated(qkv, rotation, lengths):
         from gist_kernels import reference
 
-        return reference.prefix_attention(qkv, num_heads, num_queries, scale, rotation)
-    return autograd.prefix_attention(kernels, qkv, num_heads, num_queries, scale, rotation)
+        return reference.prefix_attention(qkv, num_heads, num_queries, scale, rotation, lengths)
+    return autograd.prefix_attention(kernels, qkv, num_heads, num_queries, scale, rotation, lengths)
+
+
+def _check_lengths(lengths: torch.Tensor, qkv: torch.Tensor) -> None:
+    check.tensor("lengths", lengths)
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths must be int32 or int64; it is {lengths.dtype}")
+    check.shape("lengths", lengths, qkv.shape[:1], "(B,) of qkv")
+    if lengths.device != qkv.device:
+        raise ValueError(
+            f"lengths is on {lengths.device} and qkv on {qkv.device}; move them to one device"
+        )
+    if lengths.device.type == "cpu" and not needs_dispatcher(lengths) and not batched(lengths):
+        check.token_lengths("lengths", lengths, qkv.shape[1])
 
 
 def check_rotation(

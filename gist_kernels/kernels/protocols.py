@@ -212,7 +212,9 @@ class ActivationKernels(Protocol):
 class AttentionKernels(Protocol):
     """Multi-head attention of (B, Q, H Dh) queries over (B, N, H Dh) keys and values.
 
-    Batch and row strides may be any.
+    Batch and row strides may be any. ``lengths`` is None or (B,), int32 or int64 in 1 to N: each
+    row's number of tokens. Queries are of the first Q tokens. Of tokens past a row's length nothing
+    is read; results, log-sum-exps and gradients are 0.
     """
 
     def serves(self, q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
@@ -230,6 +232,7 @@ class AttentionKernels(Protocol):
         num_heads: int,
         scale: float,
         rotation: Rotation | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(out, lse)``: (B, Q, H Dh), and the scores' log-sum-exps (B, H, Q) in float32. Rotated
         queries, of the first Q tokens, and keys are rounded to their dtype."""
@@ -247,6 +250,7 @@ class AttentionKernels(Protocol):
         d_k: torch.Tensor,
         d_v: torch.Tensor,
         rotation: Rotation | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> None:
         """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``."""
 

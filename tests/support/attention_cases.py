@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import oracles
@@ -71,11 +72,27 @@ class Case(NamedTuple):
     v: torch.Tensor
     d_out: torch.Tensor
     rotation: Rotation | None = None
+    lengths: torch.Tensor | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Without the tables."""
+        """Without tables and lengths."""
         return self[2:6]
+
+    def row(self, image: int) -> Case:
+        """One row of a padded batch, without its padding."""
+        keys = int(self.lengths[image])
+        queries, part = min(self.shape.queries, keys), slice(image, image + 1)
+        shape = self.shape._replace(batch=1, queries=queries, keys=keys)
+        rotation = self.rotation
+        if rotation is not None:
+            rows = max(0, keys - rotation.start)
+            sin, cos = (table[..., :rows, :] for table in rotation[:2])
+            rotation = rotation._replace(sin=sin, cos=cos) if rows else None
+        return Case(
+            shape, self.scale, self.q[part, :queries], self.k[part, :keys], self.v[part, :keys],
+            self.d_out[part, :queries], rotation,
+        )  # fmt: skip
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
         """Queries or keys as the scores take them."""
@@ -108,8 +125,10 @@ def draw(
     device: Any = "cpu",
     seed: int = 0,
     turn: Turn | None = None,
+    lengths: tuple[int, ...] | None = None,
 ) -> Case:
-    """Queries, keys and values as slices of one packed tensor, where they have the same rows."""
+    """Queries, keys and values as slices of one packed tensor, where they have the same rows. What
+    lies past a row's length is nan."""
     batch, _, queries, keys, head_dim = shape
     generator = torch.Generator().manual_seed(queries * keys + head_dim + 100_000 * seed)
     rows, width = max(queries, keys), shape.width
@@ -132,28 +151,64 @@ def draw(
     if kind == "alike":
         d_out.mul_(0.1).add_(1)
     rotation = None if turn is None else turn.rotation(shape, generator, device)
-    return Case(shape, head_dim**-0.5, q, k, v, d_out, rotation)
+    case = Case(shape, head_dim**-0.5, q, k, v, d_out, rotation)
+    if lengths is None:
+        return case
+    for image, length in enumerate(lengths):
+        for x in case.tensors:
+            x[image, length:] = torch.nan
+    return case._replace(lengths=torch.tensor(lengths, device=device))
 
 
 def computed(attention: Any, case: Case) -> Result:
     """By a module, into slices of packed tensors, around which nothing may change."""
-    (batch, heads, queries, keys, _), scale, q, k, v, d_out, rotation = case
+    (batch, heads, queries, keys, _), scale, q, k, v, d_out, rotation, lengths = case
     width = case.shape.width
     inputs = q, k, v, d_out, *(() if rotation is None else rotation[:2])
     assert rotation is None or attention.rotates(q, k, heads, rotation)
     before = [x.clone() for x in inputs]
-    out, lse = attention.forward(q, k, v, heads, scale, rotation)
+    out, lse = attention.forward(q, k, v, heads, scale, rotation, lengths)
     assert out.is_contiguous()
     of_q = Buffer(batch, queries, width, q.dtype, q.device)
     of_kv = Buffer(batch, keys, 2 * width, q.dtype, q.device)
     d_q, (d_k, d_v) = of_q.view, of_kv.view.split(width, 2)
-    attention.backward(d_out, q, k, v, lse, heads, scale, d_q, d_k, d_v, rotation)
+    attention.backward(d_out, q, k, v, lse, heads, scale, d_q, d_k, d_v, rotation, lengths)
     assert of_q.untouched_outside(d_q)
     assert of_kv.untouched_outside(of_kv.view)
-    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+    for x, y in zip(inputs, before, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=lengths is not None)
     return Result(out, lse, d_q, d_k, d_v)
 
 
+def row_by_row(of: Callable[[Case], Result]) -> Callable[[Case], Result]:
+    """Have a function of cases compute a padded batch row by row, each without its padding, and
+    fill up with zeros."""
+
+    @functools.wraps(of)
+    def call(case: Case) -> Result:
+        if case.lengths is None:
+            return of(case)
+        rows = [of(case.row(image)) for image in range(case.shape.batch)]
+        queries, keys = case.shape.queries, case.shape.keys
+        sizes = (1, queries), (2, queries), (1, queries), (1, keys), (1, keys)
+        return Result(
+            *(
+                torch.cat([padded(each, *size) for each in parts])
+                for parts, size in zip(zip(*rows, strict=True), sizes, strict=True)
+            )
+        )
+
+    return call
+
+
+def padded(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """Zeros after it."""
+    rest = [*x.shape]
+    rest[dim] = size - rest[dim]
+    return torch.cat((x, x.new_zeros(rest)), dim)
+
+
+@row_by_row
 def truth(case: Case) -> Result:
     """The plain formula and its gradients in float64."""
     q, k, v = (x.double().requires_grad_() for x in (case.q, case.k, case.v))
@@ -163,6 +218,7 @@ def truth(case: Case) -> Result:
     return Result(out.detach(), lse.detach(), *gradients)
 
 
+@row_by_row
 def pytorch(case: Case) -> Result:
     """PyTorch's fused attention, and its log-sum-exp, in the case's own dtype. Rotated in float32
     and rounded, as models do."""
@@ -175,6 +231,7 @@ def pytorch(case: Case) -> Result:
     return Result(out.detach(), lse.detach(), *gradients)
 
 
+@row_by_row
 def magnitudes(case: Case) -> Result:
     """As the truth, of magnitudes: no term cancels another, and a probability is as uncertain as
     one rounding of the products in its score makes it."""
@@ -202,7 +259,10 @@ def magnitudes(case: Case) -> Result:
         torch.einsum("...ij,...i->...j", turn, d)
         for turn, d in zip(turns, (d_s @ k, d_s.mT @ q), strict=True)
     )
-    return Result(rounded @ v, 1 + scores, d_q, d_k, rounded.mT @ d_out)
+    out, *gradients = (
+        x.transpose(1, 2).flatten(2) for x in (rounded @ v, d_q, d_k, rounded.mT @ d_out)
+    )
+    return Result(out, 1 + scores.amax(-1), *gradients)
 
 
 def assert_parity(result: Result, exact: Result, peer: Result, scales: Result, ulps: int) -> None:
@@ -233,8 +293,9 @@ def exact_peer_and_scales(
     device: Any = "cpu",
     seed: int = 0,
     turn: Turn | None = None,
+    lengths: tuple[int, ...] | None = None,
 ) -> tuple[Result, Result, Result]:
-    case = draw(shape, kind, dtype, device, seed, turn)
+    case = draw(shape, kind, dtype, device, seed, turn, lengths)
     return truth(case), pytorch(case), magnitudes(case)
 
 
@@ -245,6 +306,7 @@ def check(
     dtype: torch.dtype = torch.float32,
     device: Any = "cpu",
     turn: Turn | None = None,
+    lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Parity within units of what the results are sums of, which may all but cancel.
 
@@ -253,11 +315,32 @@ def check(
     """
 
     def drawn(seed: int) -> dict[str, float]:
-        case = draw(shape, kind, dtype, device, seed, turn)
-        exact, peer, scales = exact_peer_and_scales(shape, kind, dtype, device, seed, turn)
-        return shares(computed(attention, case), exact, peer, scales, 4)
+        given = shape, kind, dtype, device, seed, turn, lengths
+        found = computed(attention, draw(*given))
+        assert_zero_past(found, lengths)
+        return shares(found, *exact_peer_and_scales(*given), 4)
 
     assert_within_bounds(drawn)
+
+
+def assert_zero_past(found: Result, lengths: Sequence[int] | None) -> None:
+    for image, length in enumerate(lengths or ()):
+        assert not found.lse[image, :, length:].any()
+        for x in (found.out, *found[2:]):
+            assert not x[image, length:].any()
+
+
+def check_rows_are_those_without_padding(
+    attention: Any,
+    shape: Shape,
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Any = "cpu",
+    turn: Turn | None = None,
+) -> None:
+    """To the bit."""
+    case = draw(shape, "random", dtype, device, turn=turn, lengths=lengths)
+    assert_same(computed(attention, case), row_by_row(functools.partial(computed, attention))(case))
 
 
 def check_alike_values(attention: Any, dtype: torch.dtype, device: Any = "cpu") -> None:

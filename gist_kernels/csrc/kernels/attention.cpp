@@ -381,12 +381,13 @@ void score_gradients(Scores p, Scores d_p, const float *factor, const float *del
 // The layout of scratch memory.
 class Scratch {
  public:
-  Scratch(const AttentionCall &call, Direction direction, float *memory) : memory_(memory) {
-    const int64_t n = call.keys, columns = padded(call.head_dim);
-    const int64_t whole_dim = round_up(call.head_dim, kWide);
+  Scratch(int64_t head_dim, Direction direction, AttentionSizes sizes, float *memory)
+      : memory_(memory) {
+    const int64_t n = sizes.keys, columns = padded(head_dim);
+    const int64_t whole_dim = round_up(head_dim, kWide);
     // Blocks of nearly equal size.
-    const int64_t blocks = (call.queries + kBlockQueries - 1) / kBlockQueries;
-    block = round_up((call.queries + blocks - 1) / blocks, kBlockStep);
+    const int64_t blocks = (sizes.queries + kBlockQueries - 1) / kBlockQueries;
+    block = round_up((sizes.queries + blocks - 1) / blocks, kBlockStep);
     const int64_t lanes = padded(block);
     keys = matrix(n, columns);
     values = matrix(n, columns);
@@ -427,15 +428,21 @@ class Scratch {
 template <class S>
 class Head {
  public:
-  Head(const AttentionCall &call, Direction direction, int64_t image, int64_t head, float *memory)
-      : call_(call), image_(image), head_(head), at_(call, direction, memory), exp_(1) {}
+  Head(const AttentionCall &call, Direction direction, AttentionSizes sizes, int64_t image,
+       int64_t head, float *memory)
+      : call_(call),
+        sizes_(sizes),
+        image_(image),
+        head_(head),
+        at_(call.head_dim, direction, sizes, memory),
+        exp_(1) {}
 
   void forward() {
-    const int64_t columns = call_.head_dim;
+    const int64_t n = sizes_.keys, columns = call_.head_dim;
     const float scale = float(call_.scale);
-    pack(rows(call_.k, 0, call_.keys), columns, at_.keys);
-    rotate<false>(at_.keys, 0, call_.keys);
-    pack(rows(call_.v, 0, call_.keys), columns, at_.values);
+    pack(rows(call_.k, 0, n), columns, at_.keys);
+    rotate<false>(at_.keys, 0, n);
+    pack(rows(call_.v, 0, n), columns, at_.values);
     for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
       pack_queries(first, count, lanes);
       fill(at_.shift, lanes, -__builtin_inff());
@@ -446,7 +453,7 @@ class Head {
       for_each_chunk([&](int64_t key, int64_t keys) {
         exponentials(part(at_.p, key, keys, lanes), scale, at_.shift, at_.total, exp_);
       });
-      product(count, columns, call_.keys, by_columns(at_.p), at_.values, at_.result, false);
+      product(count, columns, n, by_columns(at_.p), at_.values, at_.result, false);
       finish(first, count);
       const auto inverse = [&](int64_t i) { return at_.total[i]; };
       unpack(at_.result, columns, inverse, rows(call_.out, first, count));
@@ -454,7 +461,7 @@ class Head {
   }
 
   void backward() {
-    const int64_t n = call_.keys, columns = call_.head_dim;
+    const int64_t n = sizes_.keys, columns = call_.head_dim;
     const float scale = float(call_.scale);
     pack(rows(call_.k, 0, n), columns, at_.keys);
     rotate<false>(at_.keys, 0, n);
@@ -511,16 +518,17 @@ class Head {
   // Calls body(first, count, lanes) for each block of queries.
   template <class Body>
   void for_each_block(Body body) const {
-    for (int64_t first = 0; first < call_.queries; first += at_.block) {
-      const int64_t rest = call_.queries - first, count = at_.block < rest ? at_.block : rest;
+    for (int64_t first = 0; first < sizes_.queries; first += at_.block) {
+      const int64_t rest = sizes_.queries - first, count = at_.block < rest ? at_.block : rest;
       body(first, count, round_up(count, kWide));
     }
   }
   // Calls body(first, count) for each chunk of keys.
   template <class Body>
   void for_each_chunk(Body body) const {
-    for (int64_t first = 0; first < call_.keys; first += kChunkKeys)
-      body(first, first + kChunkKeys < call_.keys ? kChunkKeys : call_.keys - first);
+    const int64_t n = sizes_.keys;
+    for (int64_t first = 0; first < n; first += kChunkKeys)
+      body(first, first + kChunkKeys < n ? kChunkKeys : n - first);
   }
 
   void unpack_gradient(Matrix from, Rows<S> to) const {
@@ -582,28 +590,29 @@ class Head {
   }
 
   const AttentionCall &call_;
+  const AttentionSizes sizes_;
   const int64_t image_, head_;
   const Scratch at_;
   const Exp<float> exp_;
 };
 
 template <class S>
-void run_as(const AttentionCall &call, Direction direction, int64_t image, int64_t head,
-            float *memory) {
-  Head<S> of(call, direction, image, head, memory);
+void run_as(const AttentionCall &call, Direction direction, AttentionSizes sizes, int64_t image,
+            int64_t head, float *memory) {
+  Head<S> of(call, direction, sizes, image, head, memory);
   direction == Direction::forward ? of.forward() : of.backward();
 }
 
-int64_t scratch(const AttentionCall &call, Direction direction) {
-  return Scratch(call, direction, nullptr).floats();
+int64_t scratch(const AttentionCall &call, Direction direction, AttentionSizes sizes) {
+  return Scratch(call.head_dim, direction, sizes, nullptr).floats();
 }
 
-void run(const AttentionCall &call, Direction direction, int64_t image, int64_t head,
-         float *memory) {
+void run(const AttentionCall &call, Direction direction, AttentionSizes sizes, int64_t image,
+         int64_t head, float *memory) {
   switch (call.dtype) {
-    case Dtype::float32: return run_as<float>(call, direction, image, head, memory);
-    case Dtype::bfloat16: return run_as<BFloat16>(call, direction, image, head, memory);
-    default: return run_as<Float16>(call, direction, image, head, memory);
+    case Dtype::float32: return run_as<float>(call, direction, sizes, image, head, memory);
+    case Dtype::bfloat16: return run_as<BFloat16>(call, direction, sizes, image, head, memory);
+    default: return run_as<Float16>(call, direction, sizes, image, head, memory);
   }
 }
 

@@ -15,12 +15,16 @@ struct Case {
   double scale;
   bool packed;  // q, k and v are slices of one tensor; otherwise each is dense
   enum Turn { none, halves, neighbours } turn = none;
+  std::vector<int64_t> lengths = {};  // of each image; empty for all keys
 
   std::string name() const {
     return "dtype " + std::to_string(int(dtype)) + ", " + std::to_string(batch) + " x " +
            std::to_string(heads) + " heads of " + std::to_string(head_dim) + ", " +
            std::to_string(queries) + " queries, " + std::to_string(keys) + " keys, turn " +
-           std::to_string(turn) + ": ";
+           std::to_string(turn) + (lengths.empty() ? ": " : ", padded: ");
+  }
+  int64_t length(int64_t image) const {
+    return lengths.empty() ? std::max(queries, keys) : lengths[std::size_t(image)];
   }
 };
 
@@ -112,9 +116,13 @@ void run(const Case &c, int threads) {
   Normal normal(c.queries * 31 + c.keys * 7 + c.head_dim);
   Tensors in(c, dtype);
   const Tables tables(c);
-  for (const Slice *slice : {&in.q, &in.k, &in.v})
-    for (int64_t i = 0; i < c.batch * slice->rows * width; ++i)
-      slice->buffer->set(slice->place(i), normal());
+  // Numbers for the tokens that there are; padding stays NaN.
+  const auto fill = [&](const Slice &slice) {
+    for (int64_t i = 0; i < c.batch * slice.rows * width; ++i)
+      if (i / width % slice.rows < c.length(i / width / slice.rows))
+        slice.buffer->set(slice.place(i), normal());
+  };
+  for (const Slice *slice : {&in.q, &in.k, &in.v}) fill(*slice);
   const int64_t gap = c.packed ? 3 : 0;
   const auto dense = [&](Buffer &buffer) {
     const int64_t stride = width + gap, image = c.queries * stride;
@@ -123,7 +131,13 @@ void run(const Case &c, int threads) {
   };
   Buffer of_d_out;
   const Slice d_out = dense(of_d_out);
-  for (int64_t i = 0; i < c.batch * c.queries * width; ++i) of_d_out.set(d_out.place(i), normal());
+  fill(d_out);
+  const auto of_padding = [&](void (Buffer::*act)(int64_t, int64_t) const) {
+    for (const Slice *slice : std::initializer_list<const Slice *>{&in.q, &in.k, &in.v, &d_out})
+      for (int64_t b = 0; b < c.batch; ++b)
+        for (int64_t row = c.length(b); row < slice->rows; ++row)
+          (slice->buffer->*act)(slice->at(b, row, 0), width);
+  };
 
   struct Found {
     Buffer of_out, lse;
@@ -145,6 +159,7 @@ void run(const Case &c, int threads) {
     call.k = in.k.tensor();
     call.v = in.v.tensor();
     call.rotation = tables.rotation;
+    if (!c.lengths.empty()) call.lengths = c.lengths.data();
     call.out = found.out.tensor();
     call.lse = reinterpret_cast<float *>(found.lse.data());
     attention_forward(call, team);
@@ -155,6 +170,7 @@ void run(const Case &c, int threads) {
     attention_backward(call, team);
   };
   Found found = {Buffer(), Buffer(), Slice(), Tensors(c, dtype)};
+  of_padding(&Buffer::forbid);
   compute(found, threads);
   if (threads > 1) {
     Found alone = {Buffer(), Buffer(), Slice(), Tensors(c, dtype)};
@@ -163,6 +179,7 @@ void run(const Case &c, int threads) {
     for (int i = 0; i < 3; ++i) same &= found.gradients.buffers[i] == alone.gradients.buffers[i];
     if (!same) fail(c.name() + "differs with the number of threads");
   }
+  of_padding(&Buffer::allow);
 
   using Doubles = std::vector<double>;
   Doubles out(std::size_t(c.batch * c.queries * width)), lse, d_q(out.size()),
@@ -180,9 +197,14 @@ void run(const Case &c, int threads) {
     for (int64_t h = 0; h < c.heads; ++h)
       for (int64_t i = 0; i < c.queries; ++i) {
         const int64_t first = h * c.head_dim, end = first + c.head_dim;
+        const int64_t keys = std::min(c.keys, c.length(b));
+        if (i >= c.length(b)) {
+          lse.push_back(0);
+          continue;
+        }
         Doubles p, d_p;
         double top = -INFINITY, sum = 0, delta = 0;
-        for (int64_t j = 0; j < c.keys; ++j) {
+        for (int64_t j = 0; j < keys; ++j) {
           double score = 0, product = 0;
           for (int64_t e = first; e < end; ++e) {
             score += q[std::size_t((b * c.queries + i) * width + e)] *
@@ -195,12 +217,12 @@ void run(const Case &c, int threads) {
         }
         for (double s : p) sum += std::exp(s - top);
         lse.push_back(top + std::log(sum));
-        for (int64_t j = 0; j < c.keys; ++j) {
+        for (int64_t j = 0; j < keys; ++j) {
           double &s = p[std::size_t(j)];
           s = std::exp(s - lse.back());
           delta += s * d_p[std::size_t(j)];
         }
-        for (int64_t j = 0; j < c.keys; ++j) {
+        for (int64_t j = 0; j < keys; ++j) {
           const double weight = p[std::size_t(j)];
           const double d_s = c.scale * weight * (d_p[std::size_t(j)] - delta);
           for (int64_t e = first; e < end; ++e) {
@@ -241,6 +263,8 @@ int main() {
         for (int64_t keys : {1, 2, 7, 9, 100})
           for (bool packed : {false, true})
             run({Dtype::float32, 2, 3, packed ? keys : 1, keys, head_dim, 0.2, packed, turn}, 1);
+    // Rows that end before the first rotated token, or among those that are.
+    run({Dtype::float32, 3, 2, 20, 40, 6, 0.2, true, Case::halves, {1, 40, 13}}, 1);
     for (Dtype dtype : kAttentionDtypes) {
       for (int64_t head_dim : {1, 3, 8, 16, 17, 33, 65})
         for (int64_t keys : {1, 2, 7, 8, 9, 17, 33, 65})
@@ -255,6 +279,11 @@ int main() {
       run({dtype, 1, 2, 75, 1001, 20, 0.2, true}, 1);
       run({dtype, 0, 2, 3, 4, 5, 1, false}, 2);
       run({dtype, 3, 3, 60, 61, 40, 0.15, true}, 4);
+      // Rows of a padded batch, short ones in blocks of queries of another size.
+      for (bool packed : {false, true}) {
+        run({dtype, 4, 2, 5, 33, 17, 0.2, packed, Case::none, {1, 33, 5, 8}}, 1);
+        run({dtype, 3, 3, 75, 75, 16, 0.2, packed, Case::none, {75, 72, 1}}, 4);
+      }
     }
   });
 }

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from gist_kernels import check
 from gist_kernels.kernels.cpu.native import native as _native
 from gist_kernels.weights import Rotation
 
@@ -38,18 +39,20 @@ def forward(
     num_heads: int,
     scale: float,
     rotation: Rotation | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
 
     ``q`` is (B, Q, H * Dh), ``k`` and ``v`` are (B, N, H * Dh), of one of ``DTYPES`` and of any
     strides, but contiguous in the last dimension, in which each head has Dh columns. ``rotation``
-    turns the queries of the first Q tokens and the keys of all. Returns
+    turns the queries of the first Q tokens and the keys of all. ``lengths`` (B,), int32 or int64
+    in 1 to N, are each row's tokens: nothing is read beyond, and results there are 0. Returns
     ``out`` (B, Q, H * Dh), contiguous, and ``lse`` (B, H, Q) in float32. TypeError for dtypes,
     ValueError for all else.
     """
     sizes = _sizes(q, k, v, num_heads)
-    batch, heads, queries, _, head_dim = sizes
-    tables = _tables(rotation, heads, head_dim)
+    batch, heads, queries, keys, head_dim = sizes
+    tables, counts = _tables(rotation, heads, head_dim), _counts(lengths, batch, keys)
     device = q.device  # not the default one
     out = torch.empty((batch, queries, heads * head_dim), dtype=q.dtype, device=device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
@@ -63,6 +66,7 @@ def forward(
             _place(v),
             lse.data_ptr(),
             _address(tables),
+            0 if counts is None else counts.data_ptr(),
             _place(out),
             torch.get_num_threads(),
         )
@@ -81,18 +85,20 @@ def backward(
     d_k: torch.Tensor,
     d_v: torch.Tensor,
     rotation: Rotation | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Writes the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
     ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its result. ``q`` and ``k``
-    are those before the rotation, as for forward, and so are their gradients.
+    are those before the rotation, as for forward, and so are their gradients. Beyond ``lengths``
+    nothing is read, ``d_out`` neither, and gradients are 0.
     Strides may be any, but all except ``lse`` are contiguous in the last dimension. The gradients,
     slices of one packed tensor as a rule, must overlap neither each other nor an input. TypeError
     for dtypes, ValueError for all else.
     """
     sizes = _sizes(q, k, v, num_heads)
-    batch, heads, queries, _, head_dim = sizes
-    tables = _tables(rotation, heads, head_dim)
+    batch, heads, queries, keys, head_dim = sizes
+    tables, counts = _tables(rotation, heads, head_dim), _counts(lengths, batch, keys)
     grads = ("d_q", d_q, q), ("d_k", d_k, k), ("d_v", d_v, v)
     for name, tensor, like in (("d_out", d_out, q), *grads):
         _check(name, tensor, like)
@@ -109,6 +115,7 @@ def backward(
             _place(v),
             lse.data_ptr(),
             _address(tables),
+            0 if counts is None else counts.data_ptr(),
             _place(d_out),
             _place(d_q),
             _place(d_k),
@@ -165,6 +172,18 @@ def _tables(rotation: Rotation | None, num_heads: int, head_dim: int) -> Rotatio
         raise ValueError("the rotation does not fit the heads")
     sin, cos = (table.to("cpu", torch.float32).contiguous() for table in (sin, cos))
     return rotation._replace(sin=sin, cos=cos)
+
+
+def _counts(lengths: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:
+    """The lengths as the native code reads them."""
+    if lengths is None:
+        return None
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths must be int32 or int64; it is {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), not {tuple(lengths.shape)}")
+    check.token_lengths("lengths", lengths, keys)
+    return lengths.to("cpu", torch.int64).contiguous()
 
 
 def _address(tables: Rotation | None) -> Any:

@@ -16,6 +16,10 @@ one, and there are more keys. With queries first, some targets run out of regist
 Rotary positions are applied in registers, where queries and keys are loaded and before their
 gradients are stored. Only the tables are read beside what is read without them.
 
+Lengths are read in the kernels, never by the host. A program loads and multiplies the tiles of
+queries that hold a token of its row, and writes 0 to the others. Its only tile of keys keeps its
+size: keys past the length are masked, neither loaded nor counted.
+
 Shapes: B images, Q queries, N keys, H heads, Dh features per head. The features of a row are
 contiguous; its batch and row strides come in units of ALIGN elements.
 """
@@ -104,6 +108,41 @@ def _store(
     """Store some rows of a head."""
     at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
     tl.store(at, value.to(tensor.dtype.element_ty), _inside(row, rows, column, HEAD_DIM))
+
+
+@triton.jit
+def _own(
+    lengths,  # (B,) int32 or int64
+    batch,
+    queries,
+    keys,
+):
+    """The queries and keys that a row has of those that there are."""
+    own = tl.maximum(tl.minimum(tl.load(lengths + batch), keys), 0).to(tl.int32)
+    return tl.minimum(own, queries), own
+
+
+@triton.jit
+def _clear(
+    tensor,  # (B, rows, H Dh)
+    batch,
+    head,
+    batch_step,
+    row_step,
+    first,
+    rows,
+    column,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store 0 in a head's rows from ``first`` on."""
+    zeros = tl.zeros([BLOCK, column.shape[0]], tensor.dtype.element_ty)
+    for block in tl.range(first // BLOCK, tl.cdiv(rows, BLOCK)):
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
+        mask = _inside(row, rows, column, HEAD_DIM) & (row >= first)[:, None]
+        tl.store(at, zeros, mask)
 
 
 @triton.jit
@@ -228,6 +267,7 @@ def _forward_kernel(
     start,
     count,
     table_step,
+    lengths,  # (B,) int32 or int64; None for rows of N tokens
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -240,6 +280,23 @@ def _forward_kernel(
     batch, head = index // heads, index % heads
     column = tl.arange(0, COLUMNS)
     key = tl.arange(0, KEYS)
+    first = tl.program_id(0) % parts * each
+    last = tl.minimum(first + each, tl.cdiv(queries, QUERIES))
+    lse += index * queries
+    if lengths is not None:
+        end = tl.minimum(last * QUERIES, queries)
+        queries, keys = _own(lengths, batch, end, keys)
+        padding = tl.maximum(queries, first * QUERIES)
+        _clear(
+            *(out, batch, head, out_batch, out_row, padding, end, column),
+            *(ALIGN, HEAD_DIM, QUERIES),
+        )
+        for block in tl.range(padding // QUERIES, last):
+            query = block * QUERIES + tl.arange(0, QUERIES)
+            tl.store(lse + query, 0.0, (query >= padding) & (query < end))
+        last = tl.minimum(last, tl.cdiv(queries, QUERIES))
+        if last <= first:
+            return
     if sin is None:
         all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
     else:
@@ -249,9 +306,8 @@ def _forward_kernel(
         )
     all_v = _load(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
     absent = tl.where(key < keys, 0.0, float("-inf"))
-    first = tl.program_id(0) % parts * each
-    for block in tl.range(0, tl.minimum(each, tl.cdiv(queries, QUERIES) - first)):
-        query = (first + block) * QUERIES + tl.arange(0, QUERIES)
+    for block in tl.range(first, last):
+        query = block * QUERIES + tl.arange(0, QUERIES)
         if sin is None:
             q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
         else:
@@ -265,7 +321,7 @@ def _forward_kernel(
         total = tl.sum(p, 0)
         rows = tl.trans(_product(tl.trans(all_v), p.to(all_v.dtype)) / total[None, :])
         _store(out, rows, batch, head, out_batch, out_row, query, queries, column, ALIGN, HEAD_DIM)
-        tl.store(lse + index * queries + query, most + tl.log(total), query < queries)
+        tl.store(lse + query, most + tl.log(total), query < queries)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -301,6 +357,7 @@ def _backward_kernel(
     start,
     count,
     table_step,
+    lengths,  # (B,) int32 or int64; None for rows of N tokens
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -313,6 +370,22 @@ def _backward_kernel(
     batch, head = index // heads, index % heads
     column = tl.arange(0, COLUMNS)
     key = tl.arange(0, KEYS)
+    lse += index * queries
+    if lengths is not None:
+        all_queries, all_keys = queries, keys
+        queries, keys = _own(lengths, batch, queries, keys)
+        _clear(
+            *(d_q, batch, head, d_q_batch, d_q_row, queries, all_queries, column),
+            *(ALIGN, HEAD_DIM, QUERIES),
+        )
+        _clear(
+            *(d_k, batch, head, d_k_batch, d_k_row, keys, all_keys, column),
+            *(ALIGN, HEAD_DIM, QUERIES),
+        )
+        _clear(
+            *(d_v, batch, head, d_v_batch, d_v_row, keys, all_keys, column),
+            *(ALIGN, HEAD_DIM, QUERIES),
+        )
     if sin is None:
         all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
     else:
@@ -336,7 +409,7 @@ def _backward_kernel(
         d_rows = _load(
             d_out, batch, head, d_out_batch, d_out_row, query, queries, column, ALIGN, HEAD_DIM
         )
-        total = tl.load(lse + index * queries + query, query < queries, 0.0)
+        total = tl.load(lse + query, query < queries, 0.0)
         scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
         p = tl.exp2((scores - total[None, :]) * _LOG2_E)
         of_v += _product(p.to(d_rows.dtype), d_rows)
@@ -353,6 +426,8 @@ def _backward_kernel(
             )
         _store(d_q, of_q, batch, head, d_q_batch, d_q_row, query, queries, column, ALIGN, HEAD_DIM)
     of_k = scale * of_k
+    if lengths is not None:  # once more, where the loop holds no register for it
+        _, keys = _own(lengths, batch, queries, all_keys)
     if sin is not None:
         # Before the rotation, which takes registers.
         _store(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
@@ -387,13 +462,15 @@ def forward(
     num_heads: int,
     scale: float,
     rotation: Rotation | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` of each head, and the scores' log-sum-exps.
 
     ``q`` is (B, Q, H Dh), ``k`` and ``v`` are (B, N, H Dh), of the same one of ``DTYPES``, with any
     batch and row strides. :func:`serves` must accept their sizes, and :func:`rotates` the rotation
-    of the first Q tokens' queries and of all keys. Returns ``out`` (B, Q, H Dh),
-    contiguous, and ``lse`` (B, H, Q) in float32.
+    of the first Q tokens' queries and of all keys. ``lengths`` (B,), int32 or int64, are each row's
+    tokens: below 0 counts as 0, above N as N. Returns ``out`` (B, Q, H Dh), contiguous, and ``lse``
+    (B, H, Q) in float32, both 0 past the length.
     """
     batch, queries, width = q.shape
     out = torch.empty((batch, queries, width), dtype=q.dtype, device=q.device)
@@ -408,6 +485,7 @@ def forward(
         _forward_kernel[(parts * batch * num_heads,)](
             *(q, k, v, out, lse, queries, k.shape[1], num_heads, *strides, scale, parts, each),
             *_tables(rotation),
+            None if lengths is None else lengths.contiguous(),
             HALF=rotation is not None and rotation.half,
             ALIGN=align,
             HEAD_DIM=width // num_heads,
@@ -428,11 +506,13 @@ def backward(
     d_k: torch.Tensor,
     d_v: torch.Tensor,
     rotation: Rotation | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Write the gradients of ``q``, ``k`` and ``v`` into ``d_q``, ``d_k`` and ``d_v``.
 
     ``lse`` is what :func:`forward` returned, ``d_out`` the gradient of its ``out``. Batch and row
-    strides may be any. The gradients must overlap neither each other nor an input.
+    strides may be any. The gradients must overlap neither each other nor an input. Past ``lengths``
+    they are 0.
     """
     if not lse.numel():
         return
@@ -446,6 +526,7 @@ def backward(
         _backward_kernel[(batch * num_heads,)](
             *(d_out, q, k, v, lse.contiguous(), d_q, d_k, d_v),
             *(queries, k.shape[1], num_heads, *strides, scale, *_tables(rotation)),
+            None if lengths is None else lengths.contiguous(),
             HALF=rotation is not None and rotation.half,
             ALIGN=align,
             HEAD_DIM=width // num_heads,

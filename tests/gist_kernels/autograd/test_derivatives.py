@@ -88,6 +88,24 @@ def prefix_case(num_queries: int | None) -> Case:
     )
 
 
+def padded_case() -> Case:
+    lengths = torch.tensor([5, 2])
+
+    def equations(qkv):
+        rows = []
+        for row, length in zip(qkv, lengths.tolist(), strict=True):
+            q, k, v = row[None, :length].chunk(3, dim=-1)
+            out = oracles.attention(q[:, :3], k, v, 2, 4**-0.5)[0][0]
+            rows.append(torch.nn.functional.pad(out, (0, 0, 0, 3 - out.shape[0])))
+        return torch.stack(rows)
+
+    return Case(
+        lambda qkv: gk.prefix_attention(qkv, 2, num_queries=3, lengths=lengths),
+        equations,
+        {"qkv": normal(2, 5, 24, spread=1.0)},
+    )
+
+
 def sublayer_case(name: str, updated: bool, **options: Any) -> Case:
     x, norm, attention, mlp, adapter = arguments(
         torch.float64, tokens=5, width=8, heads=2, rank=2, hidden=6, layer_scale=True,
@@ -150,6 +168,7 @@ CASES = {
     "adapter onto x": lambda: adapter_case(True),
     "prefix_attention": lambda: prefix_case(2),
     "prefix_attention of all": lambda: prefix_case(None),
+    "prefix_attention of padded rows": padded_case,
     "adapter_attention": lambda: sublayer_case("attention", False),
     "adapter_attention with updates": lambda: sublayer_case("attention", True),
     "adapter_attention of some": lambda: sublayer_case("attention", True, num_queries=2),

@@ -115,6 +115,14 @@ def case(name, dtype=torch.float32, **shape):
         "prefix of few": lambda: Case(
             gk.prefix_attention, (normal(2, 19, 144, dtype=dtype),), num_heads=3, num_queries=2
         ),
+        "padded prefix": lambda: Case(
+            gk.prefix_attention,
+            (normal(2, 19, 144, dtype=dtype),),
+            num_heads=3,
+            num_queries=9,
+            rotation=rotation,
+            lengths=torch.tensor([19, 7]),
+        ),
     }[name]()
 
 
@@ -122,7 +130,7 @@ NAMES = (
     "attention", "first block", "no adapter", "updates", "few", "few, updates", "mlp",
     "mlp, no adapter", "mlp, updates", "mlp, gated", "mlp, gated, normed",
     "mlp, gated, updates", "adapter", "adapter onto x", "prefix", "prefix of few",
-    "rotated", "rotated first block", "rotated few", "rotated prefix",
+    "rotated", "rotated first block", "rotated few", "rotated prefix", "padded prefix",
 )  # fmt: skip
 
 
@@ -162,6 +170,7 @@ def compiled(call, **options):
         *("first block", "updates", "few", "few, updates", "mlp, updates", "mlp, gated"),
         *("mlp, gated, normed", "mlp, gated, updates", "adapter", "adapter onto x"),
         *("prefix of few", "rotated", "rotated first block", "rotated few", "rotated prefix"),
+        "padded prefix",
     ],
 )
 def test_opcheck(name):
@@ -245,7 +254,7 @@ def test_only_gradients_that_are_needed_are_asked_for(which):
 def test_attention_that_no_kernel_serves_is_composed_of_operators_of_pytorch(served_by):
     if served_by == "triton":
         pytest.skip("it takes no float64")
-    for name in ("attention", "few", "prefix", "rotated", "rotated prefix"):
+    for name in ("attention", "few", "prefix", "rotated", "rotated prefix", "padded prefix"):
         each = case(name, torch.float64)
         call, names = compiled(each)
         for found, truth in zip(each.results(call), each.results(), strict=True):

@@ -296,10 +296,14 @@ def test_gated_activation(width, chunks):
 # ---- attention ----
 
 
-@pytest.mark.parametrize(("tokens", "threads"), [(50, 128), (198, 256)])
-def test_attention(tokens, threads):
+@pytest.mark.parametrize(
+    ("tokens", "threads", "padded"), [(50, 128, False), (198, 256, False), (50, 128, True)]
+)
+def test_attention(tokens, threads, padded):
     """10 queries of 2 images and 2 heads of 64, all of a head in one program; strides in units
-    of 16."""
+    of 16. Lengths are passed on where they lie: the host reads none."""
+    lengths = torch.tensor([30, 5]) if padded else None
+    last = {"lengths": lengths} if padded else {}
     qkv, d_qkv = torch.zeros(2, 2, tokens, 384, dtype=BF16)
     q, k, v = qkv.chunk(3, dim=-1)
     d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
@@ -307,8 +311,8 @@ def test_attention(tokens, threads):
     d_out = torch.zeros(2, 10, 128, dtype=BF16)
     with stub_driver.recorded() as launches:
         assert attention.serves(q, k, 2)
-        out, lse = attention.forward(q, k, v, 2, 0.125)
-        attention.backward(d_out, q, k, v, lse, 2, 0.125, d_q, d_k, d_v)
+        out, lse = attention.forward(q, k, v, 2, 0.125, lengths=lengths)
+        attention.backward(d_out, q, k, v, lse, 2, 0.125, d_q, d_k, d_v, lengths=lengths)
     forward, backward = launches
     sizes = {"queries": 10, "keys": tokens, "heads": 2}
     packed = {
@@ -318,12 +322,12 @@ def test_attention(tokens, threads):
     }
     check(forward, attention._forward_kernel, (4,), threads, {
         "q": q, "k": k, "v": v, "out": out, "lse": lse, **sizes, **packed, "out_batch": 80,
-        "out_row": 8, "scale": 0.125, "parts": 1, "each": 1,
+        "out_row": 8, "scale": 0.125, "parts": 1, "each": 1, **last,
     })  # fmt: skip
     check(backward, attention._backward_kernel, (4,), threads, {
         "d_out": d_out, "q": q, "k": k, "v": v, "lse": lse, "d_q": d_q, "d_k": d_k, "d_v": d_v,
         **sizes, "d_out_batch": 80, "d_out_row": 8, **packed,
-        **{f"d_{name}": value for name, value in packed.items()}, "scale": 0.125,
+        **{f"d_{name}": value for name, value in packed.items()}, "scale": 0.125, **last,
     })  # fmt: skip
     tile = attention._tile(q, k, 2)
     operands = 2 * 2 * tokens * 64  # keys and values

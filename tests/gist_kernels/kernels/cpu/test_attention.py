@@ -203,7 +203,7 @@ def test_gradients_of_one_packed_tensor():
     out, lse = separate.out, separate.lse
     packed = Buffer(2, 21, 3 * shape.width, torch.float32)
     d_q, d_k, d_v = packed.view.split(shape.width, 2)
-    _, scale, q, k, v, d_out, _ = case
+    _, scale, q, k, v, d_out, *_ = case
     attention.backward(d_out, q, k, v, lse, 3, scale, d_q, d_k, d_v)
     assert_same(Result(out, lse, d_q, d_k, d_v), separate)
     assert packed.untouched_outside(packed.view)

@@ -111,6 +111,23 @@ def test_attention_with_rotary_positions_fits(card, keys, head_dim, half, rotate
     check(launches, target)
 
 
+@pytest.mark.parametrize(
+    ("card", "keys", "half"),
+    [
+        *(("sm_80", 100, None), ("sm_80", 100, False), ("sm_90", 198, None), ("sm_90", 100, True)),
+        *(("sm_100", 198, None), ("sm_100", 198, True)),
+    ],
+)
+def test_attention_of_padded_rows_fits(card, keys, half):
+    target = binaries.TARGETS[card]
+    launches = binaries.attention_launches(keys, 64, target, half=half, padded=True)
+    assert len(launches) == 2
+    for launch in launches:
+        assert launch.arguments["lengths"] is not None
+        assert (launch.arguments["sin"] is None) is (half is None)
+    check(launches, target)
+
+
 def test_what_a_card_has_not_is_told():
     target = binaries.TARGETS["sm_86"]
     launch = binaries.attention_launches(100, 64, target)[0]
