@@ -278,26 +278,25 @@ def _forward_kernel(
     """Attention for ``each`` blocks of one head's queries, over all of its keys at once."""
     index = tl.program_id(0).to(tl.int64) // parts
     batch, head = index // heads, index % heads
+    column = tl.arange(0, COLUMNS)
+    key = tl.arange(0, KEYS)
     first = tl.program_id(0) % parts * each
     last = tl.minimum(first + each, tl.cdiv(queries, QUERIES))
     lse += index * queries
     if lengths is not None:
-        rows = tl.minimum(last * QUERIES, queries)  # of this program
-        queries, keys = _own(lengths, batch, rows, keys)
-        empty = tl.maximum(queries, first * QUERIES)
-        column = tl.arange(0, COLUMNS)
+        end = tl.minimum(last * QUERIES, queries)
+        queries, keys = _own(lengths, batch, end, keys)
+        padding = tl.maximum(queries, first * QUERIES)
         _clear(
-            *(out, batch, head, out_batch, out_row, empty, rows, column),
+            *(out, batch, head, out_batch, out_row, padding, end, column),
             *(ALIGN, HEAD_DIM, QUERIES),
         )
-        for block in tl.range(empty // QUERIES, last):
+        for block in tl.range(padding // QUERIES, last):
             query = block * QUERIES + tl.arange(0, QUERIES)
-            tl.store(lse + query, 0.0, (query >= empty) & (query < rows))
+            tl.store(lse + query, 0.0, (query >= padding) & (query < end))
         last = tl.minimum(last, tl.cdiv(queries, QUERIES))
         if last <= first:
             return
-    column = tl.arange(0, COLUMNS)
-    key = tl.arange(0, KEYS)
     if sin is None:
         all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
     else:

@@ -82,7 +82,7 @@ def test_error_is_no_larger_than_that_of_pytorch(rotation, queries, dtype, backe
     if rotation is not None:
         rotation = rotation_of(rotation[0], D, half=rotation[1], heads=H, device=device)
     found = []
-    for _ in range(3 if backend == "triton" and device == "cpu" else 8):  # an interpreter is slow
+    for _ in range(2 if backend == "triton" and device == "cpu" else 8):  # an interpreter is slow
         qkv, upstream = drawn(dtype, device, queries)
         found.append((
             results(ours(backend, rotation, queries), qkv, upstream),
@@ -108,18 +108,17 @@ def test_float64_is_exact(span, queries, served_by):
 
 
 @on_every_backend
-@pytest.mark.parametrize("padding", [torch.nan, torch.inf, -1e30])
-def test_what_lies_in_the_padding_changes_no_bit(padding, backend):
+def test_what_lies_in_the_padding_changes_no_bit(backend):
     device = backends.device_of(backend)
-    dtype = torch.bfloat16
-    qkv, upstream = drawn(dtype, device)
     rotation = rotation_of((1, 18), D, device=device)
-    zeros = results(ours(backend, rotation, 7), qkv.nan_to_num(), upstream[:, :7].nan_to_num())
-    filled, grads = (torch.where(t.isnan(), padding, t).to(dtype) for t in (qkv, upstream[:, :7]))
-    found = results(ours(backend, rotation, 7), filled, grads)
-    for name, each in zeros.items():
-        assert each.isfinite().all()
-        assert torch.equal(found[name], each), name
+    given = drawn(torch.bfloat16, device, 7)
+    call = ours(backend, rotation, 7)
+    expected = results(call, *(t.nan_to_num() for t in given))
+    assert all(each.isfinite().all() for each in expected.values())
+    infinite = (torch.where(t.isnan(), torch.inf, t) for t in given)
+    for found in (results(call, *given), results(call, *infinite)):
+        for name, each in expected.items():
+            assert torch.equal(found[name], each), name
 
 
 @pytest.mark.parametrize("backend", backends.serving("attention"))
@@ -140,12 +139,7 @@ def test_lengths_of_any_dtype_and_layout(backend):
     qkv, upstream = drawn(torch.bfloat16, device)
     plain = torch.tensor(LENGTHS, device=device)
     expected = results(ours(backend, None, None), qkv, upstream)
-    for lengths in (
-        plain.int(),
-        torch.stack((plain, plain + 99), 1)[:, 0],
-        torch.stack((plain, plain + 99), 1).int()[:, 0],
-        torch._neg_view(-plain),
-    ):
+    for lengths in (torch.stack((plain, plain + 99), 1).int()[:, 0], torch._neg_view(-plain)):
         with gk.use_backend(backend):
             found = results(lambda t: gk.prefix_attention(t, H, lengths=lengths), qkv, upstream)  # noqa: B023
         for name, each in expected.items():

@@ -111,15 +111,20 @@ def test_attention_with_rotary_positions_fits(card, keys, head_dim, half, rotate
     check(launches, target)
 
 
-@pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
-    ("keys", "head_dim", "half"), [(198, 64, None), (100, 64, True), (64, 64, None)]
+    ("card", "keys", "half"),
+    [
+        *(("sm_80", 100, None), ("sm_80", 100, False), ("sm_90", 198, None), ("sm_90", 100, True)),
+        *(("sm_100", 198, None), ("sm_100", 198, True)),
+    ],
 )
-def test_attention_of_padded_rows_fits(card, keys, head_dim, half):
+def test_attention_of_padded_rows_fits(card, keys, half):
     target = binaries.TARGETS[card]
-    launches = binaries.attention_launches(keys, head_dim, target, half=half, padded=True)
-    assert len(launches) == (0 if (card, keys) == ("sm_80", 198) else 2)
-    assert all(launch.arguments["lengths"] is not None for launch in launches)
+    launches = binaries.attention_launches(keys, 64, target, half=half, padded=True)
+    assert len(launches) == 2
+    for launch in launches:
+        assert launch.arguments["lengths"] is not None
+        assert (launch.arguments["sin"] is None) is (half is None)
     check(launches, target)
 
 
