@@ -28,7 +28,7 @@ from gist_kernels.autograd.attention import (
 )
 from gist_kernels.autograd.linear import LinearSaved, joined_grads, split_projection
 from gist_kernels.autograd.tensors import rows_of
-from gist_kernels.autograd.trained import AdapterParts, Sublayer, SublayerRows, Trained
+from gist_kernels.autograd.trained import Sublayer, SublayerRows, Trained
 
 
 class Needs(NamedTuple):
@@ -50,7 +50,7 @@ class Gradients(NamedTuple):
 
 class AttentionSaved(NamedTuple):
     z: torch.Tensor | None
-    stats: torch.Tensor
+    stats: torch.Tensor | None
     qkv: torch.Tensor
     attended: Any
     lse: torch.Tensor | None
@@ -64,15 +64,16 @@ def all_attention_forward(
     sublayer: Sublayer, x: torch.Tensor, grad_tokens: tuple[int, int] | None, need_grad: bool
 ) -> tuple[torch.Tensor, AttentionSaved, AttentionGraph | None]:
     """Attention over all tokens."""
-    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
+    kernels, weights = sublayer.kernels, sublayer.weights
     rows = rows_of(x)
-    normed, adapted, z, stats = sublayer.normed_and_adapted(rows, norm)
+    normed, adapted, z, stats = sublayer.normed_and_adapted(rows)
     qkv, of_qkv = sublayer.first.forward(normed)
     qkv = qkv.view(*x.shape[:2], qkv.shape[1])
     q, k, v = qkv.chunk(3, dim=-1)
     attended, lse, graph = attention_forward(
-        kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad
-    )
+        kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad,
+        sublayer.lengths,
+    )  # fmt: skip
     result, of_proj = sublayer.add_last(rows, adapted, attended)
     read_again = sublayer.last.parts.down is not None or grad_tokens is not None
     kept = attended if read_again else None
@@ -102,13 +103,13 @@ def all_attention_backward(
 
     d_attended = d_attended.view(*x.shape[:2], d_attended.shape[1])
     inner_trained = any(needs.trained.norm) or any(needs.trained.first)
-    if grad_tokens is None or lse is None or inner_trained:
+    if grad_tokens is None or lse is None or inner_trained or sublayer.lengths is not None:
         d_qkv = torch.empty_like(saved.qkv)
         q, k, v = saved.qkv.chunk(3, dim=-1)
         d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
         attention_backward(
             kernels.attention, d_attended, q, k, v, lse, graph,
-            weights.num_heads, weights.scale, weights.rotation, d_q, d_k, d_v,
+            weights.num_heads, weights.scale, weights.rotation, d_q, d_k, d_v, sublayer.lengths,
         )  # fmt: skip
         of_qkv = LinearSaved(saved.qkv_unscaled, saved.qkv_low)
         d_x, grads = sublayer.first_backward(d_qkv, of_qkv, needs.trained, rows)
@@ -133,7 +134,7 @@ def all_attention_backward(
 
 class PrefixSaved(NamedTuple):
     z: torch.Tensor | None
-    stats: torch.Tensor
+    stats: torch.Tensor | None
     q: torch.Tensor
     kv: torch.Tensor
     attended: Any
@@ -151,13 +152,10 @@ def few_attention_forward(
 ) -> tuple[torch.Tensor, PrefixSaved, AttentionGraph | None]:
     """Attention of the first tokens only, where nothing else is read afterwards: only they have
     queries, the projection, the residual and the adapter."""
-    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
+    kernels, weights = sublayer.kernels, sublayer.weights
     read = rows_of(x[:, :num_queries])
-    dtype = sublayer.first.weight.dtype
-    normed, _, _, stats = kernels.adapter.forward(rows_of(x), None, norm, None, None, dtype)
-    assert normed is not None
-    assert stats is not None
-    _, adapted, z, _ = sublayer.normed_and_adapted(read, None)
+    normed, stats = sublayer.normed(rows_of(x))
+    adapted, z = sublayer.adapted(read)
     q_linear, kv_linear = split_projection(sublayer.first)
     q, of_q = q_linear.forward(rows_of(normed.view(x.shape)[:, :num_queries]))
     kv, of_kv = kv_linear.forward(normed)
@@ -165,8 +163,9 @@ def few_attention_forward(
     kv = kv.view(*x.shape[:2], kv.shape[1])
     k, v = kv.chunk(2, dim=-1)
     attended, lse, graph = attention_forward(
-        kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad
-    )
+        kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad,
+        sublayer.lengths,
+    )  # fmt: skip
     result, of_proj = sublayer.add_last(read, adapted, attended)
     kept = attended if sublayer.last.parts.down is not None else None
     return result, PrefixSaved(z, stats, q, kv, kept, lse, *of_q, *of_kv, *of_proj), graph
@@ -181,7 +180,7 @@ def few_attention_backward(
     needs: Needs,
     d_out: torch.Tensor,
 ) -> Gradients:
-    kernels, norm, weights = sublayer.kernels, sublayer.norm, sublayer.weights
+    kernels, weights = sublayer.kernels, sublayer.weights
     q, kv = saved.q, saved.kv
     rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
     read = rows_of(x[:, :num_queries])
@@ -198,15 +197,15 @@ def few_attention_backward(
     d_k, d_v = d_kv.chunk(2, dim=-1)
     attention_backward(
         kernels.attention, d_attended.view(q.shape), q, k, v, saved.lse, graph,
-        weights.num_heads, weights.scale, weights.rotation, d_q, d_k, d_v,
+        weights.num_heads, weights.scale, weights.rotation, d_q, d_k, d_v, sublayer.lengths,
     )  # fmt: skip
     q_linear, kv_linear = split_projection(sublayer.first)
     d_normed, kv_grads = kv_linear.backward(
-        rows_of(d_kv), lambda: sublayer.normed(rows.x),
+        rows_of(d_kv), lambda: sublayer.normed(rows.x)[0],
         LinearSaved(saved.kv_unscaled, saved.kv_low), needs.trained.first,
     )  # fmt: skip
     d_read_normed, q_grads = q_linear.backward(
-        rows_of(d_q), lambda: sublayer.normed(read),
+        rows_of(d_q), lambda: sublayer.normed(read)[0],
         LinearSaved(saved.q_unscaled, saved.q_low), needs.trained.first,
     )  # fmt: skip
     assert d_normed is not None
@@ -214,23 +213,15 @@ def few_attention_backward(
     of_read = d_normed.view(x.shape)[:, :num_queries]
     of_read += d_read_normed.view(of_read.shape)
     norm_grads = sublayer.norm_grads(d_normed, rows, needs.trained.norm)
-    d_x, *_ = kernels.adapter.backward(
-        None, d_normed, rows.x, norm, rows.stats, None, None, pass_through=False
-    )
-    assert d_x is not None
-    d_x, d_read, adapter = d_x.view(x.shape), rows.d_out, AdapterParts()
-    if sublayer.adapter is not None:
-        of_adapter: Any = kernels.adapter.backward(
-            d_read, None, read, None, None, sublayer.adapter, rows.z, pass_through=True
-        )
-        d_read, adapter = of_adapter[0], AdapterParts(*of_adapter[1:])
+    d_x = sublayer.normed_backward(d_normed, rows).view(x.shape)
+    d_read, adapter = sublayer.adapted_backward(rows.d_out, read, rows.z)
     d_x[:, :num_queries] += d_read.view(of_read.shape)
     return Gradients(d_x, Trained(adapter, norm_grads, joined_grads(q_grads, kv_grads), d_proj))
 
 
 class MlpSaved(NamedTuple):
     z: torch.Tensor | None
-    stats: torch.Tensor
+    stats: torch.Tensor | None
     u: torch.Tensor
     hidden_stats: torch.Tensor | None
     fc1_unscaled: torch.Tensor | None
@@ -241,7 +232,7 @@ class MlpSaved(NamedTuple):
 
 def mlp_forward(sublayer: Sublayer, x: torch.Tensor) -> tuple[torch.Tensor, MlpSaved]:
     rows = rows_of(x)
-    normed, adapted, z, stats = sublayer.normed_and_adapted(rows, sublayer.norm)
+    normed, adapted, z, stats = sublayer.normed_and_adapted(rows)
     u, of_fc1 = sublayer.first.forward(normed)
     hidden, hidden_stats = _hidden(sublayer, u)
     hidden = hidden.view(*x.shape[:2], hidden.shape[1])

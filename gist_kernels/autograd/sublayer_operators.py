@@ -28,19 +28,20 @@ from gist_kernels.weights import AdapterWeights, AttentionWeights, MlpWeights, N
 def adapter_attention(
     backend: str,
     x: torch.Tensor,
-    norm: NormWeights,
+    norm: NormWeights | None,
     weights: AttentionWeights,
     adapter: AdapterWeights | None,
     num_queries: int | None,
     drop_path: torch.Tensor | None,
     grad_tokens: tuple[int, int] | None,
+    lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_attention`."""
     qkv, proj = (weights[:2], weights.qkv_update), (weights[2:4], weights.proj_update)
     tensors, numbers = _flat(x, norm, qkv, proj, weights.layer_scale, drop_path, adapter)
     sin, cos, *rotation = flat_rotation(weights.rotation)
     scale = None if weights.scale is None else float(weights.scale)
-    arguments = *tensors, sin, cos, *numbers, weights.num_heads, scale, *rotation
+    arguments = *tensors, sin, cos, lengths, *numbers, weights.num_heads, scale, *rotation
     if num_queries is None or num_queries >= x.shape[1]:
         operator = _OPERATORS[backend, "adapter_attention"]
         result = operator(*arguments, grad_tokens)
@@ -54,7 +55,7 @@ def adapter_attention(
 def adapter_mlp(
     backend: str,
     x: torch.Tensor,
-    norm: NormWeights,
+    norm: NormWeights | None,
     weights: MlpWeights,
     adapter: AdapterWeights | None,
     drop_path: torch.Tensor | None,
@@ -83,7 +84,7 @@ _OPERATORS: dict[tuple[str, str], Any] = {}
 
 def _flat(
     x: torch.Tensor,
-    norm: NormWeights,
+    norm: NormWeights | None,
     first: Any,
     last: Any,
     layer_scale: torch.Tensor | None,
@@ -99,20 +100,21 @@ def _flat(
         parts += [bias, *((None, None, None) if update is None else update)]
         matrices.append(weight.detach().to(dtype))
     frozen = *matrices, layer_scale, drop_path
-    numbers = float(norm.eps), float(scale), activation
-    return (x, *of_adapter, *norm[:2], *parts, *frozen), numbers
+    *of_norm, eps = (None, None, None) if norm is None else norm
+    numbers = None if eps is None else float(eps), float(scale), activation
+    return (x, *of_adapter, *of_norm, *parts, *frozen), numbers
 
 
 def _attention_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
     """Sublayer, x, and num_queries or grad_tokens."""
-    *tensors, sin, cos = tensors
+    *tensors, sin, cos, lengths = tensors
     first, last, layer_scale, _ = tensors[-4:]
     *options, num_heads, scale, start, half, own = options
     rotation = rotation_of((sin, cos), (start, half))
     weights = AttentionWeights(
         first, None, last, None, num_heads, scale, layer_scale, rotation=rotation
     )
-    return *_sublayer(kernels, weights, tensors, options), own
+    return *_sublayer(kernels, weights, tensors, options, lengths), own
 
 
 def _mlp_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
@@ -125,7 +127,9 @@ def _mlp_of(kernels: SublayerKernels, tensors: Any, options: Any) -> Any:
     return _sublayer(kernels, weights, tensors, options)
 
 
-def _sublayer(kernels: SublayerKernels, weights: Any, tensors: Any, options: Any) -> Any:
+def _sublayer(
+    kernels: SublayerKernels, weights: Any, tensors: Any, options: Any, lengths: Any = None
+) -> Any:
     x, *flat = tensors[:-4]
     first, last, _, drop_path = tensors[-4:]
     eps, scale, activation = options
@@ -135,12 +139,13 @@ def _sublayer(kernels: SublayerKernels, weights: Any, tensors: Any, options: Any
         adapter = AdapterWeights(*trained.adapter, scale, activation)
     sublayer = Sublayer(
         kernels,
-        NormWeights(*trained.norm, eps),
+        None if eps is None else NormWeights(*trained.norm, eps),
         weights,
         FrozenLinear.of(kernels.linear, first, trained.first),
         FrozenLinear.of(kernels.linear, last, trained.last),
         adapter,
         drop_path,
+        lengths,
     )
     return sublayer, x
 
@@ -216,14 +221,14 @@ def _operation(
             *(f"Tensor {layer}_weight" for layer in layers),
             *("Tensor? layer_scale", "Tensor? drop_path", *tables),
         ),
-        options=("float norm_eps", "float adapter_scale", "str adapter_activation", *options),
+        options=("float? norm_eps", "float adapter_scale", "str adapter_activation", *options),
         saved=saved,
         forward=forward,
         backward=backward,
     )
 
 
-_QKV_PROJ = ("qkv", "proj"), ROTATION_TABLES
+_QKV_PROJ = ("qkv", "proj"), (*ROTATION_TABLES, "Tensor? lengths")
 _HEADS = "int num_heads", "float? scale", *ROTATION_OPTIONS
 _INNER_NORM = "Tensor? inner_norm_weight", "Tensor? inner_norm_bias"
 _OPERATIONS = (

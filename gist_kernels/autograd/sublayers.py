@@ -34,7 +34,7 @@ from gist_kernels.weights import (
 def sublayer_of(
     kernels: SublayerKernels,
     dtype: torch.dtype,
-    norm: NormWeights,
+    norm: NormWeights | None,
     weights: AttentionWeights | MlpWeights,
     adapter: AdapterWeights | None,
 ) -> Sublayer:
@@ -71,9 +71,10 @@ def adapter_attention(
     drop_path: torch.Tensor | None,
     grad_tokens: tuple[int, int] | None,
     rotation: Rotation | None,
+    lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_attention`; ``rotation`` is None for the weights' own."""
-    sublayer, need_grad = sublayer.of_call(drop_path, rotation), torch.is_grad_enabled()
+    sublayer, need_grad = sublayer.of_call(drop_path, rotation, lengths), torch.is_grad_enabled()
     if num_queries is None or num_queries >= x.shape[1]:
         return _Attention.apply(sublayer, need_grad, grad_tokens, *sublayer.trained, x)
     return _PrefixAttention.apply(sublayer, need_grad, num_queries, *sublayer.trained, x)

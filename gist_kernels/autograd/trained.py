@@ -69,38 +69,42 @@ class Sublayer:
 
     Args:
         kernels: the backend's.
-        norm: the LayerNorm before the first layer.
+        norm: the LayerNorm before the first layer, or None.
         weights: AttentionWeights or MlpWeights, for what is not in the linear layers.
         first: the layer that reads the normed x.
         last: the layer whose output is added to x.
         adapter: the bottleneck beside them, or None.
         drop_path: (B, 1, 1) factors on the last layer's output, or None.
+        lengths: (B,) numbers of tokens that attention is over, or None for all.
     """
 
     def __init__(
         self,
         kernels: SublayerKernels,
-        norm: NormWeights,
+        norm: NormWeights | None,
         weights: Any,
         first: FrozenLinear,
         last: FrozenLinear,
         adapter: AdapterWeights | None,
         drop_path: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> None:
         self.kernels, self.norm, self.weights = kernels, norm, weights
         self.first, self.last, self.adapter = first, last, adapter
         parts = AdapterParts() if adapter is None else AdapterParts(*adapter[:4])
-        self.trained = Trained(parts, NormParts(*norm[:2]), first.parts, last.parts).flat()
-        self._set_call(drop_path)
+        of_norm = NormParts() if norm is None else NormParts(*norm[:2])
+        self.trained = Trained(parts, of_norm, first.parts, last.parts).flat()
+        self._set_call(drop_path, lengths)
 
-    def _set_call(self, drop_path: torch.Tensor | None) -> None:
+    def _set_call(self, drop_path: torch.Tensor | None, lengths: torch.Tensor | None) -> None:
+        self.lengths = lengths
         # What scales the last layer's output, bias included.
         self.factors = [f for f in (self.weights.layer_scale, drop_path) if f is not None]
         # Backward reads them, and autograd doesn't save them.
         rotation = getattr(self.weights, "rotation", None) or ()  # an MLP has none
         inner_norm = getattr(self.weights, "norm", None) or ()  # attention has none
         self._watched = watched_tensors(
-            *self.norm, *self.weights, *rotation, *inner_norm, drop_path
+            *(self.norm or ()), *self.weights, *rotation, *inner_norm, drop_path, lengths
         )
 
     @property
@@ -111,14 +115,19 @@ class Sublayer:
         given = weights[0] is self.first.weight and weights[2] is self.last.weight
         return given and all(layer.parts is layer.computed for layer in (self.first, self.last))
 
-    def of_call(self, drop_path: torch.Tensor | None, rotation: Rotation | None = None) -> Sublayer:
-        """The sublayer of one call that has drawn factors or has positions of its own."""
-        if drop_path is None and rotation is None:
+    def of_call(
+        self,
+        drop_path: torch.Tensor | None,
+        rotation: Rotation | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> Sublayer:
+        """The sublayer of one call that has drawn factors, or positions or lengths of its own."""
+        if drop_path is None and rotation is None and lengths is None:
             return self
         found = copy.copy(self)
         if rotation is not None:
             found.weights = self.weights._replace(rotation=rotation)
-        found._set_call(drop_path)
+        found._set_call(drop_path, lengths)
         return found
 
     def versions(self) -> list[int]:
@@ -134,18 +143,34 @@ class Sublayer:
                 "operation after forward, which backward needs it for; modify it after backward"
             )
 
-    def normed(self, x: torch.Tensor) -> Any:
-        """``norm(x)``, which the first layer reads, computed once more."""
+    def normed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``norm(x)``, which the first layer reads, and the norm's statistics."""
         dtype = self.first.weight.dtype
-        return self.kernels.adapter.forward(x, None, self.norm, None, None, dtype)[0]
+        if self.norm is None:
+            return x.to(dtype), None
+        normed, _, _, stats = self.kernels.adapter.forward(x, None, self.norm, None, None, dtype)
+        assert normed is not None
+        return normed, stats
 
-    def normed_and_adapted(self, x: torch.Tensor, norm: NormWeights | None) -> Any:
+    def adapted(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """``(x + adapter(x), z)`` without the norm, as of :meth:`normed_and_adapted`."""
+        if self.adapter is None:
+            return None, None
+        _, out, z, _ = self.kernels.adapter.forward(x, x, None, self.adapter, self._added_bias)
+        return out, z
+
+    def normed_and_adapted(self, x: torch.Tensor) -> Any:
         """``(norm(x), x + adapter(x), z, stats)``, the second with the last layer's bias where
         nothing scales that."""
-        scaled = self.factors or self.last.parts.scale is not None
-        bias = None if scaled else self.last.parts.bias
         dtype = self.first.weight.dtype
-        return self.kernels.adapter.forward(x, x, norm, self.adapter, bias, dtype)
+        if self.norm is None:
+            return x.to(dtype), *self.adapted(x), None
+        return self.kernels.adapter.forward(x, x, self.norm, self.adapter, self._added_bias, dtype)
+
+    @property
+    def _added_bias(self) -> torch.Tensor | None:
+        scaled = self.factors or self.last.parts.scale is not None
+        return None if scaled else self.last.parts.bias
 
     def add_last(
         self, x: torch.Tensor, adapted: torch.Tensor | None, inner: torch.Tensor
@@ -190,9 +215,12 @@ class Sublayer:
         """The gradient of x, and those of adapter, norm and first layer, from that of the first
         layer's output."""
         d_normed, first = self.first.backward(
-            rows_of(d_first), lambda: self.normed(rows.x), saved, needs.first
+            rows_of(d_first), lambda: self.normed(rows.x)[0], saved, needs.first
         )
         assert d_normed is not None
+        if self.norm is None:
+            d_adapted, adapter_grads = self.adapted_backward(rows.d_out, rows.x, rows.z)
+            return d_adapted + d_normed.to(d_adapted.dtype), Trained(adapter_grads, first=first)
         norm = self.norm_grads(d_normed, rows, needs.norm)
         d_x, *adapter = self.kernels.adapter.backward(
             rows.d_out, d_normed, rows.x, self.norm, rows.stats, self.adapter, rows.z,
@@ -201,7 +229,31 @@ class Sublayer:
         assert d_x is not None
         return d_x, Trained(AdapterParts(*adapter), norm, first)
 
+    def normed_backward(self, d_normed: torch.Tensor, rows: SublayerRows) -> torch.Tensor:
+        """The gradient of x that leads through :meth:`normed`."""
+        if self.norm is None:
+            return d_normed.to(rows.x.dtype)
+        d_x, *_ = self.kernels.adapter.backward(
+            None, d_normed, rows.x, self.norm, rows.stats, None, None, pass_through=False
+        )
+        assert d_x is not None
+        return d_x
+
+    def adapted_backward(
+        self, d_out: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None
+    ) -> tuple[torch.Tensor, AdapterParts]:
+        """The gradient of x that leads through :meth:`adapted`, and the adapter's."""
+        if self.adapter is None:
+            return d_out, AdapterParts()
+        d_x, *grads = self.kernels.adapter.backward(
+            d_out, None, x, None, None, self.adapter, z, pass_through=True
+        )
+        assert d_x is not None
+        return d_x, AdapterParts(*grads)
+
     def norm_grads(self, d_normed: torch.Tensor, rows: SublayerRows, needs: NormParts) -> NormParts:
+        if self.norm is None:
+            return NormParts()
         weight, bias, _ = self.norm
         d_weight = d_bias = None
         if needs.weight and weight is not None:

@@ -64,7 +64,7 @@ def prefix_attention(
     if rotation is not None:
         check_rotation("rotation", rotation, "qkv", qkv, num_heads, qkv.shape[2] // 3 // num_heads)
     if lengths is not None:
-        _check_lengths(lengths, qkv)
+        check_lengths(lengths, "qkv", qkv)
     kernels = select("attention", qkv)
     if needs_dispatcher(qkv, *flat_rotation(rotation)[:2], lengths):
         width = qkv.shape[2] // 3
@@ -87,17 +87,18 @@ def prefix_attention(
     return autograd.prefix_attention(kernels, qkv, num_heads, num_queries, scale, rotation, lengths)
 
 
-def _check_lengths(lengths: torch.Tensor, qkv: torch.Tensor) -> None:
+def check_lengths(lengths: torch.Tensor, of: str, tokens: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless lengths are those of ``tokens``' (B, N, ...) rows."""
     check.tensor("lengths", lengths)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"lengths must be int32 or int64; it is {lengths.dtype}")
-    check.shape("lengths", lengths, qkv.shape[:1], "(B,) of qkv")
-    if lengths.device != qkv.device:
+    check.shape("lengths", lengths, tokens.shape[:1], f"(B,) of {of}")
+    if lengths.device != tokens.device:
         raise ValueError(
-            f"lengths is on {lengths.device} and qkv on {qkv.device}; move them to one device"
+            f"lengths is on {lengths.device} and {of} on {tokens.device}; move them to one device"
         )
     if lengths.device.type == "cpu" and not needs_dispatcher(lengths) and not batched(lengths):
-        check.token_lengths("lengths", lengths, qkv.shape[1])
+        check.token_lengths("lengths", lengths, tokens.shape[1])
 
 
 def check_rotation(

@@ -14,7 +14,7 @@ from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.autograd.tensors import negated
 from gist_kernels.backend import BACKENDS, select, serving
 from gist_kernels.check import unknown_name
-from gist_kernels.functional.attention import check_rotation
+from gist_kernels.functional.attention import check_lengths, check_rotation
 from gist_kernels.kernels.protocols import SublayerKernels
 from gist_kernels.quantised import QuantisedWeight, is_quantised
 from gist_kernels.tracing import needs_dispatcher, takes_operators
@@ -34,24 +34,28 @@ for _backend in BACKENDS:
 
 def adapter_attention(
     x: torch.Tensor,
-    norm: NormWeights,
+    norm: NormWeights | None,
     attention: AttentionWeights,
     adapter: AdapterWeights | None = None,
     *,
     num_queries: int | None = None,
     drop_path: torch.Tensor | None = None,
     grad_tokens: tuple[int, int] | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A pre-norm attention sublayer with an adapter beside it, one autograd node::
+    """An attention sublayer with an adapter beside it, one autograd node::
 
         x + drop_path * (layer_scale * attention(norm(x))) + adapter(x)
 
     GIST places the adapter so (arXiv:2312.07255). The result is differentiable in x and in the
     tensors of adapter, norm, biases and updates; matrices, layer scale and rotation are frozen.
 
+    A post-norm block (BERT, arXiv:1810.04805) has its norm after the sum. There ``norm`` is None,
+    and the caller norms the result: ``F.layer_norm(adapter_attention(x, None, ...), ...)``.
+
     Args:
         x: (B, N, D), floating point.
-        norm: the LayerNorm, tensors of any floating dtype.
+        norm: the LayerNorm, tensors of any floating dtype; or None for x itself.
         attention: the attention; matrices and layer scale of x's dtype, biases, updates and
             rotation of any floating one.
         adapter: the bottleneck, tensors of any floating dtype, or None.
@@ -60,6 +64,9 @@ def adapter_attention(
         drop_path: (B, 1, 1) factors on the sublayer's update, as stochastic depth draws them.
         grad_tokens: ``(start, count)``: compute the gradient of x for these tokens only; it is
             zero elsewhere. For a first block, in front of which one token is trained.
+        lengths: (B,), as :func:`prefix_attention` takes them: tokens after a row's length are
+            padding, whose attention is 0, so that it has the projection's bias, the residual and
+            the adapter. It must be finite: the adapter's gradients sum over all tokens.
 
     Returns:
         (B, N, D), or (B, num_queries, D), in x's dtype.
@@ -81,6 +88,8 @@ def adapter_attention(
         )
     if attention.scale is not None:
         check.finite("attention.scale", attention.scale)
+    if lengths is not None:
+        check_lengths(lengths, "x", x)
     if attention.rotation is not None:
         check_rotation("attention.rotation", attention.rotation, "x", x, heads, inner // heads)
     _check_weights("attention", attention, x, {
@@ -100,19 +109,19 @@ def adapter_attention(
                 f"it is {grad_tokens}"
             )
     return PreparedAttention(norm, attention, adapter).run(
-        x, num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens
+        x, num_queries=num_queries, drop_path=drop_path, grad_tokens=grad_tokens, lengths=lengths
     )
 
 
 def adapter_mlp(
     x: torch.Tensor,
-    norm: NormWeights,
+    norm: NormWeights | None,
     mlp: MlpWeights,
     adapter: AdapterWeights | None = None,
     *,
     drop_path: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A pre-norm MLP sublayer with an adapter beside it, one autograd node::
+    """An MLP sublayer with an adapter beside it, one autograd node::
 
         x + drop_path * (layer_scale * fc2(act(fc1(norm(x))))) + adapter(x)
 
@@ -155,7 +164,9 @@ class _Prepared:
     of weights that are read where they lie is kept.
     """
 
-    def __init__(self, norm: NormWeights, weights: Any, adapter: AdapterWeights | None) -> None:
+    def __init__(
+        self, norm: NormWeights | None, weights: Any, adapter: AdapterWeights | None
+    ) -> None:
         self.weights = norm, weights, adapter
         self._kept: autograd.Sublayer | None = None
 
@@ -191,6 +202,7 @@ class PreparedAttention(_Prepared):
         drop_path: torch.Tensor | None,
         grad_tokens: tuple[int, int] | None,
         rotation: Rotation | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``rotation``, unchecked, takes the place of the weights' own."""
         self.check_input(x)
@@ -200,8 +212,8 @@ class PreparedAttention(_Prepared):
 
             x, grad_tokens = constant_outside(x, *grad_tokens), None
         kernels = select("sublayers", x)
-        arguments = x, *self._weights(rotation), num_queries, drop_path, grad_tokens
-        if needs_dispatcher(x):
+        arguments = x, *self._weights(rotation), num_queries, drop_path, grad_tokens, lengths
+        if needs_dispatcher(x, lengths):
             attention = self.weights[1]
             heads, inner = attention.num_heads, attention.qkv_weight.shape[0] // 3
             if (
@@ -211,11 +223,11 @@ class PreparedAttention(_Prepared):
             ):
                 backend = serving("sublayers", x.device.type, x.dtype)
                 return sublayer_operators.adapter_attention(backend, *arguments)
-        elif kernels is not None and not negated(x, drop_path):
+        elif kernels is not None and not negated(x, drop_path, lengths):
             sublayer = self.sublayer(kernels, matmul_dtype(x))
             if sublayer is not None:
                 return autograd.adapter_attention(
-                    sublayer, x, num_queries, drop_path, grad_tokens, rotation
+                    sublayer, x, num_queries, drop_path, grad_tokens, rotation, lengths
                 )
         from gist_kernels import reference
 
@@ -250,7 +262,7 @@ class PreparedMlp(_Prepared):
 
 def _check_block_input(
     x: torch.Tensor,
-    norm: NormWeights,
+    norm: NormWeights | None,
     adapter: AdapterWeights | None,
     drop_path: torch.Tensor | None,
 ) -> None:
@@ -259,9 +271,10 @@ def _check_block_input(
     width = x.shape[2]
     if width < 1:
         raise ValueError(f"x must have at least one feature; it has shape {tuple(x.shape)}")
-    _check_kind("norm", norm, NormWeights)
-    check.positive("norm.eps", norm.eps)
-    _check_weights("norm", norm, x, {"weight": (width,), "bias": (width,)})
+    if norm is not None:
+        _check_kind("norm", norm, NormWeights)
+        check.positive("norm.eps", norm.eps)
+        _check_weights("norm", norm, x, {"weight": (width,), "bias": (width,)})
     if drop_path is not None:
         check.shape("drop_path", drop_path, (x.shape[0], 1, 1), "(B, 1, 1)")
         check.alike("drop_path", drop_path, "x", x)

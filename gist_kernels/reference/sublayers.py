@@ -1,4 +1,4 @@
-"""Reference of a pre-norm transformer block's two sublayers with an adapter beside each
+"""Reference of a transformer block's two sublayers with an adapter beside each
 (arXiv:2312.07255)."""
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from gist_kernels.weights import (
 
 def adapter_attention(
     x: torch.Tensor,
-    norm: NormWeights,
+    norm: NormWeights | None,
     weights: AttentionWeights,
     adapter: AdapterWeights | None,
     num_queries: int | None,
     drop_path: torch.Tensor | None,
     grad_tokens: tuple[int, int] | None,
+    lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_attention`."""
     if grad_tokens is not None:
         x = constant_outside(x, *grad_tokens)
-    normed = _normed(x, norm)
+    normed = x if norm is None else _normed(x, norm)
     q, k, v = _projections(normed, weights, num_queries)
-    out = attention(q, k, v, weights.num_heads, weights.scale, weights.rotation)
+    out = attention(q, k, v, weights.num_heads, weights.scale, weights.rotation, lengths)
     out = linear(out, weights.proj_weight, weights.proj_bias, weights.proj_update)
     return _join(x[:, :num_queries], out, weights.layer_scale, adapter, drop_path)
 
@@ -48,13 +49,13 @@ def constant_outside(x: torch.Tensor, start: int, count: int) -> torch.Tensor:
 
 def adapter_mlp(
     x: torch.Tensor,
-    norm: NormWeights,
+    norm: NormWeights | None,
     weights: MlpWeights,
     adapter: AdapterWeights | None,
     drop_path: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :func:`gist_kernels.adapter_mlp`."""
-    normed = _normed(x, norm)
+    normed = x if norm is None else _normed(x, norm)
     u = linear(normed, weights.fc1_weight, weights.fc1_bias, weights.fc1_update)
     activate = ACTIVATIONS[weights.activation]
     if weights.gated:

@@ -19,23 +19,29 @@ MLPS = {
 """The arguments' options, by name of the kind."""
 
 
-def exact_attention(x, norm, attention, adapter, num_queries=None, drop_path=None):
+def exact_attention(
+    x, norm, attention, adapter, num_queries=None, drop_path=None, lengths=None
+):  # fmt: skip
     q, k, v = (
-        oracles.layer_norm(x, *norm) @ attention.qkv_weight.T
+        normed(x, norm) @ attention.qkv_weight.T
         + (0 if attention.qkv_bias is None else attention.qkv_bias)
     ).chunk(3, dim=-1)
     heads = attention.num_heads
     if attention.rotation is not None:
         q, k = (oracles.rotated(t, heads, attention.rotation) for t in (q, k))
     scale = (q.shape[-1] // heads) ** -0.5 if attention.scale is None else attention.scale
-    out, _ = oracles.attention(q, k, v, heads, scale)
+    rows = []
+    for row, length in enumerate([x.shape[1]] * len(x) if lengths is None else lengths):
+        known = (t[row : row + 1, :length] for t in (q, k, v))
+        rows.append(oracles.attention(*known, heads, scale)[0][0])
+    out = torch.nn.utils.rnn.pad_sequence([*rows, q[0]], batch_first=True)[:-1]
     out = out @ attention.proj_weight.T
     out = out if attention.proj_bias is None else out + attention.proj_bias
     return joined(x, out, attention.layer_scale, adapter, drop_path)[:, :num_queries]
 
 
 def exact_mlp(x, norm, mlp, adapter, drop_path=None):
-    hidden = oracles.layer_norm(x, *norm) @ mlp.fc1_weight.T
+    hidden = normed(x, norm) @ mlp.fc1_weight.T
     hidden = hidden if mlp.fc1_bias is None else hidden + mlp.fc1_bias
     if mlp.gated:
         features = mlp.fc2_weight.shape[1]
@@ -47,6 +53,10 @@ def exact_mlp(x, norm, mlp, adapter, drop_path=None):
     out = hidden @ mlp.fc2_weight.T
     out = out if mlp.fc2_bias is None else out + mlp.fc2_bias
     return joined(x, out, mlp.layer_scale, adapter, drop_path)
+
+
+def normed(x, norm):
+    return x if norm is None else oracles.layer_norm(x, *norm)
 
 
 def joined(x, out, layer_scale, adapter, drop_path):
@@ -75,7 +85,7 @@ def rotation_of(
 def arguments(
     dtype, *, batch=2, tokens=19, width=48, heads=3, rank=4, hidden=80,
     with_adapter=True, layer_scale=False, biases=True, activation="gelu",
-    gated=False, inner_norm=False, device="cpu", rotation=None,
+    gated=False, inner_norm=False, device="cpu", rotation=None, with_norm=True,
 ):  # fmt: skip
     """x and the three groups of weights, rounded to ``dtype``."""
 
@@ -101,7 +111,7 @@ def arguments(
         0.7, activation,
     )  # fmt: skip
     x = normal(batch, tokens, width, dtype=dtype, spread=1.0, device=device)
-    return x, norm, attention, mlp, adapter if with_adapter else None
+    return x, norm if with_norm else None, attention, mlp, adapter if with_adapter else None
 
 
 def update(outputs, inputs, dtype, device, rank=None, scale=False):
@@ -153,3 +163,69 @@ def _shares(ours, pytorch, exact, eps):
         # A draw without any error, or with next to none, does not make up for bad ones.
         shares[name] = max(own / allowed if allowed else torch.inf if own else 0.0, 0.1)
     return shares
+
+
+def differentiated(function, x, adapter, upstream, **options):
+    """Result and gradients of x and of what the adapter has."""
+    x = x.clone().requires_grad_()
+    if adapter is not None:
+        adapter = adapter._replace(
+            **{n: w.clone().requires_grad_() for n, w in adapter._asdict().items()
+               if isinstance(w, torch.Tensor)}
+        )  # fmt: skip
+    out = function(x, adapter, **options)
+    leaves = {"x": x} | {
+        name: w for name, w in (adapter or x.new_zeros(0))._asdict().items()
+        if isinstance(w, torch.Tensor)
+    } if adapter is not None else {"x": x}  # fmt: skip
+    found = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
+    return {"out": out.detach()} | {f"d_{n}": g for n, g in zip(leaves, found, strict=True)}
+
+
+def compare(name, dtype, options, backend="auto", draws=1, **shape):
+    found = [draw(name, dtype, options, backend, **shape) for _ in range(draws)]
+    if dtype is not torch.float64:
+        check(*map(list, zip(*found, strict=True)), dtype)
+        return
+    for ours, reference, exact in found:
+        for result in (ours, reference):
+            for key, truth in exact.items():
+                torch.testing.assert_close(result[key], truth, rtol=1e-11, atol=1e-11)
+
+
+def draw(name, dtype, options, backend, **shape):
+    """Value and gradients of ours, of the reference and of the equations."""
+    x, norm, attention, mlp, adapter = arguments(dtype, **MLPS.get(name, {}), **shape)
+    weights = attention if name == "attention" else mlp
+    public = gk.adapter_attention if name == "attention" else gk.adapter_mlp
+    equations = exact_attention if name == "attention" else exact_mlp
+    count = options.get("num_queries") or x.shape[1]
+    upstream = normal(x.shape[0], count, x.shape[2], dtype=dtype, spread=1.0).to(x.device)
+    if "drop_path" in options:
+        options = options | {"drop_path": options["drop_path"].to(x)}
+
+    def ours(x, adapter, **options):
+        with gk.use_backend(backend):
+            return public(x, norm, weights, adapter, **options)
+
+    def theirs(x, adapter, **options):
+        with gk.use_backend("reference"):
+            return public(x, norm, weights, adapter, **options)
+
+    tokens, lengths = options.get("grad_tokens"), options.get("lengths")
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()
+            if k not in ("grad_tokens", "lengths")}  # fmt: skip
+    exact = differentiated(
+        lambda x, adapter, **o: equations(
+            x, converted(norm, torch.float64), converted(weights, torch.float64), adapter, **o
+        ),
+        x.double(), converted(adapter, torch.float64), upstream, **wide,
+        **({} if lengths is None else {"lengths": lengths.tolist()}),
+    )  # fmt: skip
+    if tokens is not None:
+        kept = torch.zeros_like(exact["d_x"])
+        kept[:, tokens[0] : sum(tokens)] = exact["d_x"][:, tokens[0] : sum(tokens)]
+        exact["d_x"] = kept
+    found = differentiated(ours, x, adapter, upstream, **options)
+    reference = differentiated(theirs, x, adapter, upstream, **options)
+    return found, reference, exact

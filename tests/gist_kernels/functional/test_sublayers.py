@@ -14,7 +14,9 @@ from sublayer_cases import (
     MLPS,
     arguments,
     check,
+    compare,
     converted,
+    differentiated,
     exact_attention,
     exact_mlp,
     normal,
@@ -23,72 +25,6 @@ from sublayer_cases import (
 )
 
 import gist_kernels as gk
-
-
-def differentiated(function, x, adapter, upstream, **options):
-    """Result and gradients of x and of what the adapter has."""
-    x = x.clone().requires_grad_()
-    if adapter is not None:
-        adapter = adapter._replace(
-            **{n: w.clone().requires_grad_() for n, w in adapter._asdict().items()
-               if isinstance(w, torch.Tensor)}
-        )  # fmt: skip
-    out = function(x, adapter, **options)
-    leaves = {"x": x} | {
-        name: w for name, w in (adapter or x.new_zeros(0))._asdict().items()
-        if isinstance(w, torch.Tensor)
-    } if adapter is not None else {"x": x}  # fmt: skip
-    found = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
-    return {"out": out.detach()} | {f"d_{n}": g for n, g in zip(leaves, found, strict=True)}
-
-
-def compare(name, dtype, options, backend="auto", draws=1, **shape):
-    found = [draw(name, dtype, options, backend, **shape) for _ in range(draws)]
-    if dtype is not torch.float64:
-        check(*map(list, zip(*found, strict=True)), dtype)
-        return
-    for ours, reference, exact in found:
-        for result in (ours, reference):
-            for key, truth in exact.items():
-                torch.testing.assert_close(result[key], truth, rtol=1e-11, atol=1e-11)
-
-
-def draw(name, dtype, options, backend, **shape):
-    """Value and gradients of ours, of the reference and of the equations."""
-    x, norm, attention, mlp, adapter = arguments(dtype, **MLPS.get(name, {}), **shape)
-    weights = attention if name == "attention" else mlp
-    public = gk.adapter_attention if name == "attention" else gk.adapter_mlp
-    equations = exact_attention if name == "attention" else exact_mlp
-    count = options.get("num_queries") or x.shape[1]
-    upstream = normal(x.shape[0], count, x.shape[2], dtype=dtype, spread=1.0).to(x.device)
-    if "drop_path" in options:
-        options = options | {"drop_path": options["drop_path"].to(x)}
-
-    def ours(x, adapter, **options):
-        with gk.use_backend(backend):
-            return public(x, norm, weights, adapter, **options)
-
-    def theirs(x, adapter, **options):
-        with gk.use_backend("reference"):
-            return public(x, norm, weights, adapter, **options)
-
-    tokens = options.get("grad_tokens")
-    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()
-            if k != "grad_tokens"}  # fmt: skip
-    exact = differentiated(
-        lambda x, adapter, **o: equations(
-            x, converted(norm, torch.float64), converted(weights, torch.float64), adapter, **o
-        ),
-        x.double(), converted(adapter, torch.float64), upstream, **wide,
-    )  # fmt: skip
-    if tokens is not None:
-        kept = torch.zeros_like(exact["d_x"])
-        kept[:, tokens[0] : sum(tokens)] = exact["d_x"][:, tokens[0] : sum(tokens)]
-        exact["d_x"] = kept
-    found = differentiated(ours, x, adapter, upstream, **options)
-    reference = differentiated(theirs, x, adapter, upstream, **options)
-    return found, reference, exact
-
 
 CASES = [
     ("attention", {}),
