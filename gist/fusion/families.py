@@ -7,6 +7,7 @@ from typing import Any
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from gist.backbones.transformers_text import text_family
 from gist.backbones.transformers_vit import transformers_family
 from gist.fusion.backbone import FusedBackbone
 from gist.fusion.timm_eva import FusedTimmEva
@@ -26,4 +27,6 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
         from gist.fusion.transformers_vit import FusedTransformersViT
 
         return FusedTransformersViT(family)
+    if text_family(model) is not None:
+        return Refusal("text models have no fused sublayers")
     return Refusal(f"it is a {type(model).__name__}")
