@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from gist.backbones.base import BackboneFamily
+from gist.backbones.text_models import TEXT_MODELS, text_family
 from gist.backbones.timm_vit import TimmDistilled, TimmEva, TimmViT
-from gist.backbones.transformers_text import TEXT_MODELS, text_family
 from gist.backbones.transformers_vit import TRANSFORMERS_MODELS, transformers_family
 
 _NO_PLACE = {

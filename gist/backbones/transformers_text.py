@@ -1,8 +1,7 @@
-"""transformers' text classifiers: encoders, whose words all see each other, and causal decoders."""
+"""What transformers' text classifiers have in common, and what the encoders among them have."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -22,7 +21,7 @@ _REFUSED_INPUTS = {
 }
 
 
-class _Block(NamedTuple):
+class BlockNames(NamedTuple):
     """Where a block has its layers, by their dotted names."""
 
     norms: tuple[str, str]
@@ -40,7 +39,7 @@ class TransformersText(BackboneFamily):
     """
 
     main_input_name: ClassVar[str] = "input_ids"
-    block: ClassVar[_Block]
+    block: ClassVar[BlockNames]
     last_layer: ClassVar[str] = "classifier"
     """The name of the linear layer that gives the logits."""
     last_bias: ClassVar[bool] = True
@@ -229,236 +228,3 @@ class TransformersEncoder(TransformersText):
                 "one word; set is_decoder=False"
             )
         return super().refusal(gist, new_head)
-
-
-_BERT_LAYERS = {
-    "q": "attention.self.query",
-    "k": "attention.self.key",
-    "v": "attention.self.value",
-    "proj": "attention.output.dense",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
-}
-
-
-class TransformersBert(TransformersEncoder):
-    """BERT: post-norm blocks; the class token goes through a pooler, which is frozen."""
-
-    block: ClassVar[_Block] = _Block(
-        norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        outputs=("attention.output.dropout", "output.dropout"),
-        layers=_BERT_LAYERS,
-        entries=("attention.self.query", "intermediate.dense"),
-    )
-
-    def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
-        pooler = self.encoder.pooler
-        pooled = pooler.activation(pooler.dense(pooled))
-        return (head or self.model.classifier)(self.model.dropout(pooled))
-
-
-class TransformersRoberta(TransformersBert):
-    """RoBERTa, XLM-RoBERTa and ELECTRA: as BERT, with a head of two layers."""
-
-    last_layer: ClassVar[str] = "classifier.out_proj"
-
-    @property
-    def embedding(self) -> nn.Module:
-        return getattr(self.encoder, "embeddings_project", self.encoder.embeddings)
-
-    def _normed(self, words: torch.Tensor, embedding: Any) -> torch.Tensor:
-        words = self.encoder.embeddings.LayerNorm(words)
-        return words if embedding is self.encoder.embeddings else embedding(words)
-
-    def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
-        return (head or self.model.classifier)(pooled.unsqueeze(-2))  # which takes the first token
-
-
-class TransformersMPNet(TransformersRoberta):
-    """MPNet: its attention adds a bias for each distance, which the Gist token has as the first
-    token has it."""
-
-    block: ClassVar[_Block] = _Block(
-        norms=("attention.LayerNorm", "output.LayerNorm"),
-        outputs=("attention.dropout", "output.dropout"),
-        layers={
-            **_BERT_LAYERS,
-            **{name: f"attention.attn.{name}" for name in "qkv"},
-            "proj": "attention.attn.o",
-        },
-        entries=("attention.attn.q", "intermediate.dense"),
-    )
-
-    def attach_token(self, hook: Callable[[str], Callable[..., Any]]) -> None:
-        super().attach_token(hook)
-        bias = self.encoder.encoder.relative_attention_bias
-        bias.register_forward_pre_hook(hook("extend_distances"))
-
-
-class TransformersDistilBert(TransformersEncoder):
-    """DistilBERT: post-norm blocks, and a head of two layers."""
-
-    block: ClassVar[_Block] = _Block(
-        norms=("sa_layer_norm", "output_layer_norm"),
-        outputs=("attention.out_lin", "ffn.dropout"),
-        layers={
-            **{name: f"attention.{name}_lin" for name in "qkv"},
-            "proj": "attention.out_lin",
-            "fc1": "ffn.lin1",
-            "fc2": "ffn.lin2",
-        },
-        entries=("attention.q_lin", "ffn.lin1"),
-    )
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.encoder.transformer.layer
-
-    @property
-    def heads(self) -> Sequence[nn.Module]:
-        return [self.model.classifier, self.model.pre_classifier]
-
-    def head_copy(self) -> nn.Module:
-        model = self.model
-        first, last = copy.deepcopy(model.pre_classifier), copy.deepcopy(model.classifier)
-        return nn.Sequential(first, nn.ReLU(), nn.Dropout(model.dropout.p), last)
-
-    def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
-        if head is not None:
-            return head(pooled)
-        pooled = torch.relu(self.model.pre_classifier(pooled))
-        return self.model.classifier(self.model.dropout(pooled))
-
-
-class TransformersModernBert(TransformersEncoder):
-    """ModernBERT: pre-norm blocks, rotary positions, of which the Gist token has the first token's,
-    gated MLPs, and pooling by class token or mean."""
-
-    block: ClassVar[_Block] = _Block(
-        norms=("attn_norm", "mlp_norm"),
-        outputs=("attn.out_drop", "mlp"),
-        layers={"q+k+v": "attn.Wqkv", "proj": "attn.Wo", "gate+up": "mlp.Wi", "down": "mlp.Wo"},
-    )
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.encoder.layers
-
-    @property
-    def pooling(self) -> str:
-        return "avg" if self.model.config.classifier_pooling == "mean" else "token"
-
-    def attach_token(self, hook: Callable[[str], Callable[..., Any]]) -> None:
-        super().attach_token(hook)
-        self.encoder.register_forward_pre_hook(hook("extend_positions"), with_kwargs=True)
-
-    def _normed(self, words: torch.Tensor, embedding: Any) -> torch.Tensor:
-        return embedding.norm(words)
-
-    @property
-    def heads(self) -> Sequence[nn.Module]:
-        return [self.model.classifier, self.model.head]
-
-    def head_copy(self) -> nn.Module:
-        model = self.model
-        return copy.deepcopy(nn.Sequential(model.head, model.drop, model.classifier))
-
-    def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
-        if head is not None:
-            return head(pooled)
-        return self.model.classifier(self.model.drop(self.model.head(pooled)))
-
-
-class TransformersDecoder(TransformersText):
-    """Llama, Mistral, Qwen2 and Qwen3: causal attention. The classifier reads the last token, and
-    the Gist token stands right behind that one."""
-
-    token_place: ClassVar[str] = "last"
-    num_prefix_tokens = 0
-    has_class_token = False
-    last_layer: ClassVar[str] = "score"
-    last_bias: ClassVar[bool] = False
-    block: ClassVar[_Block] = _Block(
-        norms=("input_layernorm", "post_attention_layernorm"),
-        outputs=("self_attn.o_proj", "mlp.down_proj"),
-        layers={
-            **{name: f"self_attn.{name}_proj" for name in "qkv"},
-            "proj": "self_attn.o_proj",
-            **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-        },
-    )
-
-    @property
-    def embedding(self) -> nn.Module:
-        return self.encoder.embed_tokens
-
-    def _normed(self, words: torch.Tensor, embedding: Any) -> torch.Tensor:
-        return words
-
-    @property
-    def norm_types(self) -> tuple[type[nn.Module], ...]:
-        return (*super().norm_types, type(self.encoder.norm))
-
-    @property
-    def pooling(self) -> str:
-        return "last"
-
-    def attach_token(self, hook: Callable[..., Callable[..., Any]]) -> None:
-        # The classifier's config, which tells padding, may be another one than the decoder's.
-        config = self.model.config
-        self.encoder.register_forward_pre_hook(hook("extend_inputs", config), with_kwargs=True)
-        self.embedding.register_forward_hook(hook("enter_embedding", config))
-        self.encoder.register_forward_hook(hook("leave_decoder", config), with_kwargs=True)
-
-    def check_inputs(self, others: Mapping[str, Any]) -> None:
-        super().check_inputs(others)
-        if others.get("position_ids") is not None and others.get("attention_mask") is None:
-            raise ValueError(
-                "position_ids need attention_mask beside them: without it, transformers takes "
-                "positions that don't count up for those of packed sequences"
-            )
-
-    def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
-        return (head or self.model.score)(pooled)
-
-    def refusal(self, gist: bool, new_head: bool = False) -> str | None:
-        config = self.model.config
-        both_ways = getattr(config, "use_bidirectional_attention", False)
-        if both_ways or not getattr(config, "is_causal", True):
-            return (
-                "has attention that is not causal, so that its words would see a Gist token behind "
-                "them; take it with causal attention"
-            )
-        return super().refusal(gist, new_head)
-
-
-class TransformersGemma(TransformersDecoder):
-    """Gemma 2 and 3: a norm before each sublayer, and one after it."""
-
-    block: ClassVar[_Block] = TransformersDecoder.block._replace(
-        norms=("input_layernorm", "pre_feedforward_layernorm"),
-        outputs=("post_attention_layernorm", "post_feedforward_layernorm"),
-    )
-
-
-_FAMILIES: dict[str, type[TransformersText]] = {
-    "Bert": TransformersBert,
-    "Roberta": TransformersRoberta,
-    "XLMRoberta": TransformersRoberta,
-    "Electra": TransformersRoberta,
-    "DistilBert": TransformersDistilBert,
-    "MPNet": TransformersMPNet,
-    "ModernBert": TransformersModernBert,
-    **dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3"), TransformersDecoder),
-    "Gemma2": TransformersGemma,
-    "Gemma3Text": TransformersGemma,
-}
-_SUFFIX = "ForSequenceClassification"
-TEXT_MODELS = tuple(name + _SUFFIX for name in _FAMILIES)
-
-
-def text_family(model: Any) -> TransformersText | None:
-    """The family of one of transformers' text classifiers, or None."""
-    name = type(model).__name__
-    family = _FAMILIES.get(name.removesuffix(_SUFFIX)) if name.endswith(_SUFFIX) else None
-    return None if family is None else family(model)

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from gist.backbones.transformers_text import text_family
+from gist.backbones.text_models import text_family
 from gist.backbones.transformers_vit import transformers_family
 from gist.fusion.backbone import FusedBackbone
 from gist.fusion.timm_eva import FusedTimmEva
