@@ -85,6 +85,12 @@ class DecoderToken(GistToken):
     def extra_repr(self) -> str:
         return f"count={self.count}, behind the last token"
 
+    def forward(self, tokens: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, N, D) to (B, N + K, D), the Gist tokens at the end, or all in a (B, N + K) order."""
+        gist = self.dropout(self.weight.to(tokens.dtype).expand(len(tokens), -1, -1))
+        joined = torch.cat((tokens, gist), dim=1)
+        return joined if order is None else _columns(joined, order)
+
     def extend_inputs(
         self, config: Any, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -119,9 +125,8 @@ class DecoderToken(GistToken):
         """Hook after the embedding: add the Gist tokens to each row in its place."""
         if hooks.asked_for(self) is None:
             return None
-        order = self._order(args[0], self._start(config, args[0]))
-        gist = self.dropout(self.weight.to(output.dtype).expand(len(output), -1, -1))
-        return _columns(torch.cat((output, gist), dim=1), order)
+        joined: torch.Tensor = self(output, self._order(args[0], self._start(config, args[0])))
+        return joined
 
     def leave_decoder(
         self,
@@ -136,18 +141,16 @@ class DecoderToken(GistToken):
         if answer is None:
             return None
         features, ids = output[0], kwargs["input_ids"]
-        start = self._start(config, ids)
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        own = columns + self.count * (columns >= start)
-        gist = start + torch.arange(self.count, device=ids.device)
-        answer[:] = [_columns(features, gist).mean(1), _columns(features, own)]
+        gist = self._start(config, ids) + torch.arange(self.count, device=ids.device)
+        # The classifier reads what stands before the Gist tokens; behind them is padding.
+        answer[:] = [_columns(features, gist).mean(1), features[:, : -self.count]]
         return _with_features(output, answer[1])
 
     def _start(self, config: Any, ids: torch.Tensor) -> torch.Tensor:
         """(B, 1) columns of the first Gist token, by the rule of transformers' classifiers."""
         padding = config.get_text_config().pad_token_id
         if padding is None:
-            return ids.new_full((len(ids), 1), ids.shape[1])
+            return torch.full((len(ids), 1), ids.shape[1], device=ids.device)
         columns = torch.arange(ids.shape[1], device=ids.device)
         return (columns * (ids != padding)).argmax(1, keepdim=True) + 1
 

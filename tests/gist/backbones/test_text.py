@@ -150,6 +150,14 @@ def test_explicit_positions_are_extended(kind, side):
         model(batch.input_ids, position_ids=positions)
 
 
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_ids_may_be_int32_and_masks_bool(kind):
+    model, (ids, mask) = wrapped(kind), texts(kind)
+    for given, default in zip(model(ids.int(), attention_mask=mask.bool()),
+                              model(ids, attention_mask=mask), strict=True):  # fmt: skip
+        assert torch.equal(given, default)
+
+
 @pytest.mark.parametrize("kind", ["ModernBert", "Bert"])
 def test_explicit_positions_of_an_encoder_are_the_words(kind):
     model, batch = wrapped(kind), texts(kind)
