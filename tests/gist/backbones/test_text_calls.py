@@ -28,8 +28,8 @@ def assert_same(actual, expected, atol=1e-6):
         torch.testing.assert_close(given, wanted, rtol=0, atol=atol)
 
 
-def perturbed(kind, config=CONFIG):
-    model = gist.wrap(made(kind), config).train()
+def perturbed(kind, config=CONFIG, **options):
+    model = gist.wrap(made(kind, **options), config).train()
     with torch.no_grad():
         for parameter in model.method.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -65,13 +65,11 @@ def test_mpnet_has_no_checkpointing():
 
 @pytest.mark.parametrize("kind", ["Bert", "Llama"])
 def test_compiled_it_gives_the_same_gradients(kind):
-    model, batch = perturbed(kind), texts(kind)._asdict()
+    model, batch = perturbed(kind, num_hidden_layers=1), texts(kind)._asdict()
     expected = gradients(model, batch)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same(gradients(model, batch, compiled), expected)
-    evaluated = model.eval()(**batch)
-    torch.testing.assert_close(compiled(**batch), evaluated)
 
 
 METHODS = [gist.LoRA(rank=2), gist.Adapter(rank=2), gist.LayerNormTuning(), gist.Full()]

@@ -39,8 +39,15 @@ REASONS = {
 REFUSALS = [
     (kind, method) for kind in LAYOUTS for method in METHODS if method in OF_IMAGES | REFUSED[kind]
 ]
+ALIKE = {"adapter, parallel", "adaptformer", "none", "fact, tk", "lora"}
+"""Those whose hooks another method has too: they run on one encoder and one decoder."""
 TRAINED = [
-    *((kind, m) for kind in LAYOUTS for m in METHODS if (kind, m) not in REFUSALS),
+    *(
+        (kind, method)
+        for kind in LAYOUTS
+        for method in METHODS
+        if (kind, method) not in REFUSALS and (kind in ("Bert", "Qwen2") or method not in ALIKE)
+    ),
     *((kind, m) for kind in KINDS if kind not in LAYOUTS for m in ("several", "full", "none")),
 ]
 
