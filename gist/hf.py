@@ -90,7 +90,7 @@ class ForTrainer(nn.Module):
     @property
     def main_input_name(self) -> str:
         """The backbone's kind of input: "pixel_values" or "input_ids"."""
-        return getattr(self.model.family, "main_input_name", "pixel_values")
+        return self.model.family.main_input_name
 
     def forward(
         self,

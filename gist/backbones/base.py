@@ -6,10 +6,11 @@ model, so one is made whenever it is needed.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -31,19 +32,43 @@ class Projection(NamedTuple):
         return self.stop - self.start
 
 
+PLAIN_MLP = ("fc1", "fc2")
+GATED_MLP = ("gate", "up", "down")
+
+
 class BlockParts(NamedTuple):
-    """The layers of a pre-norm block: attention's and the MLP's, in pairs."""
+    """The layers of a block: attention's and the MLP's, in pairs."""
 
     norms: tuple[nn.Module, nn.Module]
-    """Each reads the residual stream."""
+    """In a pre-norm block, each reads the residual stream."""
     branch_outputs: tuple[nn.Module, nn.Module]
     """Their outputs are added to the residual stream; both may be one module, called twice."""
     projections: dict[str, Projection]
-    """q, k, v, proj, fc1 and fc2, as far as they are plain linear layers, called as modules."""
+    """q, k, v, proj, fc1 and fc2, as far as they are plain linear layers, called as modules. A
+    gated text MLP has gate, up and down instead of fc1 and fc2."""
+    entries: tuple[nn.Module, nn.Module] | None = None
+    """In a post-norm block, a module of each sublayer that reads the residual stream."""
+
+    @property
+    def readers(self) -> tuple[nn.Module, nn.Module]:
+        """Modules called with the residual stream as each sublayer begins, and once in it."""
+        return self.norms if self.entries is None else self.entries
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The names that a block of this kind gives its projections, in the order of the calls."""
+        gated = not self.projections.keys().isdisjoint(GATED_MLP)
+        return ("q", "k", "v", "proj", *(GATED_MLP if gated else PLAIN_MLP))
 
 
 class BackboneFamily(ABC):
-    """A backbone with blocks of pre-norm attention and MLP, and a linear classifier."""
+    """A backbone with blocks of attention and MLP, and a classifier with a linear last layer."""
+
+    main_input_name: ClassVar[str] = "pixel_values"
+    """transformers' name of the input."""
+    token_place: ClassVar[str] = "prefix"
+    """"prefix": Gist tokens join the tokens before an image's patches. "second": they follow a
+    text's first token. "last": they follow the token that the classifier reads."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -68,15 +93,53 @@ class BackboneFamily(ABC):
         Raises:
             ValueError: it is no plain linear layer.
         """
-        found = self.parts(index).projections.get(name)
-        if found is None:
+        projections = self.parts(index).projections
+        if name not in projections:
             raise ValueError(
                 f"{name!r} of block {index} of this backbone, a "
-                f"{type(self.blocks[index]).__name__}, is no plain linear layer to attach to"
+                f"{type(self.blocks[index]).__name__}, is no plain linear layer to attach to; "
+                f"those that are: {', '.join(projections) or 'none'}"
             )
-        return found
+        return projections[name]
 
-    # ---- what is around them
+    def last_layers(self, index: int) -> tuple[nn.Linear, nn.Linear]:
+        """The last layers of a block's attention and MLP: proj, and fc2 or down.
+
+        Raises:
+            ValueError: one is no plain linear layer.
+        """
+        last = self.parts(index).layer_names[-1]
+        return self.projection(index, "proj").layer, self.projection(index, last).layer
+
+    @property
+    def norm_types(self) -> tuple[type[nn.Module], ...]:
+        """The classes of the model's norms."""
+        return nn.LayerNorm, nn.RMSNorm
+
+    # ---- the Gist token
+
+    @property
+    def token_init(self) -> str:
+        """How the Gist token starts by default, see :class:`gist.GistConfig`."""
+        return "uniform"  # as released (arXiv:2312.07255)
+
+    def word_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the embedded words, (D,) each.
+
+        Raises:
+            ValueError: the model embeds no words.
+        """
+        raise ValueError(
+            "token_init='words' is for text models; for images take one of 'uniform', 'normal', "
+            "'zeros' and 'class'"
+        )
+
+    def attach_token(self, hook: Callable[[str], Callable[..., Any]]) -> None:
+        """Put the Gist token's hooks on the model: ``hook(name)`` calls its method of that name."""
+        self.blocks[0].register_forward_pre_hook(hook("enter"))
+        self.output_norm.register_forward_hook(hook("leave"))
+
+    # ---- what is around the blocks
 
     @property
     @abstractmethod
@@ -129,16 +192,63 @@ class BackboneFamily(ABC):
     def output_norm(self) -> nn.Module:
         """The module whose output :meth:`features` returns; an identity in some models."""
 
+    def named_inputs(
+        self, images: torch.Tensor | None, inputs: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The model's main input, and its others by name, of a call that names any.
+
+        Raises:
+            TypeError: the main input is missing, or one is of no use here.
+        """
+        others = dict(inputs)
+        given = others.pop(self.main_input_name, None)
+        if (images is None) == (given is None):
+            raise TypeError(
+                f"give {self.main_input_name} once, by position or by name; got "
+                f"{', '.join(inputs) or 'no input'}{'' if images is None else ' and a position'}"
+            )
+        self.check_inputs(others)
+        return (given if images is None else images), others
+
+    def check_inputs(self, others: Mapping[str, Any]) -> None:
+        """Refuse inputs beside the main one that the model does not take.
+
+        Raises:
+            TypeError: there is such an input.
+        """
+        if others:
+            raise TypeError(
+                f"a {type(self.model).__name__} takes images only; remove {', '.join(others)}"
+            )
+
     @abstractmethod
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """All tokens after the final norm, by the model's own forward, hooks included."""
+    def features(self, images: torch.Tensor, **others: Any) -> torch.Tensor:
+        """All tokens after the final norm, by the model's own forward, hooks included.
+
+        ``others`` are as :meth:`named_inputs` gives them.
+        """
 
     # ---- the classifier
 
     @property
     @abstractmethod
     def heads(self) -> Sequence[nn.Module]:
-        """The classifier's layers; as a rule one."""
+        """The classifier's modules, which are trained; as a rule one linear layer."""
+
+    @property
+    def logit_layers(self) -> Sequence[nn.Module]:
+        """The linear layers of :attr:`heads` that give logits."""
+        return self.heads
+
+    def head_copy(self) -> nn.Module:
+        """A copy of the classifier for :meth:`classify`.
+
+        Raises:
+            ValueError: the classifier has several heads.
+        """
+        if len(self.heads) > 1:
+            raise ValueError("separate_head is not defined for a backbone with two heads")
+        return copy.deepcopy(self.heads[0])
 
     @property
     def unread(self) -> Sequence[nn.Module]:
@@ -190,7 +300,7 @@ class BackboneFamily(ABC):
     def refusal(self, gist: bool, new_head: bool = False) -> str | None:
         """Why the model can't be wrapped, or None; ``new_head`` if its classifier is replaced."""
         # HF PEFT keeps a trained copy beside the original, in a module of its own.
-        heads = [getattr(head, "original_module", head) for head in self.heads]
+        heads = [getattr(head, "original_module", head) for head in self.logit_layers]
         if not new_head and not (heads and all(isinstance(head, nn.Linear) for head in heads)):
             return (
                 "has no linear classifier; create it with num_classes=..., or call "
@@ -199,11 +309,13 @@ class BackboneFamily(ABC):
         shared = self._shared()
         if shared is not None:
             return f"has one module in two places, {shared}; give each its copy.deepcopy"
-        # Whatever wrap attaches hangs on a block or within one.
-        parts = (part for block in self.blocks for part in block.modules())
-        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        if any(part._forward_hooks or part._forward_pre_hooks for part in self.hooked_parts()):
             return "carries hooks on its blocks already (is it wrapped?); wrap a fresh one"
         return None
+
+    def hooked_parts(self) -> Iterator[nn.Module]:
+        """Modules, at least one of which carries a hook once the model is wrapped."""
+        return (part for block in self.blocks for part in block.modules())
 
     def _shared(self) -> str | None:
         """Two places with one module, on which the hooks for both would meet; or None."""
@@ -231,3 +343,11 @@ def projections(by_name: dict[str, Any], **others: Any) -> dict[str, Projection]
         elif type(layer) is nn.Linear:
             found[name] = Projection(layer, 0, layer.out_features)
     return found
+
+
+def packed(layer: Any, names: Sequence[str] = "qkv") -> dict[str, Projection]:
+    """The projections that one linear layer holds, of the same width each."""
+    if type(layer) is not nn.Linear:
+        return {}
+    width = layer.out_features // len(names)
+    return {name: Projection(layer, i * width, (i + 1) * width) for i, name in enumerate(names)}

@@ -11,7 +11,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from gist.backbones.base import BackboneFamily, BlockParts, Projection, projections
+from gist.backbones.base import BackboneFamily, BlockParts, packed, projections
 
 
 class TimmViT(BackboneFamily):
@@ -32,7 +32,7 @@ class TimmViT(BackboneFamily):
             (block.norm1, block.norm2),
             (block.drop_path1, block.drop_path2),
             projections(
-                _packed(block.attn.qkv),
+                packed(block.attn.qkv),
                 proj=block.attn.proj,
                 fc1=getattr(block.mlp, "fc1", None),
                 fc2=getattr(block.mlp, "fc2", None),
@@ -79,7 +79,7 @@ class TimmViT(BackboneFamily):
     def pooling(self) -> str:
         return self.model.global_pool
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: torch.Tensor, **others: Any) -> torch.Tensor:
         return self.model.forward_features(images)
 
     @property
@@ -180,7 +180,7 @@ class TimmEva(TimmViT):
             by_name = {name: getattr(attn, f"{name}_proj") for name in "qkv"}
         else:
             # With separate biases, timm reads qkv's weight directly: hooks on qkv would not run.
-            by_name = _packed(None if getattr(attn, "q_bias", None) is not None else attn.qkv)
+            by_name = packed(None if getattr(attn, "q_bias", None) is not None else attn.qkv)
         return BlockParts(
             (block.norm1, block.norm2),
             (block.drop_path1, block.drop_path2),
@@ -195,11 +195,3 @@ class TimmEva(TimmViT):
     @property
     def prefix_counters(self) -> Sequence[Any]:
         return [block.attn for block in self.blocks]
-
-
-def _packed(qkv: Any) -> dict[str, Any]:
-    """The three projections of one linear layer."""
-    if type(qkv) is not nn.Linear:
-        return {}
-    width = qkv.out_features // 3
-    return {name: Projection(qkv, i * width, (i + 1) * width) for i, name in enumerate("qkv")}

@@ -86,7 +86,7 @@ class TransformersViT(BackboneFamily):
     def pooling(self) -> str:
         return "token" if type(self.model).__name__.startswith("ViT") else "token+avg"
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: torch.Tensor, **others: Any) -> torch.Tensor:
         return self.encoder(images).last_hidden_state
 
     @property
@@ -127,9 +127,7 @@ class TransformersViT(BackboneFamily):
         return (head or self.model.classifier)(pooled)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        name = "activation_checkpointing"  # the name in newer versions of transformers
-        name = name if hasattr(self.model, f"{name}_enable") else "gradient_checkpointing"
-        getattr(self.model, f"{name}_enable" if enable else f"{name}_disable")()
+        set_checkpointing(self.model, enable)
 
 
 class TransformersSiglip(TransformersViT):
@@ -255,6 +253,13 @@ class TransformersDINOv3(TransformersViT):
 
     def logits(self, output: Any) -> torch.Tensor:
         return self.classify(output[0][:, 0])
+
+
+def set_checkpointing(model: Any, enable: bool) -> None:
+    """Let one of transformers' models recompute its blocks' activations, or keep them."""
+    name = "activation_checkpointing"  # the name in newer versions of transformers
+    name = name if hasattr(model, f"{name}_enable") else "gradient_checkpointing"
+    getattr(model, f"{name}_enable" if enable else f"{name}_disable")()
 
 
 def _linears(block: Any) -> tuple[dict[str, Any], tuple[nn.Module, nn.Module]]:

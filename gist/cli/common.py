@@ -98,6 +98,7 @@ def gist_config_of(arguments: argparse.Namespace) -> GistConfig:
         gist=arguments.gist,
         token_dropout=arguments.token_dropout,
         num_tokens=arguments.num_tokens,
+        token_init="uniform",  # named, as in earlier records
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from gist.backbones.text_models import text_family
 from gist.backbones.transformers_vit import TransformersDINOv3, transformers_family
 from gist.fusion.backbone import FusedBackbone
 from gist.fusion.timm_eva import FusedTimmEva
@@ -27,4 +28,6 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
 
         rotary = isinstance(family, TransformersDINOv3)
         return (FusedTransformersDINOv3 if rotary else FusedTransformersViT)(family)
+    if text_family(model) is not None:
+        return Refusal("text models have no fused sublayers")
     return Refusal(f"it is a {type(model).__name__}")

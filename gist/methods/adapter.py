@@ -32,7 +32,8 @@ class Adapter(Method):
         x = x + drop_path(attn(norm1(x))) + A(x)
         x = x + drop_path(mlp(norm2(x))) + A(x)
 
-    A reads the residual stream before its norm, and drop-path never drops it. Weights start
+    A reads the residual stream before its norm, and drop-path never drops it. In a post-norm block,
+    the norm takes the sum: ``x = norm1(x + attn(x) + A(x))``. Weights start
     truncated-normal with standard deviation 0.02, biases at 0, as the ViT's own linears do.
 
     ``placement="parallel"`` is the same with an adapter of its own for each sublayer;
@@ -64,15 +65,12 @@ class Adapter(Method):
     def attach(self, family: BackboneFamily) -> AttachedMethod:
         blocks = [family.parts(index) for index in range(len(family.blocks))]
         if self.placement == "sequential":
-            last = [
-                [family.projection(index, name).layer for name in ("proj", "fc2")]
-                for index in range(len(blocks))
-            ]
+            last = [family.last_layers(index) for index in range(len(blocks))]
         adapters = Adapters(self.placement)
         for index, parts in enumerate(blocks):
             if self.placement == "shared":
                 shared = Bottleneck(self, family)
-                shared.attach_parallel(family.blocks[index], parts.norms, parts.branch_outputs)
+                shared.attach_parallel(family.blocks[index], parts.readers, parts.branch_outputs)
                 adapters.append(shared)
                 continue
             pair = {name: Bottleneck(self, family) for name in ("attention", "mlp")}
@@ -84,7 +82,7 @@ class Adapter(Method):
                 else:
                     bottleneck.attach_parallel(
                         family.blocks[index],
-                        parts.norms[place : place + 1],
+                        parts.readers[place : place + 1],
                         parts.branch_outputs[place : place + 1],
                     )
             adapters.append(nn.ModuleDict(pair))
@@ -139,12 +137,12 @@ class Bottleneck(nn.Module):
     def attach_parallel(
         self,
         block: nn.Module,
-        norms: tuple[nn.Module, ...],
+        readers: tuple[nn.Module, ...],
         branch_outputs: tuple[nn.Module, ...],
     ) -> None:
-        """Read x at the norm's input, and add A(x) to the sublayer's output."""
-        for norm in norms:
-            norm.register_forward_hook(Hook(self, "at_norm"))
+        """Read x where the sublayer begins, and add A(x) to the sublayer's output."""
+        for reader in readers:
+            reader.register_forward_hook(Hook(self, "at_norm"))
         for output in unique(branch_outputs):
             output.register_forward_hook(Hook(self, "at_output"))
         # Also after an exception, and where activation checkpointing stops within a block.
@@ -155,7 +153,8 @@ class Bottleneck(nn.Module):
         return output + self(output)
 
     def at_norm(self, norm: nn.Module, args: tuple[torch.Tensor], output: object) -> None:
-        """Hook: compute the update of a norm's input, for :meth:`at_output`."""
+        """Hook: compute the update of the residual stream, which a norm reads, or another module
+        in a post-norm block, for :meth:`at_output`."""
         hooks.hand_on(self, self(args[0]))
 
     def at_output(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ class AdaptFormer(Method):
         blocks = [family.parts(index) for index in range(len(family.blocks))]
         beside = MlpAdapters(DroppedBottleneck(self, family) for _ in blocks)
         for block, bottleneck, parts in zip(family.blocks, beside, blocks, strict=True):
-            bottleneck.attach_parallel(block, parts.norms[1:], parts.branch_outputs[1:])  # type: ignore[operator]
+            bottleneck.attach_parallel(block, parts.readers[1:], parts.branch_outputs[1:])  # type: ignore[operator]
         return beside
 
     def num_parameters(self, family: BackboneFamily) -> int:

@@ -69,6 +69,7 @@ class Convpass(Method):
         return bypasses
 
     def num_parameters(self, family: BackboneFamily) -> int:
+        _ = family.patch_projection  # a ValueError of a model without patches
         width, rank = family.embed_dim, self.rank
         each = 2 * width * rank + width + 9 * rank**2 + 2 * rank
         return 2 * len(family.blocks) * each

@@ -23,7 +23,8 @@ from gist.methods.hooks import Hook
 from gist.methods.selective import BitFit, LayerNormTuning
 from gist.untouched import is_bare
 
-_LAYERS = ("proj", "fc2")
+_NAMES = ("proj", "fc2")
+"""What the gammas are called; a gated text MLP's last layer is called down elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class DiffFit(Method):
 
     def attach(self, family: BackboneFamily) -> AttachedMethod:
         last = [
-            {name: family.projection(index, name).layer for name in _LAYERS}
+            dict(zip(_NAMES, family.last_layers(index), strict=True))
             for index in range(len(family.blocks))
         ]
         gammas, options = Gammas(), new_parameters(family.model)
@@ -59,8 +60,7 @@ class DiffFit(Method):
 
     def num_parameters(self, family: BackboneFamily) -> int:
         for index in range(len(family.blocks)):
-            for name in _LAYERS:
-                family.projection(index, name)
+            family.last_layers(index)
         trained = sum(parameter.numel() for parameter in self.trained(family))
         return trained + 2 * len(family.blocks) * family.embed_dim
 
@@ -95,8 +95,8 @@ class Gammas(nn.ModuleList, AttachedMethod):
 
     def merge(self, family: BackboneFamily) -> None:
         for index, of_block in enumerate(self):
-            for name, gamma in of_block.items():  # type: ignore[operator]
-                layer: Any = family.projection(index, name).layer
+            gammas = of_block.values()  # type: ignore[operator]
+            for layer, gamma in zip(family.last_layers(index), gammas, strict=True):
                 scale = widened(gamma.weight)
                 layer.weight.copy_(scale[:, None] * widened(layer.weight))
                 if layer.bias is not None:

@@ -90,7 +90,7 @@ def _pieces(family: BackboneFamily) -> tuple[dict[nn.Linear, list[_Piece]], int]
     width, count = family.embed_dim, 0
     pieces: dict[nn.Linear, list[_Piece]] = {}
     for index in range(len(family.blocks)):
-        for name in ("q", "k", "v", "proj", "fc1", "fc2"):
+        for name in family.parts(index).layer_names:
             projection = family.projection(index, name)
             if projection.in_features % width or projection.out_features % width:
                 raise ValueError(
@@ -105,14 +105,14 @@ def _pieces(family: BackboneFamily) -> tuple[dict[nn.Linear, list[_Piece]], int]
 
 
 def _matrices(family: BackboneFamily) -> list[tuple[slice, slice] | None]:
-    """Each block's matrices in the tensor: those of q, k, v, proj and fc1, and those of fc2.
+    """Each block's matrices in the tensor: those of all layers but the MLP's last, and its.
 
     None where q, k, v and proj are not one matrix each.
     """
     width, stop = family.embed_dim, 0
     found: list[tuple[slice, slice] | None] = []
     for index in range(len(family.blocks)):
-        parts = [family.projection(index, n) for n in ("q", "k", "v", "proj", "fc1", "fc2")]
+        parts = [family.projection(index, name) for name in family.parts(index).layer_names]
         counts = [p.in_features * p.out_features // width**2 for p in parts]
         start, middle, stop = stop, stop + sum(counts[:-1]), stop + sum(counts)
         plain = counts[:4] == [1] * 4

@@ -160,3 +160,5 @@ def remove_hooks(backbone: nn.Module, owners: Collection[int], *, free: bool = T
             ]:
                 del hooks[key]
                 part._forward_hooks_always_called.pop(key, None)
+                part._forward_hooks_with_kwargs.pop(key, None)
+                part._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -25,7 +25,7 @@ from gist.methods.hooks import Hook
 from gist.untouched import is_bare
 from gist.validate import check_count, check_finite, check_known, check_rate
 
-TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+TARGETS = ("q", "k", "v", "proj", "fc1", "fc2", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class LoRA(Method):
     Args:
         rank: rank of each update, at least 1.
         alpha: scale times rank.
-        targets: any of "q", "k", "v", "proj", "fc1", "fc2".
+        targets: any of "q", "k", "v", "proj", "fc1", "fc2". Text models with gated MLPs have
+            "gate", "up" and "down" instead of "fc1" and "fc2".
         dropout: dropout rate of the update's input, in [0, 1).
     """
 

@@ -63,7 +63,7 @@ class RepAdapter(Method):
             raise ValueError(
                 f"groups, {self.groups}, must divide the backbone's width, {family.embed_dim}"
             )
-        norms = [family.parts(index).norms for index in range(len(family.blocks))]
+        norms = [_norms(family, index) for index in range(len(family.blocks))]
         adapters = LinearAdapters(self)
         for index, of_block in enumerate(norms):
             pair = {place: GroupedLinear(self, family) for place in _PLACES}
@@ -73,9 +73,21 @@ class RepAdapter(Method):
         return adapters
 
     def num_parameters(self, family: BackboneFamily) -> int:
+        _norms(family, 0)
         width, rank = family.embed_dim, self.rank
         each = width * rank + rank + width * rank // self.groups + width
         return 2 * len(family.blocks) * each
+
+
+def _norms(family: BackboneFamily, index: int) -> tuple[nn.Module, nn.Module]:
+    parts = family.parts(index)
+    if parts.entries is not None:
+        raise ValueError(
+            f"RepAdapter adapts what lies between a norm and its sublayer; a "
+            f"{type(family.model).__name__} has its norms behind the sublayers, where the residual "
+            "stream passes too; take LoRA, or an adapter"
+        )
+    return parts.norms
 
 
 class GroupedLinear(nn.Module):
@@ -121,7 +133,9 @@ class LinearAdapters(nn.ModuleList, AttachedMethod):
 
     def merge(self, family: BackboneFamily) -> None:
         for index, of_block in enumerate(self):
-            for place, names in (("attention", ("q", "k", "v")), ("mlp", ("fc1",))):
+            names = family.parts(index).layer_names
+            first = {"attention": ("q", "k", "v"), "mlp": names[4:-1]}
+            for place, names in first.items():
                 adapter: Any = of_block[place]  # type: ignore[index]
                 down, bias = widened(adapter.down.weight), widened(adapter.down.bias)
                 up = torch.block_diag(*widened(adapter.up_weight))

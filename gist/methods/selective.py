@@ -14,7 +14,13 @@ from gist.methods.base import Method
 
 class _Selective(Method):
     def num_parameters(self, family: BackboneFamily) -> int:
-        return sum(parameter.numel() for parameter in self.trained(family))
+        count = sum(parameter.numel() for parameter in self.trained(family))
+        if not count:
+            raise ValueError(
+                f"{type(self).__name__} finds nothing to train: a {type(family.model).__name__} "
+                "has no such parameters; take another method"
+            )
+        return count
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,9 @@ class LayerNormTuning(_Selective):
     name: ClassVar[str] = "layernorm"
 
     def trained(self, family: BackboneFamily) -> Iterable[nn.Parameter]:
-        norms = (m for m in family.model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)))
-        unread = _ids(family.unread)
-        return [p for norm in norms for p in norm.parameters() if id(p) not in unread]
+        norms = (m for m in family.model.modules() if isinstance(m, family.norm_types))
+        others = _ids((*family.heads, *family.unread))
+        return [p for norm in norms for p in norm.parameters() if id(p) not in others]
 
 
 @dataclass(frozen=True)

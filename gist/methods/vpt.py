@@ -60,6 +60,7 @@ class VPT(Method):
                 "VPT's prompts have no place among the rotary positions of a "
                 f"{type(family.model).__name__}; use another method"
             )
+        _ = family.patch_projection  # a ValueError of a model without patches
         return self.num_tokens * family.embed_dim * (len(family.blocks) if self.deep else 1)
 
 

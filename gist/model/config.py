@@ -9,7 +9,7 @@ from typing import Any
 from gist.methods import Adapter, Method, method_type
 from gist.validate import check_count, check_known, check_rate
 
-TOKEN_INITS = ("uniform", "normal", "zeros", "class")
+TOKEN_INITS = ("uniform", "normal", "zeros", "class", "words")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class GistConfig:
         token_dropout: dropout on the Gist token, drawn for each image, in [0, 1).
         num_tokens: Gist tokens; the mean of several is classified.
         token_init: "uniform" in [-0.5, 0.5] as released, "normal" with standard deviation 0.02,
-            "zeros", or "class", the class token with its position.
+            "zeros", "class", the class token with its position, or "words", normal with each
+            feature's mean and standard deviation over the vocabulary's embeddings. None is
+            "uniform" for images and "words" for text, which have no "class".
         separate_head: a classifier of its own for the Gist token, which starts as a copy of the
             shared one.
     """
@@ -33,7 +35,7 @@ class GistConfig:
     gist: bool = True
     token_dropout: float = 0.1
     num_tokens: int = 1
-    token_init: str = "uniform"
+    token_init: str | None = None
     separate_head: bool = False
 
     def __post_init__(self) -> None:
@@ -52,7 +54,8 @@ class GistConfig:
             object.__setattr__(self, "method", only or tuple(methods) or None)
         check_rate("token_dropout", self.token_dropout)
         check_count("num_tokens", self.num_tokens)
-        check_known("token_init", self.token_init, TOKEN_INITS)
+        if self.token_init is not None:
+            check_known("token_init", self.token_init, TOKEN_INITS)
 
     @property
     def methods(self) -> tuple[Method, ...]:

@@ -25,7 +25,7 @@ def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
     Methods that only train the backbone's own parameters have nothing to fold. Layers that share a
     weight get one each. What HF PEFT has put into the backbone is merged by its own
     ``merge_and_unload``. The Gist token stays as one more register token of a timm
-    VisionTransformer.
+    VisionTransformer. A text decoder's logits never depend on it, so that it is left out.
 
     Args:
         model: what :func:`gist.wrap` returned, also within DistributedDataParallel or
@@ -58,7 +58,8 @@ def merge(model: nn.Module, *, drop_token: bool = False) -> Any:
     if len(model.attached_methods) > 1:
         raise ValueError("only one method can be merged; this model has several")
     model._check_hooks()
-    keep_token = model.token is not None and not drop_token
+    # A decoder's evaluation is without the token.
+    keep_token = model.token is not None and model.token.in_evaluation and not drop_token
     if keep_token:
         _check_register(model)
     twin = copy.deepcopy(model).eval()

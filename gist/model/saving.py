@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def describe(model: GistModel) -> dict[str, Any]:
         "gist": model.config.to_dict(),
         "num_classes": _classes(model.family),
         "backbone": _describe(model.backbone, model.config, beside),
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "versions": {library.__name__: library.__version__ for library in _libraries(model)},
         **({"also_trained": beside, "frozen": frozen} if beside or frozen else {}),
     }
 
@@ -177,9 +178,15 @@ def restore(
     return model.eval()
 
 
+def _libraries(model: GistModel) -> list[Any]:
+    """torch, timm, and transformers if the backbone is one of its models."""
+    by_transformers = type(model.family.model).__module__.startswith("transformers.")
+    return [torch, timm, *([sys.modules["transformers"]] if by_transformers else [])]
+
+
 def _classes(family: BackboneFamily) -> int:
     """The classifier's outputs, also where the user put it in place of the backbone's."""
-    outputs: int = getattr(family.heads[0], "out_features", family.num_classes)
+    outputs: int = getattr(family.logit_layers[0], "out_features", family.num_classes)
     return outputs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -23,22 +25,28 @@ class GistToken(nn.Module):
         count: K.
     """
 
+    in_evaluation = True
+    """Whether other tokens see the Gist token, so that evaluation needs it."""
+
     def __init__(
-        self, family: BackboneFamily, dropout: float, count: int = 1, init: str = "uniform"
+        self, family: BackboneFamily, dropout: float, count: int = 1, init: str | None = None
     ):
         super().__init__()
         self.index, self.count = int(family.has_class_token), count
         token = torch.empty(1, count, family.embed_dim, **new_parameters(family.model))
+        init = init or family.token_init
         if init == "uniform":
             token.uniform_(-0.5, 0.5)  # as released (arXiv:2312.07255)
+        elif init == "words":
+            mean, std = family.word_statistics()
+            token.normal_().mul_(std.to(token)).add_(mean.to(token))
         elif init == "normal":
             token.normal_(0, 0.02)
         elif init == "zeros":
             token.zero_()
         else:
             position = family.class_position
-            if position is None:
-                raise ValueError("token_init='class' needs a backbone with a class token")
+            assert position is not None  # gist.model.checks
             token.copy_(position.detach().expand_as(token))
         self.weight = nn.Parameter(token)
         self.dropout = nn.Dropout(dropout)
@@ -47,8 +55,8 @@ class GistToken(nn.Module):
         return f"count={self.count}, index={self.index}"
 
     def attach(self, family: BackboneFamily) -> None:
-        family.blocks[0].register_forward_pre_hook(Hook(self, "enter"))
-        family.output_norm.register_forward_hook(Hook(self, "leave"))
+        """Join a backbone by hooks, where its family says."""
+        family.attach_token(partial(Hook, self))
         for module in family.prefix_counters:
             module.num_prefix_tokens += self.count
 
@@ -73,9 +81,10 @@ class GistToken(nn.Module):
         return (self(args[0]), *args[1:])
 
     def leave(self, norm: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor | None:
-        """Hook after the final norm: keep the tokens for who asks, and remove the Gist token."""
-        tokens = hooks.asked_for(self)
-        if tokens is None:
+        """Hook after the final norm: hand the Gist token to who asks, and remove it."""
+        answer = hooks.asked_for(self)
+        if answer is None:
             return None
-        tokens[:] = [output]
-        return self.remove(output)
+        kept = self.remove(output)
+        answer[:] = [self.pick(output), kept]
+        return kept

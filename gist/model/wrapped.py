@@ -1,8 +1,7 @@
-"""GistModel: a frozen vision transformer with PEFT methods, a Gist token and a shared head."""
+"""GistModel: a frozen transformer with PEFT methods, a Gist token and a shared head."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,11 +19,12 @@ from gist.fusion.snapshot import Snapshot
 from gist.methods import AttachedMethod, hooks
 from gist.methods.hooks import FreeHook
 from gist.model.attach import Before, attach_methods
+from gist.model.checks import check, refuse_quantised
 from gist.model.config import GistConfig
 from gist.model.interface import TimmInterface, hide_added_tokens
 from gist.model.precision import IN_OWN_DTYPE, InputDtype, convert_when_run_again, mixes, train
 from gist.model.scripted import Scripted
-from gist.model.token import GistToken
+from gist.model.text_token import TOKENS
 from gist.untouched import any_global_hook
 from gist_kernels.quantised import is_quantised
 from gist_kernels.tracing import needs_dispatcher
@@ -80,7 +80,7 @@ class GistModel(TimmInterface):
     ) -> None:
         super().__init__()
         family = family_of(backbone)
-        _check(family, config, num_classes)
+        check(backbone, family, config, num_classes)
         self.config, self.before_wrap = config, Before.of(backbone)
         trained = [p for method in config.methods for p in method.trained(family)]
         if family.model is not backbone:  # HF PEFT's, which has marked what it trains
@@ -88,11 +88,11 @@ class GistModel(TimmInterface):
         # First, because a method may refuse the backbone, which must then be unchanged.
         for method in config.methods:
             method.num_parameters(family)
-        _refuse_quantised(trained, [] if num_classes is not None else family.heads)
+        refuse_quantised(trained, [] if num_classes is not None else _head_parameters(family.heads))
         self.method = attach_methods(config, family)
         self.token = None
         if config.gist:
-            self.token = GistToken(
+            self.token = TOKENS[family.token_place](
                 family, config.token_dropout, config.num_tokens, config.token_init
             )
             self.token.attach(family)
@@ -126,34 +126,48 @@ class GistModel(TimmInterface):
         """Tokens before the patches in :meth:`forward_features`, the Gist token included."""
         return self.family.num_prefix_tokens + (0 if self.token is None else self.token.count)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
-        """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class."""
+    def forward(
+        self, images: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor | GistOutput:
+        """(B, 3, H, W) images to :class:`GistOutput` or (B, C) logits, see the class.
+
+        Text models take (B, N) int64 ``input_ids`` in place of images, and by name what else the
+        backbone takes, such as ``attention_mask``, (B, N): 1 for words, 0 for padding. Labels go to
+        the loss. ``family.main_input_name`` names the first argument as transformers does.
+
+        Raises:
+            TypeError: an input is missing, or has no place beside a Gist token.
+            ValueError: a mask of another shape, or ``position_ids`` without a mask.
+        """
         family = self.family
+        if inputs or images is None:
+            images, inputs = family.named_inputs(images, inputs)
         if getattr(self, "_is_replica", False):
             with hooks.replica_owners(list(self.modules())):
-                return self._by_backbone(images)
+                return self._by_backbone(images, inputs)
         plan = self.plan()
         if plan.refusal is not None:
             with self._at_use(images):
-                return self._by_backbone(images)
+                return self._by_backbone(images, inputs)
         num_read = None
         if family.reads_only_prefix:
             num_read = 1 if self.token is None else 1 + self.token.count
         with self._at_use(images):
             return self.forward_head(self._features(plan, images, num_read))
 
-    def _by_backbone(self, images: torch.Tensor) -> torch.Tensor | GistOutput:
+    def _by_backbone(
+        self, images: torch.Tensor, inputs: dict[str, Any]
+    ) -> torch.Tensor | GistOutput:
         """Run the backbone as its library does, by its call: the class token's logits are its."""
         family, token, images = self.family, self.token, self._with_gradient(images)
-        if token is None:
-            return family.logits(self.backbone(images))
-        with hooks.asking(token) as tokens:
-            logits = family.logits(self.backbone(images))
+        if token is None or not (self.training or token.in_evaluation):
+            return family.logits(self.backbone(images, **inputs))
+        with hooks.asking(token) as answer:
+            logits = family.logits(self.backbone(images, **inputs))
         if not self.training:
             return logits
         self._check_pooling()
-        (features,) = tokens
-        pooled = family.pool_token(token.pick(features), token.remove(features))
+        pooled = family.pool_token(*answer)
         return GistOutput(logits, family.classify(pooled, self.gist_head))
 
     def _with_gradient(self, images: torch.Tensor) -> torch.Tensor:
@@ -169,10 +183,15 @@ class GistModel(TimmInterface):
                 "reset_classifier(num_classes, global_pool='token'), or eval() for features"
             )
 
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1."""
+    def forward_features(self, images: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+        """(B, 3, H, W) images to all (B, N, D) tokens after the final norm, Gist at index 1.
+
+        Text models take what :meth:`forward` takes. A decoder's tokens are without the Gist token.
+        """
+        if inputs or images is None:
+            images, inputs = self.family.named_inputs(images, inputs)
         with self._at_use(images):
-            return self._features(self.plan(), images, None)
+            return self._features(self.plan(), images, None, **inputs)
 
     def _at_use(self, x: torch.Tensor) -> AbstractContextManager[Any]:
         """Where a method trains parameters of a half backbone in float32, convert them at use."""
@@ -183,11 +202,15 @@ class GistModel(TimmInterface):
         return InputDtype() if mixes(body, x) else nullcontext()
 
     def _features(
-        self, plan: fusion.BackbonePlan, images: torch.Tensor, num_read: int | None
+        self,
+        plan: fusion.BackbonePlan,
+        images: torch.Tensor,
+        num_read: int | None,
+        **inputs: Any,
     ) -> torch.Tensor:
         """The first ``num_read`` tokens after the final norm; None for all."""
         if plan.refusal is not None:
-            return self.family.features(self._with_gradient(images))
+            return self.family.features(self._with_gradient(images), **inputs)
         return fusion.features(plan, images, self.attached_methods, self.token, num_read)
 
     def plan(self) -> fusion.BackbonePlan:
@@ -285,11 +308,11 @@ class GistModel(TimmInterface):
     def _train_heads(self) -> None:
         heads = self.family.heads
         train(_head_parameters(heads))
-        for head in _trained_heads(heads):
-            if not any(isinstance(hook, FreeHook) for hook in head._forward_pre_hooks.values()):
-                head.register_forward_pre_hook(IN_OWN_DTYPE)
+        for layer in (layer for head in _trained_heads(heads) for layer in head.modules()):
+            if not any(isinstance(hook, FreeHook) for hook in layer._forward_pre_hooks.values()):
+                layer.register_forward_pre_hook(IN_OWN_DTYPE)
         if self.config.gist and self.config.separate_head:
-            self.gist_head = copy.deepcopy(heads[0])
+            self.gist_head = self.family.head_copy()
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the classifier, and of the Gist token's where it has its own."""
@@ -358,7 +381,7 @@ class GistModel(TimmInterface):
 def wrap(
     backbone: nn.Module, config: GistConfig | None = None, *, num_classes: int | None = None
 ) -> GistModel:
-    """Adapt a vision transformer, in place: freeze it, attach the methods and the Gist token.
+    """Adapt a transformer, in place: freeze it, attach the methods and the Gist token.
 
     The backbone's modules and their ``forward`` stay; methods and token join by hooks. All
     parameters are frozen, except the classifier's and those that a method trains. These become
@@ -367,7 +390,8 @@ def wrap(
 
     Args:
         backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
-            transformers' ViT, DINOv2 or SigLIP for image classification, with a classifier. A
+            transformers' ViT, DINOv2 or SigLIP for image classification, with a classifier, or one
+            of transformers' text classifiers (BERT, RoBERTa, Llama, Qwen, ...; docs/text.md). A
             backbone adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for
             it.
         config: what to train; the default is ``GistConfig()``, the released adapter with GIST.
@@ -378,8 +402,9 @@ def wrap(
 
     Raises:
         TypeError: a model without a sequence of tokens, or of another library.
-        ValueError: the backbone has no classifier, unsupported blocks or pooling, or is wrapped
-            already, or weights to be trained are quantised. It is then unchanged.
+        ValueError: the backbone has no classifier, unsupported blocks or pooling, is for regression
+            or several labels, has HF PEFT's prompts, or is wrapped already, or weights to be
+            trained are quantised. It is then unchanged.
     """
     model = GistModel(backbone, config if config is not None else GistConfig(), num_classes)
     counted = model.count_parameters()
@@ -401,26 +426,3 @@ def _trained_heads(heads: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _head_parameters(heads: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [parameter for head in _trained_heads(heads) for parameter in head.parameters()]
-
-
-def _refuse_quantised(trained: Sequence[nn.Parameter], heads: Sequence[nn.Module]) -> None:
-    if any(map(is_quantised, trained)):
-        raise ValueError("quantised weights can't be trained; take a method that has them frozen")
-    if any(map(is_quantised, _head_parameters(heads))):
-        raise ValueError(
-            "backbone's classifier is quantised, and can't be trained; quantise the layers of its "
-            "blocks only, or pass num_classes for a new classifier"
-        )
-
-
-def _check(family: BackboneFamily, config: GistConfig, num_classes: int | None) -> None:
-    if num_classes is not None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes must be an integer of at least 0; it is {num_classes!r}")
-        if num_classes == 0 and config.separate_head:
-            raise ValueError("separate_head needs a classifier, and num_classes is 0")
-    reason = family.refusal(config.gist, new_head=num_classes is not None)
-    if reason is not None:
-        raise ValueError(f"backbone {reason}")
-    if config.gist and config.separate_head and len(family.heads) > 1:
-        raise ValueError("separate_head is not defined for a backbone with two heads")

@@ -324,8 +324,10 @@ def variant(config: Mapping[str, Any]) -> str:
     title = " + ".join(titles) or "linear probe"
     if not with_gist:
         return title
-    own = {k: v for k, v in described.items() if k not in ("method", "gist")}
-    return title + GIST + _changed({**own, **config.get("loss", {})}, asdict(GistConfig()))
+    # None stands for the default of the kind of model: of images, here.
+    own = {k: v for k, v in described.items() if k not in ("method", "gist") and v is not None}
+    default = asdict(GistConfig(token_init="uniform"))
+    return title + GIST + _changed({**own, **config.get("loss", {})}, default)
 
 
 def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import text_models
 import torch
 import torch.nn.functional as F
 from models import METHOD_CONFIGS, eva, timm_vit, transformers_dinov2, transformers_vit
@@ -384,24 +385,11 @@ def test_images_is_another_name_of_pixel_values(tmp_path):
         trainer.predict(rows(3, "picture"))
 
 
-class Reader(gist.GistModel):
-    """A wrapped ViT that is called as a text backbone: its images show the words."""
-
-    @property
-    def family(self):
-        family = super().family
-        family.main_input_name = "input_ids"
-        return family
-
-    def forward(self, images=None, *, input_ids, attention_mask, **others):
-        assert images is None
-        self.others = others
-        words = F.pad(input_ids * attention_mask, (0, 32 - input_ids.shape[1])) / 10
-        return super().forward(words[:, None, None].expand(-1, 3, 32, -1).contiguous())
+texts_of = pytest.mark.parametrize("kind", ["Bert", "Llama"])
 
 
-def reader():
-    return Reader(backbone_of("timm ViT"), gist.GistConfig(token_dropout=0.0))
+def text_model(kind):
+    return gist.wrap(text_models.made(kind), gist.GistConfig(token_dropout=0.0))
 
 
 def texts(count):
@@ -420,49 +408,53 @@ def tokenizer():
     )
 
 
-def of_text(folder, **args):
-    return trainer_of(reader(), folder, data=texts, processing_class=tokenizer(), **args)
+def of_text(kind, folder, **args):
+    model = text_model(kind)
+    return trainer_of(model, folder, data=texts, processing_class=tokenizer(), **args)
 
 
-def test_padded_texts_train_in_parts_as_whole(tmp_path):
-    whole, parts = of_text(tmp_path), of_text(
-        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2
-    )  # fmt: skip
-    before = reader().trainable_state_dict()
-    for trainer in (whole, parts):
+@texts_of
+def test_padded_texts_train_in_parts_as_whole(kind, tmp_path):
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    before = text_model(kind).trainable_state_dict()
+    found = []
+    for args in ({}, parts):
+        trainer = of_text(kind, tmp_path, **args)
         trainer.train()
-    found, expected = (trainer.model.model.trainable_state_dict() for trainer in (parts, whole))
-    assert not torch.equal(expected["token.weight"], before["token.weight"])
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+        found.append(trainer.model.model.trainable_state_dict())
+    whole, parts = found
+    assert not torch.equal(whole["token.weight"], before["token.weight"])
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-6)
 
 
-def test_texts_are_evaluated_and_read_again(tmp_path):
-    trainer = of_text(tmp_path, evaluate=13, compute_metrics=correct)
+@texts_of
+def test_texts_are_evaluated_and_read_again(kind, tmp_path):
+    trainer = of_text(kind, tmp_path, evaluate=13, compute_metrics=correct)
     found = trainer.evaluate()
     batch = trainer.data_collator([{"input_ids": row["input_ids"]} for row in texts(13)])
+    labels = torch.tensor([row["label"] for row in texts(13)])
     model = trainer.model.eval()
-    output = model(**batch, labels=torch.tensor([row["label"] for row in texts(13)]))
+    output = model(**batch, labels=labels)
     assert isinstance(output, SequenceClassifierOutput)
     assert found["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    assert found["eval_correct"] == (output.logits.argmax(1) == labels).sum()
     trainer.save_model()
-    again = gist.hf.ForTrainer.from_pretrained(tmp_path, backbone_of("timm ViT"))
-    assert all(
-        torch.equal(value, again.model.trainable_state_dict()[name])
-        for name, value in model.model.trainable_state_dict().items()
-    )
+    again = gist.hf.ForTrainer.from_pretrained(tmp_path, text_models.made(kind))
+    assert torch.equal(again(**batch).logits, output.logits)
 
 
 def test_a_text_backbone_gets_what_was_given():
-    model = gist.hf.ForTrainer(reader()).eval()
+    model = gist.hf.ForTrainer(text_model("Bert")).eval()
     assert model.main_input_name == "input_ids"
     ids = torch.tensor([[2, 3, 4]])
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    model(**given)
-    assert model.model.others == {}
-    others = {"token_type_ids": torch.zeros_like(ids), "position_ids": torch.arange(3)[None]}
-    model(**given, **others)
-    assert model.model.others.keys() == others.keys()
+    given = {"input_ids": ids}
+    for name, value in {
+        "attention_mask": [[1, 1, 0]], "token_type_ids": [[0, 1, 1]], "position_ids": [[4, 3, 2]],
+    }.items():  # fmt: skip
+        before, given[name] = model(**given).logits, torch.tensor(value)
+        assert not torch.equal(model(**given).logits, before)
+        assert torch.equal(model(**given).logits, model.model(**given))
     with pytest.raises(ValueError, match=r"text, as input_ids; remove pixel_values from"):
         model(torch.randn(1, 3, 32, 32), **given)
     with pytest.raises(ValueError, match="give the words as input_ids"):

@@ -407,3 +407,20 @@ def test_anatomy_is_the_familys_earlier_name():
     assert model.anatomy.model is model.family.model is model.backbone
     with pytest.raises(AttributeError):
         model.anatomy = None
+
+
+def test_images_may_be_given_by_transformers_name():
+    model = wrapped().eval()
+    name = model.family.main_input_name
+    assert name == "pixel_values"
+    assert torch.equal(model(**{name: images()}), model(images()))
+    assert torch.equal(
+        model.forward_features(pixel_values=images()), model.forward_features(images())
+    )
+    for given, message in (
+        ({}, "give pixel_values once, by position or by name; got no input"),
+        ({"images": images(), "pixel_values": images()}, "got pixel_values and a position"),
+        ({"images": images(), "mask": None}, "a VisionTransformer takes images only; remove mask"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            model(**given)
