@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,10 @@ def default_workers(processes_here: int = 1) -> int:
     """Loader processes of one training process, where nothing else is said.
 
     One for each CPU that the training processes of this machine share, at most
-    :data:`MOST_WORKERS`.
+    :data:`MOST_WORKERS`; none in a daemonic process, which may start no others.
     """
+    if multiprocessing.current_process().daemon:
+        return 0
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cpus = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return max(1, min(MOST_WORKERS, cpus // processes_here))
