@@ -4,8 +4,8 @@ The floor is the matmuls and attentions that every exact step needs. They are ti
 once by the fastest library that this package uses and once by PyTorch's own operators. bf16 and
 fp16 mean autocast, over float32 weights.
 
-Models of other libraries, and those with rotary positions, are compared with their library's own
-forward, which adapters in plain operators and the token join by hooks.
+Models of other libraries, those with rotary positions and text models are compared with their
+library's own forward, which adapters in plain operators and the token join by hooks.
 """
 
 from __future__ import annotations
@@ -36,10 +36,19 @@ SIZES = {
     ),
 }
 OTHERS = {
-    "cpu": (("vit_small_patch16_dinov3", 8), ("transformers ViT-B/16", 8)),
-    "cuda": (("vit_small_patch16_dinov3", 32), ("transformers ViT-B/16", 32)),
+    "cpu": (
+        ("vit_small_patch16_dinov3", 8),
+        ("transformers ViT-B/16", 8),
+        ("transformers BERT-base", 16),
+    ),
+    "cuda": (
+        ("vit_small_patch16_dinov3", 32),
+        ("transformers ViT-B/16", 32),
+        ("transformers BERT-base", 32),
+    ),
 }
 CLASSES = 100
+LEAST_WORDS, WORDS = 8, 64
 CONFIG = gist.GistConfig(method=gist.Adapter(rank=4, scale=0.1), token_dropout=0.0)
 
 
@@ -95,13 +104,15 @@ def cases(device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Ca
         yield _library_case(name, images, dtype, device)
 
 
-def _step(model: nn.Module, images: torch.Tensor, loss: Call, dtype: torch.dtype) -> Call:
+def _step(
+    model: nn.Module, inputs: dict[str, torch.Tensor], loss: Call, dtype: torch.dtype
+) -> Call:
     trained = [p for p in model.parameters() if p.requires_grad]
     half = dtype in (torch.bfloat16, torch.float16)
 
     def run() -> object:
-        with torch.autocast(images.device.type, dtype, enabled=half):
-            value = loss(model(images))
+        with torch.autocast(trained[0].device.type, dtype, enabled=half):
+            value = loss(model(**inputs))
         return torch.autograd.grad(value, trained)
 
     return run
@@ -110,10 +121,30 @@ def _step(model: nn.Module, images: torch.Tensor, loss: Call, dtype: torch.dtype
 def _backbone(name: str) -> nn.Module:
     if not name.startswith("transformers"):
         return timm.create_model(name, num_classes=CLASSES)
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        ViTConfig,
+        ViTForImageClassification,
+    )
 
-    model: nn.Module = ViTForImageClassification(ViTConfig(num_labels=CLASSES))
+    model: nn.Module
+    if "BERT" in name:
+        dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = BertForSequenceClassification(BertConfig(num_labels=CLASSES, **dry))
+    else:
+        model = ViTForImageClassification(ViTConfig(num_labels=CLASSES))
     return model
+
+
+def _inputs(name: str, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Images of 224 pixels, or texts of 8 to 64 words, padded on the right."""
+    if "BERT" not in name:
+        return {"images": torch.randn(batch, 3, 224, 224, device=device)}
+    lengths = torch.randint(LEAST_WORDS, WORDS + 1, (batch, 1), device=device)
+    words = torch.randint(1000, 30_000, (batch, WORDS), device=device)
+    mask = (torch.arange(WORDS, device=device) < lengths).long()
+    return {"input_ids": words * mask, "attention_mask": mask}
 
 
 def _library_case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -123,8 +154,8 @@ def _library_case(name: str, batch: int, dtype: torch.dtype, device: torch.devic
     for block in plain.family.blocks:  # which then runs by its own forward
         block.register_forward_hook(_nothing)
     assert "own forward" not in gist.explain(ours)
-    assert "fused" not in gist.explain(plain)
-    images = torch.randn(batch, 3, 224, 224, device=device)
+    assert "fused sublayers" not in gist.explain(plain)
+    inputs = _inputs(name, batch, device)
     target = torch.randint(CLASSES, (batch,), device=device)
     loss = gist.GistLoss()
     half = dtype in (torch.bfloat16, torch.float16)
@@ -148,25 +179,25 @@ def _library_case(name: str, batch: int, dtype: torch.dtype, device: torch.devic
 
     def parity() -> str | None:
         with torch.no_grad():
-            exact = plain(images)
+            exact = plain(**inputs)
             with torch.autocast(device.type, dtype, enabled=half):
-                found, theirs = ours(images), plain(images)
+                found, theirs = ours(**inputs), plain(**inputs)
         names = ("cls_logits", "gist_logits")
         return mismatch(
             dict(zip(names, zip(found, exact, theirs, strict=True), strict=True)), relative=1e-4
         )
 
     with torch.no_grad():
-        tokens = ours.forward_features(images[:1]).shape[1]
+        tokens = ours.forward_features(**inputs).shape[1]
     return Case(
         sizes={"B": batch, "D": ours.embed_dim, "N": tokens},
         dtype=dtype,
         calls={
-            "ours": _step(ours, images, by_ours, dtype),
-            "ours, torch.compile": _step(compiled(ours), images, by_ours, dtype),
-            "own forward": by_operators(_step(plain, images, by_released, dtype)),
+            "ours": _step(ours, inputs, by_ours, dtype),
+            "ours, torch.compile": _step(compiled(ours), inputs, by_ours, dtype),
+            "own forward": by_operators(_step(plain, inputs, by_released, dtype)),
             "own forward, torch.compile": by_operators(
-                _step(compiled(plain), images, by_released, dtype)
+                _step(compiled(plain), inputs, by_released, dtype)
             ),
         },
         parity=parity,
@@ -201,7 +232,7 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
     loss = gist.GistLoss()
 
     def step(model: nn.Module, loss: Call) -> Call:
-        return _step(model, images, loss, dtype)
+        return _step(model, {"images": images}, loss, dtype)
 
     calls = {
         "ours": step(ours, lambda out: loss(out, target)),

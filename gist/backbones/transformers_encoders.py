@@ -51,7 +51,9 @@ class TransformersRoberta(TransformersBert):
         return words if embedding is self.encoder.embeddings else embedding(words)
 
     def classify(self, pooled: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
-        return (head or self.model.classifier)(pooled.unsqueeze(-2))  # which takes the first token
+        # The classifier takes the first of each row's tokens.
+        flat = pooled.reshape(-1, 1, pooled.shape[-1])
+        return (head or self.model.classifier)(flat).unflatten(0, pooled.shape[:-1])
 
 
 class TransformersMPNet(TransformersRoberta):

@@ -151,6 +151,8 @@ class TransformersText(BackboneFamily):
         self.model.config.num_labels = self.model.num_labels = num_classes
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
+        if self.pooling == "token":
+            return features[:, 0]
         raise ValueError("a text's tokens are pooled by its padding; call the model with the text")
 
     def set_grad_checkpointing(self, enable: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -28,6 +28,8 @@ class Embedded(NamedTuple):
     """What the family's own blocks take as rotary positions."""
     tables: Any = None
     """The same for :meth:`FusedBackbone.rotation`, made once for all blocks."""
+    lengths: torch.Tensor | None = None
+    """(B,), each row's number of tokens before its padding; None without padding."""
 
 
 class FusedBackbone(ABC):
@@ -40,6 +42,8 @@ class FusedBackbone(ABC):
     """Those of the classes that a block may consist of."""
     EXPORTS_WHOLE: ClassVar[bool] = True
     """Whether torch.export traces the model's own call; otherwise each block's."""
+    ALL_BLOCKS: ClassVar[bool] = False
+    """Whether the model runs by its own call if one of its blocks is not fused."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -60,9 +64,16 @@ class FusedBackbone(ABC):
     def is_later(self, parameter: str) -> bool:
         """Whether a parameter of the model, by its name, comes after what :meth:`embed` does."""
 
+    def call_refusal(self, inputs: Mapping[str, Any]) -> Refusal | None:
+        """Why a call with inputs beside the main one runs by the model's own forward, or None."""
+        return None
+
     @abstractmethod
-    def embed(self, images: torch.Tensor) -> Embedded:
-        """(B, 3, H, W) images to what enters the blocks."""
+    def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
+        """(B, 3, H, W) images, or (B, N) words, to what enters the blocks.
+
+        ``others`` are inputs that :meth:`call_refusal` has not refused.
+        """
 
     def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
         """A block by its own call, hooks included."""
@@ -167,19 +178,20 @@ def plan(
     if whole is not None:
         return BackbonePlan(whole)
     assert not isinstance(backbone, Refusal)
-    return BackbonePlan(
-        None,
-        backbone,
-        [
-            _EXPORTED
-            if exporting()
-            else fused_block.plan(
-                block, backbone.layers(block), index, methods, hook_owners, backbone.FORWARDS
-            )
-            for index, block in enumerate(backbone.blocks)
-        ],
-        [p for name, p in backbone.model.named_parameters() if not backbone.is_later(name)],
-    )
+    blocks = [
+        _EXPORTED
+        if exporting()
+        else fused_block.plan(
+            block, backbone.layers(block), index, methods, hook_owners, backbone.FORWARDS
+        )
+        for index, block in enumerate(backbone.blocks)
+    ]
+    if backbone.ALL_BLOCKS:
+        for index, block in enumerate(blocks):
+            if isinstance(block, Refusal):
+                return BackbonePlan(Refusal(f"block {index} can't be fused: {block.reason}"))
+    embedding = [p for name, p in backbone.model.named_parameters() if not backbone.is_later(name)]
+    return BackbonePlan(None, backbone, blocks, embedding)
 
 
 def features(
@@ -188,16 +200,18 @@ def features(
     methods: Sequence[AttachedMethod],
     token: InsertedTokens | None,
     num_read: int | None,
+    **others: Any,
 ) -> torch.Tensor:
     """The tokens after the final norm.
 
     Args:
         plan: what :func:`plan` gave, without a refusal of the whole.
-        images: (B, 3, H, W).
+        images: (B, 3, H, W), or (B, N) words.
         methods: the modules attached to the backbone.
         token: the Gist token, or None.
         num_read: only the first tokens are read, so that the last block computes no others; None
             for all.
+        others: further inputs, which :meth:`FusedBackbone.call_refusal` has not refused.
 
     Gradients that lead only to frozen patch embeddings are not computed.
     """
@@ -210,7 +224,7 @@ def features(
         or any(method.reaches_embedding for method in methods)
     )
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        embedded = backbone.embed(images)
+        embedded = backbone.embed(images, **others)
     x = embedded.tokens
     if autocast_enabled(x.device.type):
         # Where no float32 position has been added.
@@ -221,6 +235,7 @@ def features(
         grad_tokens = token.index, token.count
     last = len(plan.blocks) - 1
     added_tokens = 0 if token is None else token.count
+    lengths = None if embedded.lengths is None else embedded.lengths + added_tokens
 
     def run(index: int, x: torch.Tensor) -> torch.Tensor:
         how, rotation = plan.blocks[index], backbone.rotation(index, embedded, added_tokens)
@@ -235,6 +250,7 @@ def features(
             num_queries=num_read if index == last else None,
             grad_tokens=grad_tokens if index == 0 else None,
             rotation=rotation,
+            lengths=lengths,
         )  # fmt: skip
         if index == last and num_read is None:
             for method in methods:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gist_kernels as gk
@@ -82,7 +83,8 @@ def _zeros(weight: torch.Tensor) -> torch.Tensor:
 
 
 class BlockLayers(NamedTuple):
-    """The layers of a block ``x + ls1 * attention(norm1(x))``, then ``x + ls2 * mlp(norm2(x))``."""
+    """The layers of a block ``x + ls1 * attention(norm1(x))``, then ``x + ls2 * mlp(norm2(x))``; or
+    of a post-norm block ``norm1(x + attention(x))``, then ``norm2(x + mlp(x))``."""
 
     norms: tuple[Any, Any]
     """LayerNorms: ``weight``, ``bias`` and ``eps``."""
@@ -101,6 +103,7 @@ class BlockLayers(NamedTuple):
     """A LayerNorm of what fc2 reads, or None."""
     layer_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
+    post_norm: bool = False
 
     @property
     def matrices(self) -> list[torch.Tensor]:
@@ -126,6 +129,8 @@ class Plan(NamedTuple):
     sublayers: Callable[[], Sublayers]
     """Gives those of a call: methods may compute weights from their parameters."""
     drop_paths: tuple[DropPath | None, DropPath | None]
+    norms_after: tuple[Any, Any] | None = None
+    """The LayerNorms behind a post-norm block's sublayers."""
 
 
 def plan(
@@ -155,6 +160,9 @@ def plan(
     parts = _joined(methods, index)
     if isinstance(parts, Refusal):
         return parts
+    if layers.post_norm and not {"norm1", "norm2"}.isdisjoint(parts.updates or ()):
+        return Refusal("its method changes a norm that follows a sublayer")
+    norms_after = layers.norms if layers.post_norm else None
     if not _fits(parts, layers.qkv.weights[0]):
         return Refusal("its method's parameters are not plain tensors beside its weights")
     in_place = all(each.read_in_place for each in (layers.qkv, layers.fc1))
@@ -164,14 +172,14 @@ def plan(
         and all(type(tensor) is nn.Parameter for tensor in _tensors(parts))
     ):
         sublayers = _sublayers(layers, parts)
-        return Plan(lambda: sublayers, layers.drop_paths)
+        return Plan(lambda: sublayers, layers.drop_paths, norms_after)
 
     def computed() -> Sublayers:
         parts = _joined(methods, index)
         assert not isinstance(parts, Refusal)
         return _sublayers(layers, parts)
 
-    return Plan(computed, layers.drop_paths)
+    return Plan(computed, layers.drop_paths, norms_after)
 
 
 def run(
@@ -181,6 +189,7 @@ def run(
     num_queries: int | None,
     grad_tokens: tuple[int, int] | None,
     rotation: gk.Rotation | None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run a block as :func:`plan` says.
 
@@ -189,8 +198,9 @@ def run(
         num_queries: compute only the first tokens of the output; None for all.
         grad_tokens: compute x's gradient only for these tokens: start and count.
         rotation: the rotary positions of queries and keys.
+        lengths: (B,), each row's number of tokens before its padding; None without padding.
     """
-    sublayers = plan.sublayers()
+    sublayers, norms = plan.sublayers(), plan.norms_after
     of_attention, of_mlp = plan.drop_paths
     x = sublayers.attention.run(
         x,
@@ -198,8 +208,17 @@ def run(
         drop_path=None if of_attention is None else of_attention(x),
         grad_tokens=grad_tokens,
         rotation=rotation,
+        lengths=lengths,
     )
-    return sublayers.mlp.run(x, drop_path=None if of_mlp is None else of_mlp(x))
+    if norms is not None:
+        x = _normed(x, norms[0])
+    x = sublayers.mlp.run(x, drop_path=None if of_mlp is None else of_mlp(x))
+    return x if norms is None else _normed(x, norms[1])
+
+
+def _normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (norm.weight, norm.bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
 
 
 def _joined(methods: Sequence[AttachedMethod], index: int) -> FusedParts | Refusal:
@@ -232,14 +251,14 @@ def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
     norm1, norm2 = layers.norms
     return Sublayers(
         PreparedAttention(
-            _norm(norm1, updates.get("norm1"), dtype),
+            None if layers.post_norm else _norm(norm1, updates.get("norm1"), dtype),
             gk.AttentionWeights(
                 *qkv, *proj, layers.num_heads, layers.scale, scale1, qkv_update, proj_update
             ),
             parts.attention,
         ),
         PreparedMlp(
-            _norm(norm2, updates.get("norm2"), dtype),
+            None if layers.post_norm else _norm(norm2, updates.get("norm2"), dtype),
             gk.MlpWeights(
                 *fc1,
                 *fc2,

@@ -8,6 +8,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from gist.backbones.text_models import text_family
+from gist.backbones.transformers_encoders import TransformersBert, TransformersRoberta
 from gist.backbones.transformers_vit import TransformersDINOv3, transformers_family
 from gist.fusion.backbone import FusedBackbone
 from gist.fusion.timm_eva import FusedTimmEva
@@ -28,6 +29,12 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
 
         rotary = isinstance(family, TransformersDINOv3)
         return (FusedTransformersDINOv3 if rotary else FusedTransformersViT)(family)
-    if text_family(model) is not None:
-        return Refusal("text models have no fused sublayers")
+    text = text_family(model)
+    # Not of a subclass: MPNet's attention adds a bias.
+    if isinstance(text, TransformersBert) and type(text) in (TransformersBert, TransformersRoberta):
+        from gist.fusion.transformers_bert import FusedTransformersBert
+
+        return FusedTransformersBert(text)
+    if text is not None:
+        return Refusal(f"a {type(model).__name__} has no fused sublayers")
     return Refusal(f"it is a {type(model).__name__}")

@@ -93,7 +93,7 @@ class FusedTimmEva(FusedBackbone):
     def is_later(self, parameter: str) -> bool:
         return parameter.startswith(LATER)
 
-    def embed(self, images: torch.Tensor) -> Embedded:
+    def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
         model = self.model
         x, rotary = model._pos_embed(embed_patches(model.patch_embed, images))
         tables = None

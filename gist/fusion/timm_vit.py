@@ -85,7 +85,7 @@ class FusedTimmViT(FusedBackbone):
     def is_later(self, parameter: str) -> bool:
         return parameter.startswith(LATER)
 
-    def embed(self, images: torch.Tensor) -> Embedded:
+    def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
         model = self.model
         x = model.patch_drop(model._pos_embed(embed_patches(model.patch_embed, images)))
         return Embedded(model.norm_pre(x))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import activations
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 from transformers.models.dinov3_vit import modeling_dinov3_vit
@@ -26,8 +22,14 @@ from gist.fusion import block as fused_block
 from gist.fusion.backbone import Embedded, FusedBackbone
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
+from gist.fusion.transformers_parts import (
+    ACTIVATIONS,
+    activation_name,
+    attention_function_refusal,
+    library_forward,
+)
 from gist.methods.base import Refusal
-from gist.untouched import is_own, written_forward
+from gist.untouched import is_own
 
 
 class _Classes(NamedTuple):
@@ -56,22 +58,6 @@ class _Classes(NamedTuple):
         )  # fmt: skip
 
 
-def _written(kind: Any) -> Callable[..., Any] | None:
-    """A class's forward; None where another one, decorated as that one or not, is in its place.
-
-    transformers' own decorators carry the name of what they decorate, as anyone's may.
-    """
-    own: Any = written_forward(kind)
-    link = own
-    while link is not None:
-        if not inspect.isfunction(link):
-            return None
-        if link.__globals__.get("__name__", "").partition(".")[0] not in ("transformers", "torch"):
-            return None
-        link = getattr(link, "__wrapped__", None)
-    return own
-
-
 _VIT = _Classes.of(modeling_vit, "ViT")
 _DINOV3 = _Classes.of(modeling_dinov3_vit, "DINOv3ViT")
 _SIGLIP = _Classes(
@@ -92,14 +78,7 @@ _FAMILIES = (
     _Classes.of(modeling_dinov2_with_registers, "Dinov2WithRegisters"),
 )
 _OF_LAYER = {classes.layer: classes for classes in _FAMILIES}
-_WHOLE = {kind: _written(kind) for classes in _FAMILIES for kind in classes.whole}
-_ACTIVATIONS: dict[Any, str] = {
-    activations.LinearActivation: "identity",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    getattr(activations, "SiLUActivation", nn.SiLU): "silu",
-    activations.NewGELUActivation: "gelu_tanh",
-}
+_WHOLE = {kind: library_forward(kind) for classes in _FAMILIES for kind in classes.whole}
 
 
 class FusedTransformersViT(FusedBackbone):
@@ -108,10 +87,10 @@ class FusedTransformersViT(FusedBackbone):
     FORWARDS: ClassVar[Forwards] = {
         **COMMON_FORWARDS,
         **{
-            kind: _written(kind)
+            kind: library_forward(kind)
             for kind in (
                 *(kind for classes in _FAMILIES for kind in classes[:-1] if kind is not None),
-                activations.GELUActivation, activations.GELUTanh, *_ACTIVATIONS,
+                activations.GELUActivation, activations.GELUTanh, *ACTIVATIONS,
             )
         },
     }  # fmt: skip
@@ -138,14 +117,14 @@ class FusedTransformersViT(FusedBackbone):
                 return Refusal(f"{kind.__name__} has a forward of its own")
             if not is_own(part, "forward"):
                 return Refusal(f"the forward of its {kind.__name__} was replaced")
-        return _config_refusal(encoder.config)
+        return attention_function_refusal(encoder.config)
 
     def layers(self, block: Any) -> BlockLayers | Refusal:
         reason = _block_refusal(block)
         if reason is not None:
             return Refusal(reason)
         attention, mlp = _attention_layers(_attention(block)), _mlp_layers(block.mlp)
-        activation = _activation_name(mlp.act)
+        activation = activation_name(mlp.act)
         assert activation is not None
         scales = (getattr(block, f"layer_scale{i}", None) for i in (1, 2))
         drop_path = _drop_path(getattr(block, "drop_path", None))
@@ -167,7 +146,7 @@ class FusedTransformersViT(FusedBackbone):
     def is_later(self, parameter: str) -> bool:
         return not parameter.startswith(f"{self.family.encoder_name}.embeddings.")
 
-    def embed(self, images: torch.Tensor) -> Embedded:
+    def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
         images = images.to(self.family.patch_projection.weight.dtype)
         return Embedded(self.family.encoder.embeddings(images))
 
@@ -196,7 +175,7 @@ class FusedTransformersDINOv3(FusedTransformersViT):
     def is_later(self, parameter: str) -> bool:
         return not parameter.startswith("embeddings.")
 
-    def embed(self, images: torch.Tensor) -> Embedded:
+    def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
         images = images.to(self.family.patch_projection.weight.dtype)
         tokens = self.model.embeddings(images)
         rotary = self.model.rope_embeddings(images)
@@ -256,20 +235,6 @@ def _attention_layers(attention: Any) -> _AttentionLayers:
     )
 
 
-def _config_refusal(config: Any) -> Refusal | None:
-    name = config._attn_implementation or "eager"
-    functions = {"eager": None, "sdpa": sdpa_attention_forward}
-    if name not in functions:
-        return Refusal(f"its attention implementation is {name!r}")
-    if ALL_ATTENTION_FUNCTIONS.get(name) is not functions[name]:
-        return Refusal(f"another function was registered for its {name!r} attention")
-    if getattr(config, "is_causal", None):
-        return Refusal("its attention is causal")
-    if config.output_attentions or config.output_hidden_states:
-        return Refusal("its config asks for attentions or hidden states")
-    return None
-
-
 def _block_refusal(block: Any) -> str | None:
     classes = _OF_LAYER.get(type(block))
     if classes is None:
@@ -323,7 +288,7 @@ def _mlp_refusal(mlp: Any, classes: _Classes) -> str | None:
     layers = _mlp_layers(mlp)
     if not all(type(layer) is nn.Linear for layer in (*layers.first, layers.last)):
         return "its MLP's layers are not plain linears"
-    if _activation_name(layers.act) is None:
+    if activation_name(layers.act) is None:
         return f"its MLP's activation is a {type(layers.act).__name__}"
     return None
 
@@ -341,17 +306,6 @@ def _mlp_layers(mlp: Any) -> _MlpLayers:
     if hasattr(mlp, "up_proj"):
         return _MlpLayers((mlp.up_proj,), mlp.down_proj, mlp.act_fn)
     return _MlpLayers((mlp.fc1,), mlp.fc2, mlp.activation_fn)
-
-
-def _activation_name(act: Any) -> str | None:
-    """The name of an activation in :data:`gist_kernels.activations.Activation`, or None."""
-    if type(act) is activations.GELUActivation:
-        return "gelu" if act.act is F.gelu else None
-    if type(act) is activations.GELUTanh:
-        called: Any = act.act
-        known = isinstance(called, partial) and called.func is F.gelu
-        return "gelu_tanh" if known and called.keywords == {"approximate": "tanh"} else None
-    return _ACTIVATIONS.get(type(act))
 
 
 def _drop_path(part: Any) -> fused_block.DropPath | None:

@@ -192,7 +192,10 @@ def test_without_token_the_logits_are_the_models_own(kind, attention):
     for side in ("right", "left", "none"):
         plain, batch = made(kind, attention), texts(kind, side)
         expected = plain(**batch._asdict()).logits
-        assert torch.equal(gist.wrap(plain, config).eval()(**batch._asdict()), expected)
+        model = gist.wrap(plain, config).eval()
+        close(model(**batch._asdict()), expected)
+        model.family.encoder.register_forward_hook(lambda *_: None)  # no block is fused
+        assert torch.equal(model(**batch._asdict()), expected)
 
 
 @every_kind
@@ -264,8 +267,9 @@ def test_inputs_that_have_no_place_are_refused(kind):
         ValueError, match=r"attention_mask must be \(B, N\).*; it is \(3, 1, 9, 9\)"
     ):
         model(batch.input_ids, attention_mask=torch.ones(3, 1, 9, 9))
-    with pytest.raises(ValueError, match="pooled by its padding"):
-        model.forward_head(torch.zeros(3, 10, 32))
+    if kind == "Llama":
+        with pytest.raises(ValueError, match="pooled by its padding"):
+            model.forward_head(torch.zeros(3, 10, 32))
 
 
 @pytest.mark.parametrize(

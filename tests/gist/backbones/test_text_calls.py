@@ -116,9 +116,10 @@ def test_a_file_does_not_load_onto_other_weights(kind, tmp_path):
 
 
 def test_explain_says_that_nothing_is_fused():
-    said = gist.explain(perturbed("Bert"))
+    said = gist.explain(perturbed("DistilBert"))
     assert said == (
-        "blocks 0 to 1: the backbone's own forward, for text models have no fused sublayers"
+        "blocks 0 to 1: the backbone's own forward, for a DistilBertForSequenceClassification has "
+        "no fused sublayers"
     )
 
 

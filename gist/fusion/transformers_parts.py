@@ -1,0 +1,66 @@
+"""What transformers' models have in common, as the fused sublayers take it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from transformers import activations
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gist.methods.base import Refusal
+from gist.untouched import written_forward
+
+ACTIVATIONS: dict[Any, str] = {
+    activations.LinearActivation: "identity",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    getattr(activations, "SiLUActivation", nn.SiLU): "silu",
+    activations.NewGELUActivation: "gelu_tanh",
+}
+
+
+def library_forward(kind: Any) -> Callable[..., Any] | None:
+    """A class's forward; None where another one, decorated as that one or not, is in its place.
+
+    transformers' own decorators carry the name of what they decorate, as anyone's may.
+    """
+    own: Any = written_forward(kind)
+    link = own
+    while link is not None:
+        if not inspect.isfunction(link):
+            return None
+        if link.__globals__.get("__name__", "").partition(".")[0] not in ("transformers", "torch"):
+            return None
+        link = getattr(link, "__wrapped__", None)
+    return own
+
+
+def attention_function_refusal(config: Any) -> Refusal | None:
+    name = config._attn_implementation or "eager"
+    functions = {"eager": None, "sdpa": sdpa_attention_forward}
+    if name not in functions:
+        return Refusal(f"its attention implementation is {name!r}")
+    if ALL_ATTENTION_FUNCTIONS.get(name) is not functions[name]:
+        return Refusal(f"another function was registered for its {name!r} attention")
+    if getattr(config, "is_causal", None):
+        return Refusal("its attention is causal")
+    if config.output_attentions or config.output_hidden_states:
+        return Refusal("its config asks for attentions or hidden states")
+    return None
+
+
+def activation_name(act: Any) -> str | None:
+    """The name of an activation in :data:`gist_kernels.activations.Activation`, or None."""
+    if type(act) is activations.GELUActivation:
+        return "gelu" if act.act is F.gelu else None
+    if type(act) is activations.GELUTanh:
+        called: Any = act.act
+        known = isinstance(called, partial) and called.func is F.gelu
+        return "gelu_tanh" if known and called.keywords == {"approximate": "tanh"} else None
+    return ACTIVATIONS.get(type(act))

@@ -1,0 +1,270 @@
+"""Fused sublayers of BERT and its kin against transformers' own forward, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from text_models import made, texts
+
+import gist
+
+pytest.importorskip("transformers")
+
+KINDS = ("Bert", "Roberta", "XLMRoberta", "Electra")
+METHODS = {
+    "adapter": gist.Adapter(rank=4, scale=0.7),
+    "adapter, parallel": gist.Adapter(rank=4, scale=0.7, placement="parallel"),
+    "adaptformer": gist.AdaptFormer(rank=4, dropout=0.0),
+    "lora": gist.LoRA(rank=2),
+    "lora of all": gist.LoRA(rank=2, targets=("q", "k", "v", "proj", "fc1", "fc2")),
+    "fact": gist.FacT(rank=3, dropout=0.0),
+    "bitfit": gist.BitFit(),
+    "norms": gist.LayerNormTuning(),
+    "difffit": gist.DiffFit(),
+    "token alone": None,
+}
+
+
+def wrapped(kind="Bert", method="adapter", *, num_tokens=1, use_gist=True, **options):
+    config = gist.GistConfig(
+        METHODS[method], gist=use_gist, token_dropout=0.0, num_tokens=num_tokens
+    )
+    backbone = made(kind, "sdpa", **options)
+    torch.manual_seed(2)
+    model = gist.wrap(backbone, config).train()
+    with torch.no_grad():
+        for parameter in model.method.parameters() if model.method is not None else ():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def inputs_of(side):
+    words = texts("Bert", "right")
+    if side == "no mask":
+        return {"input_ids": words.input_ids}
+    if side == "mask of ones":
+        return {"input_ids": words.input_ids, "attention_mask": torch.ones_like(words.input_ids)}
+    return words._asdict() | {"token_type_ids": (words.input_ids > 30).long()}
+
+
+def results(model, inputs):
+    """Logits, and the gradient of everything that is trained."""
+    model.zero_grad()
+    out = model(**inputs)
+    logits = out if isinstance(out, torch.Tensor) else torch.stack(out)
+    logits.square().sum().backward()
+    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def is_fused(model):
+    return gist.explain(model).startswith("blocks 0 to 1: fused sublayers")
+
+
+def by_library(model, inputs):
+    hook = model.family.encoder.register_forward_hook(lambda *_: None)
+    assert "carries hooks" in gist.explain(model)
+    found = results(model, inputs)
+    hook.remove()
+    assert is_fused(model)
+    return found
+
+
+def check(model, inputs):
+    assert is_fused(model)
+    fused = results(model, inputs)
+    expected = by_library(model, inputs)
+    assert all(g is None or g.abs().max() > 1e-9 for n, g in expected[1].items() if "norm" in n)
+    torch.testing.assert_close(fused, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("side", ["right", "no mask", "mask of ones"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_of_every_kind(kind, side, train):
+    check(wrapped(kind).double().train(train), inputs_of(side))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_and_gradients_of_every_method(method):
+    check(wrapped("Bert", method).double(), inputs_of("right"))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Electra"])
+def test_several_tokens_and_none(kind):
+    check(wrapped(kind, num_tokens=3).double(), inputs_of("right"))
+    check(wrapped(kind, "lora", use_gist=False).double(), inputs_of("right"))
+
+
+def test_fused_calls_are_made(monkeypatch):
+    """That the comparisons above are of two paths."""
+    from gist.fusion import block
+
+    calls = []
+    run = block.run
+    monkeypatch.setattr(
+        block, "run",
+        lambda *args, **options: (calls.append(options["lengths"]), run(*args, **options))[1],
+    )  # fmt: skip
+    model = wrapped()
+    model(**inputs_of("right"))
+    assert [lengths.tolist() for lengths in calls] == 2 * [[10, 8, 5]]
+    by_library(model, inputs_of("right"))
+    assert len(calls) == 2
+    model(**inputs_of("no mask"))
+    assert calls[2:] == [None, None]
+
+
+def test_dropout_of_embeddings_and_classifier_draws_what_the_library_draws():
+    model = wrapped("Bert", "lora", use_gist=False).double()
+    model.backbone.bert.embeddings.dropout.p = 0.3
+    model.backbone.dropout.p = 0.3
+    torch.manual_seed(5)
+    fused = results(model, inputs_of("right"))
+    torch.manual_seed(5)
+    torch.testing.assert_close(fused, by_library(model, inputs_of("right")), rtol=1e-8, atol=1e-8)
+
+
+def test_features_of_words_are_those_of_transformers():
+    model = wrapped().double().eval()
+    inputs = inputs_of("right")
+    fused = model.forward_features(**inputs)
+    hook = model.family.encoder.register_forward_hook(lambda *_: None)
+    expected = model.forward_features(**inputs)
+    hook.remove()
+    words = F.pad(inputs["attention_mask"], (1, 0), value=1).bool()
+    torch.testing.assert_close(fused[words], expected[words], rtol=1e-8, atol=1e-8)
+
+
+def test_checkpointed_blocks_stay_fused():
+    model = wrapped("Roberta", "lora").double()
+    expected = results(model, inputs_of("right"))
+    for block in model.family.blocks:
+        block.gradient_checkpointing = True
+    assert is_fused(model)
+    torch.testing.assert_close(results(model, inputs_of("right")), expected, rtol=1e-9, atol=1e-9)
+    model.set_grad_checkpointing()  # by transformers, which puts a hook on the embedding
+    assert "carries hooks that are not gist's outside of its blocks" in gist.explain(model)
+    torch.testing.assert_close(results(model, inputs_of("right")), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["adapter", "norms"])
+def test_autocast_and_half_models_are_near_to_float64(method):
+    model = wrapped("Bert", method)
+    inputs = inputs_of("right")
+    truth, _ = results(copy.deepcopy(model).double(), inputs)
+
+    def errors():
+        with torch.autocast("cpu", torch.bfloat16):
+            yield (results(model, inputs)[0].double() - truth).norm() / truth.norm()
+        half = copy.deepcopy(model)
+        half.backbone.bfloat16()
+        yield (results(half, inputs)[0].double() - truth).norm() / truth.norm()
+
+    assert is_fused(model)
+    fused = list(errors())
+    model.family.encoder.register_forward_hook(lambda *_: None)
+    for error, theirs in zip(fused, errors(), strict=True):
+        assert 1e-4 < error < 2 * theirs
+
+
+def test_compiled_without_a_mask_is_fused():
+    model = wrapped("Bert", "lora")
+    names = []
+
+    def note(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=note)
+    inputs = inputs_of("no mask")
+    torch.testing.assert_close(tuple(compiled(**inputs)), tuple(model(**inputs)))
+    assert sum("_adapter_attention" in name or "_adapter_mlp" in name for name in names) == 4
+    names.clear()
+    padded = inputs_of("right")
+    torch.testing.assert_close(
+        tuple(compiled(**padded)), tuple(model(**padded)), rtol=1e-4, atol=1e-4
+    )
+    assert not any("_adapter_mlp" in name for name in names)  # by transformers' own forward
+
+
+# ---- what is not fused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[0, 1, 1, 1, 1, 1, 1, 1, 1]] * 3,
+        [[1, 1, 1, 0, 1, 1, 1, 1, 1]] * 3,
+        [[1] * 9, [1] * 9, [0] + [1] * 8],
+    ],
+)
+def test_other_masks_run_by_the_library(mask, monkeypatch):
+    from gist.fusion import block
+
+    monkeypatch.setattr(block, "run", None)
+    model = wrapped()
+    out = model(texts("Bert", "none").input_ids, attention_mask=torch.tensor(mask))
+    assert all(logits.isfinite().all() for logits in out)
+
+
+def test_outputs_that_are_asked_for_run_by_the_library(monkeypatch):
+    from gist.fusion import block
+
+    monkeypatch.setattr(block, "run", None)
+    model = wrapped()
+    assert model(texts("Bert", "none").input_ids, output_attentions=True).cls_logits.shape == (3, 5)
+
+
+def change_config(name, value):
+    return lambda model: setattr(model.backbone.config, name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (change_config("_attn_implementation", "flex_attention"), "is 'flex_attention'"),
+        (change_config("output_hidden_states", True), "asks for attentions or hidden states"),
+        (
+            lambda model: setattr(model.family.blocks[1].output.dropout, "p", 0.1),
+            "block 1 can't be fused: its block has dropout",
+        ),
+        (
+            lambda model: setattr(model.family.blocks[0].attention.self.dropout, "p", 0.1),
+            "block 0 can't be fused: its attention has dropout",
+        ),
+        (
+            lambda model: setattr(
+                model.family.blocks[0].intermediate, "intermediate_act_fn", torch.nn.Tanh()
+            ),
+            "its MLP's activation is a Tanh",
+        ),
+        (
+            lambda model: model.family.blocks[0].register_forward_hook(lambda *_: None),
+            "block 0 can't be fused: it carries hooks that are not gist's",
+        ),
+        (
+            lambda model: setattr(model.family.blocks[0], "forward", lambda *_: None),
+            "block 0 can't be fused: its BertLayer has a forward of its own",
+        ),
+        (
+            lambda model: setattr(model.family.encoder, "forward", lambda *_: None),
+            "the forward of its BertModel was replaced",
+        ),
+    ],
+)
+def test_a_model_that_does_not_match_says_why(change, reason):
+    model = wrapped()
+    assert is_fused(model)
+    change(model)
+    said = gist.explain(model)
+    assert "the backbone's own forward, for " in said
+    assert reason in said
+
+
+def test_mpnet_says_that_it_is_not_fused():
+    model = gist.wrap(made("MPNet", "eager"), gist.GistConfig(gist.LoRA(rank=2)))
+    assert "a MPNetForSequenceClassification has no fused sublayers" in gist.explain(model)
