@@ -349,7 +349,7 @@ def test_attention_that_someone_registered_is_not_fused(monkeypatch):
 
 
 def test_forwards_that_someone_patched_are_not_fused(monkeypatch):
-    from gist.fusion import transformers_vit as fusion
+    from gist.fusion.transformers_parts import library_forward
 
     model = wrapped("ViT").train()
     assert is_fused(model)
@@ -363,9 +363,9 @@ def test_forwards_that_someone_patched_are_not_fused(monkeypatch):
 
         monkeypatch.setattr(kind, "forward", patched)
         assert "has a forward of its own" in gist.explain(model), kind
-        assert fusion._written(kind) is None  # had it been so before gist was imported
+        assert library_forward(kind) is None  # had it been so before gist was imported
         monkeypatch.undo()
-        assert fusion._written(kind) is kind.forward
+        assert library_forward(kind) is kind.forward
         assert is_fused(model)
 
 
