@@ -64,7 +64,7 @@ class FusedBackbone(ABC):
     def is_later(self, parameter: str) -> bool:
         """Whether a parameter of the model, by its name, comes after what :meth:`embed` does."""
 
-    def call_refusal(self, inputs: Mapping[str, Any]) -> Refusal | None:
+    def call_refusal(self, images: torch.Tensor, others: Mapping[str, Any]) -> Refusal | None:
         """Why a call with inputs beside the main one runs by the model's own forward, or None."""
         return None
 

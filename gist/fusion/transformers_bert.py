@@ -99,14 +99,16 @@ class FusedTransformersBert(FusedBackbone):
                 return Refusal(f"the forward of its {kind.__name__} was replaced")
         return attention_function_refusal(encoder.config)
 
-    def call_refusal(self, inputs: Mapping[str, Any]) -> Refusal | None:
-        given = {name: value for name, value in inputs.items() if value is not None}
+    def call_refusal(self, images: torch.Tensor, others: Mapping[str, Any]) -> Refusal | None:
+        given = {name: value for name, value in others.items() if value is not None}
         for name in given:
             if name not in _INPUTS:
                 return Refusal(f"the call has {name}")
         mask = given.get("attention_mask")
         if needs_dispatcher(*given.values()):
             return Refusal("it is traced, and a text's padding is a matter of its values")
+        if mask is not None and mask.shape != images.shape:  # which transformers refuses
+            return Refusal("its attention mask has another shape than its words")
         if mask is not None and not _pads_on_the_right(mask):
             return Refusal("its attention mask is not 1 for a row's first words and 0 for others")
         return None

@@ -145,7 +145,7 @@ class GistModel(TimmInterface):
         if getattr(self, "_is_replica", False):
             with hooks.replica_owners(list(self.modules())):
                 return self._by_backbone(images, inputs)
-        plan = self._plan_of_call(inputs)
+        plan = self._plan_of_call(images, inputs)
         if plan.refusal is not None:
             with self._at_use(images):
                 return self._by_backbone(images, inputs)
@@ -191,7 +191,7 @@ class GistModel(TimmInterface):
         if inputs or images is None:
             images, inputs = self.family.named_inputs(images, inputs)
         with self._at_use(images):
-            return self._features(self._plan_of_call(inputs), images, None, **inputs)
+            return self._features(self._plan_of_call(images, inputs), images, None, **inputs)
 
     def _at_use(self, x: torch.Tensor) -> AbstractContextManager[Any]:
         """Where a method trains parameters of a half backbone in float32, convert them at use."""
@@ -213,12 +213,12 @@ class GistModel(TimmInterface):
             return self.family.features(self._with_gradient(images), **inputs)
         return fusion.features(plan, images, self.attached_methods, self.token, num_read, **inputs)
 
-    def _plan_of_call(self, inputs: dict[str, Any]) -> fusion.BackbonePlan:
+    def _plan_of_call(self, images: torch.Tensor, inputs: dict[str, Any]) -> fusion.BackbonePlan:
         """:meth:`plan`, where inputs beside the main one decide too."""
         plan = self.plan()
         if not inputs or plan.backbone is None:
             return plan
-        refusal = plan.backbone.call_refusal(inputs)
+        refusal = plan.backbone.call_refusal(images, inputs)
         return plan if refusal is None else fusion.BackbonePlan(refusal)
 
     def plan(self) -> fusion.BackbonePlan:

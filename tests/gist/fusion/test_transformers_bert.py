@@ -211,6 +211,20 @@ def test_other_masks_run_by_the_library(mask, monkeypatch):
     assert all(logits.isfinite().all() for logits in out)
 
 
+@pytest.mark.parametrize("shape", [(3, 12), (3, 5), (1, 9), (4, 9)])
+def test_a_mask_of_another_shape_reaches_no_kernel(shape, monkeypatch):
+    from gist.fusion import block
+
+    monkeypatch.setattr(block, "run", None)
+    words, mask = texts("Bert", "none").input_ids, torch.ones(shape, dtype=torch.long)
+    model = wrapped().eval()
+    try:
+        out = model(words, attention_mask=mask)
+    except (RuntimeError, ValueError):
+        return  # as transformers says
+    assert out.isfinite().all()
+
+
 def test_outputs_that_are_asked_for_run_by_the_library(monkeypatch):
     from gist.fusion import block
 

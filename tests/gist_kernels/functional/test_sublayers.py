@@ -304,7 +304,7 @@ def test_compiles_without_a_graph_break():
         (lambda a: a | {"num_queries": 20}, ValueError, "num_queries"),
         (lambda a: a | {"grad_tokens": (18, 2)}, ValueError, "grad_tokens"),
         (lambda a: a | {"grad_tokens": 1}, TypeError, "grad_tokens must be"),
-        (lambda a: a | {"norm": torch.ones(48)}, TypeError, "norm must be a gist_kernels.NormWeights"),
+        (lambda a: a | {"norm": torch.ones(48)}, TypeError, "norm must be a gist_kernels.Norm"),
         (lambda a: a | {"adapter": 4}, TypeError, "adapter must be a gist_kernels.AdapterWeights"),
         (lambda a: a | {"drop_path": torch.ones(2)}, ValueError, "drop_path"),
         (
