@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from transformers import activations
 from transformers.models.bert import modeling_bert
 from transformers.models.electra import modeling_electra
 from transformers.models.roberta import modeling_roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta
 
-from gist.backbones.transformers_encoders import TransformersBert
-from gist.fusion.backbone import Embedded, FusedBackbone
+from gist.fusion.backbone import Embedded
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.fusion.transformers_parts import (
-    ACTIVATIONS,
+    ACTIVATION_FORWARDS,
+    FusedTransformers,
     activation_name,
-    attention_function_refusal,
     library_forward,
 )
 from gist.methods.base import Refusal
-from gist.untouched import is_own
 from gist_kernels.tracing import needs_dispatcher
 
 
@@ -65,39 +62,23 @@ _WHOLE = {
 _INPUTS = ("attention_mask", "token_type_ids", "position_ids")
 
 
-class FusedTransformersBert(FusedBackbone):
+class FusedTransformersBert(FusedTransformers):
     """transformers' BERT, RoBERTa, XLM-RoBERTa and ELECTRA for sequence classification."""
 
     FORWARDS: ClassVar[Forwards] = {
         **COMMON_FORWARDS,
+        **ACTIVATION_FORWARDS,
         **{
             kind: library_forward(kind)
             for kind in (
                 *(kind for classes in _FAMILIES for kind in classes),
-                activations.GELUActivation, activations.GELUTanh, *ACTIVATIONS,
             )
         },
     }  # fmt: skip
     # A block's own forward takes a mask that the model's makes.
     ALL_BLOCKS = True
 
-    def __init__(self, family: TransformersBert) -> None:
-        super().__init__(family.model)
-        self.family = family
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.family.blocks
-
-    def refusal(self) -> Refusal | None:
-        encoder = self.family.encoder
-        for part in (self.model, encoder, encoder.encoder):
-            kind = type(part)
-            if _WHOLE.get(kind) is None or kind.forward is not _WHOLE[kind]:
-                return Refusal(f"{kind.__name__} has a forward of its own")
-            if not is_own(part, "forward"):
-                return Refusal(f"the forward of its {kind.__name__} was replaced")
-        return attention_function_refusal(encoder.config)
+    WHOLE = _WHOLE
 
     def call_refusal(self, images: torch.Tensor, others: Mapping[str, Any]) -> Refusal | None:
         given = {name: value for name, value in others.items() if value is not None}
@@ -148,14 +129,6 @@ class FusedTransformersBert(FusedBackbone):
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         return x  # which each block has normed
-
-    @property
-    def checkpointed(self) -> bool:
-        return any(self.recomputes(index) for index in range(len(self.blocks)))
-
-    def recomputes(self, index: int) -> bool:
-        block: Any = self.blocks[index]
-        return block.gradient_checkpointing and block.training
 
 
 def _pads_on_the_right(mask: torch.Tensor) -> bool:

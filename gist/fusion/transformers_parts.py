@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import nn
@@ -13,8 +13,9 @@ from transformers import activations
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gist.fusion.backbone import FusedBackbone
 from gist.methods.base import Refusal
-from gist.untouched import written_forward
+from gist.untouched import is_own, written_forward
 
 ACTIVATIONS: dict[Any, str] = {
     activations.LinearActivation: "identity",
@@ -64,3 +65,47 @@ def activation_name(act: Any) -> str | None:
         known = isinstance(called, partial) and called.func is F.gelu
         return "gelu_tanh" if known and called.keywords == {"approximate": "tanh"} else None
     return ACTIVATIONS.get(type(act))
+
+
+ACTIVATION_FORWARDS = {
+    kind: library_forward(kind)
+    for kind in (activations.GELUActivation, activations.GELUTanh, *ACTIVATIONS)
+}
+
+
+class FusedTransformers(FusedBackbone):
+    """What the fused forwards of transformers' models have in common."""
+
+    WHOLE: ClassVar[Mapping[Any, Callable[..., Any] | None]]
+    """The forwards that run the embeddings, the blocks and what comes after them, by class."""
+
+    def __init__(self, family: Any) -> None:
+        super().__init__(family.model)
+        self.family = family
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        blocks: Sequence[nn.Module] = self.family.blocks
+        return blocks
+
+    def refusal(self) -> Refusal | None:
+        encoder = self.family.encoder
+        within = getattr(encoder, "encoder", None), getattr(encoder, "model", None)
+        for part in (self.model, encoder, *within):
+            if part is None:
+                continue
+            kind = type(part)
+            if self.WHOLE.get(kind) is None or kind.forward is not self.WHOLE[kind]:
+                return Refusal(f"{kind.__name__} has a forward of its own")
+            if not is_own(part, "forward"):
+                return Refusal(f"the forward of its {kind.__name__} was replaced")
+        return attention_function_refusal(encoder.config)
+
+    @property
+    def checkpointed(self) -> bool:
+        return any(self.recomputes(index) for index in range(len(self.blocks)))
+
+    def recomputes(self, index: int) -> bool:
+        block: Any = self.blocks[index]
+        recomputed: bool = block.gradient_checkpointing and block.training
+        return recomputed

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from transformers import activations
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 from transformers.models.dinov3_vit import modeling_dinov3_vit
@@ -17,19 +15,17 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.vit import modeling_vit
 
 import gist_kernels as gk
-from gist.backbones.transformers_vit import TransformersViT
 from gist.fusion import block as fused_block
-from gist.fusion.backbone import Embedded, FusedBackbone
+from gist.fusion.backbone import Embedded
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.fusion.transformers_parts import (
-    ACTIVATIONS,
+    ACTIVATION_FORWARDS,
+    FusedTransformers,
     activation_name,
-    attention_function_refusal,
     library_forward,
 )
 from gist.methods.base import Refusal
-from gist.untouched import is_own
 
 
 class _Classes(NamedTuple):
@@ -81,16 +77,16 @@ _OF_LAYER = {classes.layer: classes for classes in _FAMILIES}
 _WHOLE = {kind: library_forward(kind) for classes in _FAMILIES for kind in classes.whole}
 
 
-class FusedTransformersViT(FusedBackbone):
+class FusedTransformersViT(FusedTransformers):
     """transformers' ViT, DINOv2, DINOv2 with registers and SigLIP for image classification."""
 
     FORWARDS: ClassVar[Forwards] = {
         **COMMON_FORWARDS,
+        **ACTIVATION_FORWARDS,
         **{
             kind: library_forward(kind)
             for kind in (
                 *(kind for classes in _FAMILIES for kind in classes[:-1] if kind is not None),
-                activations.GELUActivation, activations.GELUTanh, *ACTIVATIONS,
             )
         },
     }  # fmt: skip
@@ -98,26 +94,7 @@ class FusedTransformersViT(FusedBackbone):
     # There, transformers makes a mask for the tokens that leave its embeddings, without gist's.
     EXPORTS_WHOLE = False
 
-    def __init__(self, family: TransformersViT) -> None:
-        super().__init__(family.model)
-        self.family = family
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.family.blocks
-
-    def refusal(self) -> Refusal | None:
-        encoder = self.family.encoder
-        within = getattr(encoder, "encoder", None), getattr(encoder, "model", None)
-        for part in (self.model, encoder, *within):
-            if part is None:
-                continue
-            kind = type(part)
-            if _WHOLE.get(kind) is None or kind.forward is not _WHOLE[kind]:
-                return Refusal(f"{kind.__name__} has a forward of its own")
-            if not is_own(part, "forward"):
-                return Refusal(f"the forward of its {kind.__name__} was replaced")
-        return attention_function_refusal(encoder.config)
+    WHOLE = _WHOLE
 
     def layers(self, block: Any) -> BlockLayers | Refusal:
         reason = _block_refusal(block)
@@ -159,14 +136,6 @@ class FusedTransformersViT(FusedBackbone):
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.family.output_norm(x)
         return features
-
-    @property
-    def checkpointed(self) -> bool:
-        return any(self.recomputes(index) for index in range(len(self.blocks)))
-
-    def recomputes(self, index: int) -> bool:
-        block: Any = self.blocks[index]
-        return block.gradient_checkpointing and block.training
 
 
 class FusedTransformersDINOv3(FusedTransformersViT):

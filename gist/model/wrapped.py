@@ -398,7 +398,7 @@ def wrap(
 
     Args:
         backbone: timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP's image tower, ...) or Eva, or
-            transformers' ViT, DINOv2 or SigLIP for image classification, with a classifier, or one
+            transformers' ViT, DINOv2, DINOv3 or SigLIP, with a classifier, or one
             of transformers' text classifiers (BERT, RoBERTa, Llama, Qwen, ...; docs/text.md). A
             backbone adapted by HF PEFT keeps what PEFT trains; use ``GistConfig(method=None)`` for
             it.
