@@ -17,6 +17,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 try:
+    # The second is not used here: timm.task of earlier releases lacks it.
     from timm.task import ClassificationTask, resume_task_checkpoint  # noqa: F401
 except ImportError as error:
     raise ImportError("gist.timm_task needs timm 1.0.27 or newer: pip install -U timm") from error

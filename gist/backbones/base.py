@@ -268,6 +268,14 @@ class BackboneFamily(ABC):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier; 0 classes remove it. None keeps the pooling."""
 
+    def keep_pooling(self, global_pool: str | None) -> None:
+        """Raise a ValueError for a pooling other than the model's, which can't be changed."""
+        if global_pool not in (None, self.pooling):
+            raise ValueError(
+                f"global_pool can't be {global_pool!r}: a {type(self.model).__name__} pools by "
+                f"{self.pooling!r}"
+            )
+
     @abstractmethod
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, D) tokens, without added ones, to the classifier's (B, F) input."""

@@ -127,11 +127,7 @@ class TransformersText(BackboneFamily):
         return self.model.num_labels
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if global_pool not in (None, self.pooling):
-            raise ValueError(
-                f"global_pool can't be {global_pool!r}: a {type(self.model).__name__} pools by "
-                f"{self.pooling!r}"
-            )
+        self.keep_pooling(global_pool)
         above, _, name = self.last_layer.rpartition(".")
         holder: Any = self.model.get_submodule(above)
         if above and hasattr(holder, "modules_to_save"):

@@ -98,11 +98,7 @@ class TransformersViT(BackboneFamily):
         return self.model.num_labels
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if global_pool not in (None, self.pooling):
-            raise ValueError(
-                f"global_pool can't be {global_pool!r}: a {type(self.model).__name__} pools by "
-                f"{self.pooling!r}"
-            )
+        self.keep_pooling(global_pool)
         old = self.model.classifier
         like = next(self.encoder.parameters())
         width = self.embed_dim * (2 if self.pooling == "token+avg" else 1)

@@ -68,16 +68,10 @@ class FusedTransformersBert(FusedTransformers):
     FORWARDS: ClassVar[Forwards] = {
         **COMMON_FORWARDS,
         **ACTIVATION_FORWARDS,
-        **{
-            kind: library_forward(kind)
-            for kind in (
-                *(kind for classes in _FAMILIES for kind in classes),
-            )
-        },
-    }  # fmt: skip
+        **{kind: library_forward(kind) for classes in _FAMILIES for kind in classes},
+    }
     # A block's own forward takes a mask that the model's makes.
     ALL_BLOCKS = True
-
     WHOLE = _WHOLE
 
     def call_refusal(self, images: torch.Tensor, others: Mapping[str, Any]) -> Refusal | None:

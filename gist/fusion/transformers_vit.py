@@ -85,11 +85,11 @@ class FusedTransformersViT(FusedTransformers):
         **ACTIVATION_FORWARDS,
         **{
             kind: library_forward(kind)
-            for kind in (
-                *(kind for classes in _FAMILIES for kind in classes[:-1] if kind is not None),
-            )
+            for classes in _FAMILIES
+            for kind in classes[:-1]
+            if kind is not None
         },
-    }  # fmt: skip
+    }
 
     # There, transformers makes a mask for the tokens that leave its embeddings, without gist's.
     EXPORTS_WHOLE = False
