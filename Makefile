@@ -1,5 +1,6 @@
 # make demo       fine-tune real weights on real images, print and plot the result
-# make test       every test that needs no GPU
+# make test       the tests, but for the slow ones
+# make test-all   every test that needs no GPU
 # make test-avx2  the numerical tests as on a processor without AVX-512
 # make test-portable  the same by the kernels that every processor can run
 # make test-ptx   the tests of the Triton kernels on the PTX that Triton compiles, executed without a GPU
@@ -25,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
   ATEN_CPU_CAPABILITY=avx2
 
-.PHONY: demo test test-avx2 test-portable test-ptx test-binaries test-launches lint bench bench-quick
+.PHONY: demo test test-all test-avx2 test-portable test-ptx test-binaries test-launches lint bench bench-quick
 .PHONY: gpu gpu-cache sanitize aarch64 clean
 .PHONY: docs  # a folder has this name too
 
@@ -33,10 +34,14 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
 
 test: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow" $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "triton and not slow" $(ARGS)
+
+test-all: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS)
 
-NUMERICAL := $(PYTEST) -m "not triton" $(or $(ARGS),tests/gist_kernels tests/gist/fusion \
+NUMERICAL := $(PYTEST) -m "not triton and not slow" $(or $(ARGS),tests/gist_kernels tests/gist/fusion \
   --ignore=tests/gist_kernels/kernels/triton)
 
 test-avx2: $(VENV)/.installed-dev

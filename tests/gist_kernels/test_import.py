@@ -129,6 +129,7 @@ def test_what_is_imported_late_is_there_by_name():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_every_public_operation_compiles_as_the_first_call(backend):
     needs_it = {}

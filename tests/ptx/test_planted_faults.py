@@ -153,6 +153,7 @@ def test_a_weaker_atomic_is_found(weaker, seed):
         check(loss)
 
 
+@pytest.mark.slow
 def test_every_barrier_that_is_dropped_is_found():
     with executed(80) as driver:
         check(loss)

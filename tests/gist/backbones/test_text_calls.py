@@ -63,6 +63,7 @@ def test_mpnet_has_no_checkpointing():
         perturbed("MPNet").set_grad_checkpointing()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Bert", "Llama"])
 def test_compiled_it_gives_the_same_gradients(kind):
     model, batch = perturbed(kind, num_hidden_layers=1), texts(kind)._asdict()

@@ -277,6 +277,7 @@ def test_merge_says_how_to_merge_instead(tmp_path):
     assert merged(images()).shape == (2, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["adapter", "adapter alone", "lora"])
 def test_torch_compile_takes_the_reference(config):
     model = wrapped(config)

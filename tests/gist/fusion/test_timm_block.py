@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fused_cases import CONFIGS, PLAIN_CONFIGS, compare_with_own_forward, results
+from marks import slow_where
 from models import BACKBONES, backbone, images, wrapped
 from timm.layers import Attention
 from torch import nn
@@ -25,13 +26,16 @@ from gist_kernels.kernels.triton import DEVICE_TYPES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
 @pytest.mark.parametrize(
     ("name", "config"),
-    [(name, config) for name in [*BACKBONES, "drop_path"] for config in PLAIN_CONFIGS]
-    + [
-        (name, config)
-        for name in ("registers", "dinov2")
-        for config in CONFIGS
-        if config not in PLAIN_CONFIGS
-    ],
+    slow_where(
+        lambda name, config: "lora" in config or (config != "gist" and name != "dinov2"),
+        [(name, config) for name in [*BACKBONES, "drop_path"] for config in PLAIN_CONFIGS]
+        + [
+            (name, config)
+            for name in ("registers", "dinov2")
+            for config in CONFIGS
+            if config not in PLAIN_CONFIGS
+        ],
+    ),
 )
 def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_forward):
     compare_with_own_forward(name, config, dtype, own_forward)

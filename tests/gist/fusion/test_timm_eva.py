@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fused_cases import CONFIGS, compare_with_own_forward, results
+from marks import slow_where
 from models import EVAS, backbone, images, wrapped
 from torch import nn
 
@@ -20,12 +21,15 @@ OF_LAYERS = ("lora", "ssf", "fact", "fact, tk", "biases, norms, adapter, keys")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
 @pytest.mark.parametrize(
     ("name", "config"),
-    [
-        (name, config)
-        for name in EVAS
-        for config in ("gist", "lora")
-        if not (config in OF_LAYERS and name in UNHOOKED)
-    ],
+    slow_where(
+        lambda name, config: config == "lora",
+        [
+            (name, config)
+            for name in EVAS
+            for config in ("gist", "lora")
+            if not (config in OF_LAYERS and name in UNHOOKED)
+        ],
+    ),
 )
 def test_gives_what_the_backbones_own_forward_gives(name, config, dtype, own_forward):
     compare_with_own_forward(name, config, dtype, own_forward)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from marks import slow_where
 from models import FAMILIES, METHOD_CONFIGS, ROTARY, images, made, wrapped
 from timm.layers import DropPath
 from torch import nn
@@ -30,10 +31,20 @@ CASES = [
     *((method, family) for family in FAMILIES for method in METHOD_CONFIGS),
     *((method, family) for family in ROTARY for method in ROTARY_METHODS),
 ]
-every_case = pytest.mark.parametrize(("method", "family"), CASES)
-not_rotary = pytest.mark.parametrize(
-    ("method", "family"), [case for case in CASES if case[1] not in ROTARY]
-)
+
+
+def selected(method, family):
+    """Whether make test runs the case: every method and every family, not every pair of them."""
+    return family == "timm ViT-Ti" or method in ("adapter", "several")
+
+
+def over(cases):
+    slow = slow_where(lambda *case: not selected(*case), cases)
+    return pytest.mark.parametrize(("method", "family"), slow)
+
+
+every_case = over(CASES)
+not_rotary = over([case for case in CASES if case[1] not in ROTARY])
 
 
 def model_of(method, family, **config):

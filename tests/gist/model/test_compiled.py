@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import slow_where
 from models import images, wrapped
 
 import gist
@@ -66,7 +67,7 @@ def check(model, call, **options):
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_where(lambda name: name != "adapter", METHODS))
 def test_compiled_runs_fused_and_gives_what_eager_gives(name):
     model = model_of(METHODS[name])
     call, graphs = compiled(model, "aot_eager")
@@ -76,6 +77,7 @@ def test_compiled_runs_fused_and_gives_what_eager_gives(name):
     assert graphs == [4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter", "lora", "ssf"])
 def test_compiled_runs_fused_under_autocast_without_a_token(name):
     model = model_of(METHODS[name], use_gist=False).train()
@@ -84,6 +86,7 @@ def test_compiled_runs_fused_under_autocast_without_a_token(name):
     assert graphs == [4]
 
 
+@pytest.mark.slow
 def test_compiled_factors_run_fused_in_float32():
     """Under autocast, gradients of the factors that layers share differ by bf16 rounding."""
     model = model_of(gist.FacT(rank=3, dropout=0.0)).train()
@@ -92,6 +95,7 @@ def test_compiled_factors_run_fused_in_float32():
     assert graphs == [4]
 
 
+@pytest.mark.slow
 def test_one_graph_takes_batches_of_any_size():
     model = model_of(gist.Adapter()).train()
     call, graphs = compiled(model)
@@ -100,6 +104,7 @@ def test_one_graph_takes_batches_of_any_size():
     assert graphs == [4, 4]
 
 
+@pytest.mark.slow
 def test_drop_path_and_token_dropout_draw_what_eager_draws():
     config = gist.GistConfig(gist.Adapter(), token_dropout=0.3)
     model = wrapped("vit", config, depth=2, drop_path_rate=0.4).train()
@@ -108,6 +113,7 @@ def test_drop_path_and_token_dropout_draw_what_eager_draws():
     assert graphs == [4]
 
 
+@pytest.mark.slow
 def test_hooks_of_others_run_whenever_they_are_added():
     model = model_of(gist.Adapter()).train()
     call, graphs = compiled(model)
@@ -123,6 +129,7 @@ def test_hooks_of_others_run_whenever_they_are_added():
     assert graphs == [4, 2, 0]
 
 
+@pytest.mark.slow
 def test_what_is_trained_may_change():
     model = model_of(gist.Adapter()).train()
     call, graphs = compiled(model)
@@ -136,6 +143,7 @@ def test_what_is_trained_may_change():
     assert graphs == [4, 2, 4]
 
 
+@pytest.mark.slow
 def test_a_replaced_part_is_seen():
     model = model_of(gist.Adapter()).eval()
     call, graphs = compiled(model)
@@ -151,6 +159,7 @@ def test_a_replaced_part_is_seen():
     assert graphs == [4, 4, 2, 0]
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_stay_fused():
     model = model_of(gist.Adapter()).train()
     expected = results(model, model)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from devices import WithoutFloat64
+from marks import slow_where
 from timm.optim import list_optimizers
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import TensorDataset
@@ -232,7 +233,13 @@ def test_gradients_are_clipped_by_their_common_norm():
     assert clipped == pytest.approx([0.05] * 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [str(name) for name in list_optimizers()])
+@pytest.mark.parametrize(
+    "name",
+    slow_where(
+        lambda name: name not in ("adamw", "sgd", "lion", "adahessian", "fusedsgd"),
+        [str(name) for name in list_optimizers()],
+    ),
+)
 def test_every_optimizer_trains_or_is_refused_by_name(name):
     """Those that need a GPU, Apex or bitsandbytes, or second derivatives, before a step is made."""
     m, steps = model(), []

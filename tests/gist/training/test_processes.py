@@ -143,6 +143,7 @@ def command(folder: Path, out: Path, said: Path) -> None:
     os._exit(code)
 
 
+@pytest.mark.slow
 def test_the_command_line_in_two_processes(tmp_path):
     random = np.random.default_rng(0)
     for index in range(18):

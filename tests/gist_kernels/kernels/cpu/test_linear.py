@@ -109,6 +109,7 @@ def test_the_rule_depends_on_the_processor_and_on_onednns_limit(
     assert linear._kind_of_processor() == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "printed"),
     [

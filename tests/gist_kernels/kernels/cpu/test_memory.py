@@ -139,6 +139,7 @@ def test_the_heap_keeps_what_a_step_frees():
 
 
 # How many pages the C library then gives back depends on what lies at the heap's top.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables", [{"GIST_KERNELS_KEEP_MIB": "0"}, {"MALLOC_TRIM_THRESHOLD_": "65536"}]
 )
@@ -146,6 +147,7 @@ def test_the_heap_is_left_alone_where_a_variable_says_so(variables):
     assert run_steps(**variables).stdout.split()[0] == "False"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["-1", "2048", "much"])
 def test_a_wrong_number_of_mib_is_an_error(value):
     error = run_steps(GIST_KERNELS_KEEP_MIB=value).stderr

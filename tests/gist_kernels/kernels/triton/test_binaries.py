@@ -76,6 +76,7 @@ def test_the_adapter_fits(card, features, rank, dtype):
     check(binaries.adapter_launches(features, rank, target, dtype), target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", binaries.TARGETS)
 @pytest.mark.parametrize(
     ("keys", "head_dim", "cards"),
@@ -92,6 +93,7 @@ def test_attention_fits_or_is_left_to_pytorch(card, keys, head_dim, cards):
     check(launches, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("card", "keys", "head_dim", "half", "rotated"),
     [
