@@ -9,6 +9,8 @@
 # make lint       ruff, mypy and clang-format
 # make docs       the documentation site, into build/docs; fails on a broken link or name
 # make bench      every benchmark, against peers in the same run; to runs/bench
+# make bench-all OUT=bench/results/MACHINE   the same into that folder, then the documentation's tables
+# make tables     the documentation's tables of benchmarks, from bench/results
 # make bench-quick   the small ones, to compare with a saved run
 # make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
 # make gpu-cache OUT=DIR  without a GPU: the binaries that its tests need there
@@ -26,7 +28,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
   ATEN_CPU_CAPABILITY=avx2
 
-.PHONY: demo test test-all test-avx2 test-portable test-ptx test-binaries test-launches lint bench bench-quick
+.PHONY: demo test test-all test-avx2 test-portable test-ptx test-binaries test-launches lint
+.PHONY: bench bench-all bench-quick tables
 .PHONY: gpu gpu-cache sanitize aarch64 clean
 .PHONY: docs  # a folder has this name too
 
@@ -72,6 +75,14 @@ docs: $(VENV)/.installed-docs
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/gist bench $(ARGS)
+
+bench-all: $(VENV)/.installed-bench
+	$(if $(OUT),,$(error name the folder of this machine: make bench-all OUT=bench/results/MACHINE))
+	$(BIN)/gist bench --out $(OUT) $(ARGS)
+	$(BIN)/python -m bench.tables
+
+tables: $(VENV)/.installed-bench
+	$(BIN)/python -m bench.tables
 
 bench-quick: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest bench/test_quick.py --benchmark-columns=median,iqr,rounds \

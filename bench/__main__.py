@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import measure, report
+from bench import compare, measure, report
 from bench.machine import limits, machine
 
 BENCHMARKS = (
@@ -37,6 +37,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder for JSON files and plots"
     )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLD",
+        help="a JSON file of one benchmark, or a folder of them, measured on this machine: "
+        "fail where a call of ours has become slower against its peers",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.02,
+        help="what --compare lets pass beyond the noise, as a fraction (default: %(default)s)",
+    )
     parser.add_argument("--no-plots", action="store_true", help="write JSON alone")
     given = parser.parse_args(arguments)
     if given.what[:1] == ["report"]:
@@ -58,6 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--dtype {given.dtype}: take float32, bfloat16, float16 or float64")
     if given.threads:
         torch.set_num_threads(given.threads)
+    if given.compare and not given.compare.exists():
+        parser.error(f"--compare {given.compare}: there is no such file or folder")
+    slower = False
     about, ceiling = machine(device), limits(device)
     every = [name for name in BENCHMARKS if device.type == "cpu" or name not in CPU_ONLY]
     for name in given.what or every:
@@ -78,6 +94,30 @@ def main(arguments: list[str] | None = None) -> None:
             print(report.slope_text(slope))
         plots = [] if given.no_plots else report.plot(run, given.out)
         print("wrote", ", ".join(map(str, (written, *plots))))
+        if given.compare:
+            slower |= _compare(run, given.compare, given.tolerance)
+    if slower:
+        sys.exit("slower than before")
+
+
+def _compare(run: report.Run, to: Path, tolerance: float) -> bool:
+    """Print the run's changes; tell whether a call of ours has become slower."""
+    path = to / f"{run['benchmark']}.json" if to.is_dir() else to
+    if not path.exists():
+        print(f"{path} does not exist: {run['benchmark']} is not compared")
+        return False
+    try:
+        old = compare.load(path, run)
+    except ValueError as error:
+        sys.exit(f"--compare: {error}")
+    if old["machine"]["torch"] != run["machine"]["torch"]:
+        print(f"{path} is of PyTorch {old['machine']['torch']}: peers may have changed too")
+    found, without = compare.changes(old, run)
+    for change in found:
+        print(f"{change.verdict(tolerance)}: {change}")
+    for name in without:
+        print(f"not compared: {name}: {path} has no such case, no peer in common, or no parity")
+    return any(change.verdict(tolerance) == "slower" for change in found)
 
 
 if __name__ == "__main__":

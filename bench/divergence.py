@@ -101,6 +101,7 @@ def case(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, device: tor
         },
         parity=lambda: _parity(kind, a, b, mask),
         floors={f"{kind}, half masked": (HALF, 1.0)},
+        own=("no row masked", HALF),
     )
 
 

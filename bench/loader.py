@@ -165,6 +165,7 @@ def case(
         },
         parity=parity,
         images=len(images),
+        own=("loader, files", "loader, files, 2 workers"),
     )
 
 
@@ -238,6 +239,7 @@ def photo_case(
         },
         parity=parity,
         images=PHOTO_BATCHES * batch_size,
+        own=("photos, squeezed, 2 workers",),
     )
 
 

@@ -59,6 +59,13 @@ class Case:
     """Tells seconds, on a CPU. ``time.process_time`` leaves out other processes, for one thread."""
     graphs: tuple[str, ...] = ()
     """The calls that are also timed as CUDA graphs, on a GPU."""
+    own: tuple[str, ...] = ()
+    """The calls that run our kernels without saying "ours": a change of ours changes them too."""
+
+    def peers(self) -> list[str]:
+        """The calls that a change of our kernels leaves alone."""
+        others = list(self.calls)[1:]
+        return [name for name in others if name not in self.own and "ours" not in name]
 
 
 def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
@@ -98,6 +105,7 @@ def run(case: Case, device: torch.device, *, seconds: float) -> dict[str, Any]:
         **({"varied": case.varied} if case.varied else {}),
         "dtype": str(case.dtype).removeprefix("torch."),
         "parity": failure or "ok",
+        "peers": case.peers(),
         **({"failed": failed} if failed else {}),
         "results": results,
     }
@@ -114,6 +122,7 @@ def _table(
         results[name] = quantiles(seconds)
         if failure is None:
             results[name]["times_ours"] = ratio(seconds, times[ours])
+            results[name]["times_ours_interval"] = interval(seconds, times[ours])
         floor, factor = case.floors.get(call, ("", 0.0))
         if floor + of in times:
             results[name]["of_floor"] = factor * ratio(times[floor + of], seconds)
@@ -237,6 +246,25 @@ def quantiles(times: list[float]) -> dict[str, float]:
 def ratio(of: list[float], to: list[float]) -> float:
     """The median of the rounds' ratios."""
     return statistics.median(x / y for x, y in zip(of, to, strict=True))
+
+
+def interval(of: list[float], to: list[float], level: float = 0.95) -> list[float]:
+    """The confidence interval of the median of the rounds' ratios, [low, high].
+
+    Its ends are the ratios number k from below and from above, with the largest k at which the
+    interval covers the median with probability ``level``: rounds fall on either side of it like
+    coins (David and Nagaraja, Order Statistics, 3rd edition, section 7.1). With fewer than six
+    rounds it is all of them, and covers less.
+    """
+    ratios = sorted(x / y for x, y in zip(of, to, strict=True))
+    n, k, missed = len(ratios), 0, 0.0
+    while k < (n - 1) // 2:
+        missed += 2 * math.comb(n, k) / 2**n
+        if missed > 1 - level:
+            break
+        k += 1
+    k = max(k, 1)
+    return [ratios[k - 1], ratios[n - k]]
 
 
 def mismatch(named: Mapping[str, tuple[torch.Tensor, ...]], relative: float) -> str | None:

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
+Case = dict[str, Any]
+"""What ``measure.run`` returns."""
 Run = dict[str, Any]
 """{"benchmark", "machine", "limits", "absent": {peer: reason}, "cases": [measure.run(...)]}"""
 

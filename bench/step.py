@@ -266,6 +266,7 @@ def _case(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
         parity=parity,
         floors={"ours": ("products alone", 1.0), "ours, token alone": ("products alone", 1.0)},
         graphs=("ours", "ours, torch.compile", "released", "released, torch.compile"),
+        own=("products alone",),
     )
 
 
