@@ -9,6 +9,7 @@ import torch
 
 from gist_kernels.backend import BACKENDS, REFERENCE
 from gist_kernels.kernels.protocols import Backend
+from gist_kernels.kernels.triton import INTERPRETED
 
 
 def serving(family: str, *, device: str | None = None, reference: bool = False) -> list[Any]:
@@ -16,7 +17,8 @@ def serving(family: str, *, device: str | None = None, reference: bool = False) 
 
     ``device`` skips backends that take no tensors there. ``reference`` adds the reference first.
     A backend that can't run here is a parameter too: conftest.py skips it by its marker, and
-    without such a rule its tests fail.
+    without such a rule its tests fail. Whole sublayers are slow in Triton's interpreter: make test
+    leaves them to the kernels' own tests.
     """
     parameters = [pytest.param(REFERENCE)] if reference else []
     for backend in BACKENDS:
@@ -24,6 +26,8 @@ def serving(family: str, *, device: str | None = None, reference: bool = False) 
         if available and not backend.has(family):
             continue
         marks = [getattr(pytest.mark, backend.name)]
+        if family == "sublayers" and backend.name == "triton" and INTERPRETED:
+            marks.append(pytest.mark.slow)
         if device is not None and available and device not in backend.device_types:
             marks.append(pytest.mark.skip(reason=f"{backend.name} takes no {device} tensors here"))
         parameters.append(pytest.param(backend.name, marks=marks))

@@ -172,6 +172,7 @@ def test_layouts_do_not_matter():
     assert_same(ours(case._replace(d_out=down)), expected)
 
 
+@pytest.mark.slow
 def test_bitwise_equal_over_repeats():
     case = make(300, 48, 4)
     first = ours(case)
