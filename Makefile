@@ -14,6 +14,7 @@
 # make bench-quick   the small ones, to compare with a saved run
 # make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
 # make gpu-cache OUT=DIR  without a GPU: the binaries that its tests need there
+# make release-check   builds and checks what a release publishes; TAG=v1.2.3 for the tag itself
 # make sanitize   the C++ kernels' own tests under the address, undefined and thread sanitizers
 # make aarch64    the same tests, built for 64-bit Arm and run in an emulator
 
@@ -29,7 +30,7 @@ AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRU
   ATEN_CPU_CAPABILITY=avx2
 
 .PHONY: demo test test-all test-avx2 test-portable test-ptx test-binaries test-launches lint
-.PHONY: bench bench-all bench-quick tables
+.PHONY: bench bench-all bench-quick tables release-check
 .PHONY: gpu gpu-cache sanitize aarch64 clean
 .PHONY: docs  # a folder has this name too
 
@@ -98,6 +99,9 @@ gpu-cache: $(VENV)/.installed-dev
 	  PYTHONOPTIMIZE=1 $(PYTEST) -q --tb=no --no-header -r N --assert=plain \
 	  -p stub_driver.plugin -p no:cacheprovider --hypothesis-seed=0 -m gpu \
 	  $(or $(ARGS),tests/gist_kernels tests/support/stub_driver/check_benchmarks.py)
+
+release-check: $(VENV)/.installed-release
+	$(BIN)/python packaging/release.py $(if $(TAG),--tag $(TAG)) $(ARGS)
 
 sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize-thread
 

@@ -1,0 +1,78 @@
+"""A release is refused where its tag, changelog or files do not agree."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import gist_kernels
+
+ROOT = Path(__file__).parents[2]
+CHANGELOG = """# Changelog
+
+## 1.3.0 (unreleased)
+
+- More.
+
+## 1.2.0 (2026-11-30)
+
+### Added
+
+- Things.
+
+## 1.1.0 (2026-01-01)
+"""
+
+
+@pytest.fixture(scope="module")
+def release():
+    spec = importlib.util.spec_from_file_location("release", ROOT / "packaging" / "release.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_repository_can_be_released_but_for_its_date(release):
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert release.version() == gist_kernels.__version__
+    release.check_version(None, release.version(), changelog)
+
+
+def test_a_section_ends_where_the_next_version_begins(release):
+    assert release.section(CHANGELOG, "1.2.0") == ("2026-11-30", "### Added\n\n- Things.")
+    release.check_version("v1.2.0", "1.2.0", CHANGELOG)
+
+
+@pytest.mark.parametrize(
+    ("tag", "version", "said"),
+    [
+        ("v1.2.1", "1.2.0", "the tag v1.2.1 is not v1.2.0"),
+        ("v1.3.0", "1.3.0", r"1\.3\.0 \(unreleased\): write the date"),
+        ("v1.4.0", "1.4.0", "no section '## 1.4.0"),
+        (None, "1.1.0", "section of 1.1.0 in CHANGELOG.md is empty"),
+        (None, "1.2", "no section '## 1.2 "),
+    ],
+)
+def test_what_does_not_agree_is_refused(release, tag, version, said):
+    with pytest.raises(SystemExit, match=said):
+        release.check_version(tag, version, CHANGELOG)
+
+
+def test_a_source_distribution_lacks_no_file(release, tmp_path):
+    path = tmp_path / "a-1.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in ("a-1/x.py", "a-1/tests/y.py", "a-1/PKG-INFO"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    release.check_source(path, {"x.py", "tests/y.py"})
+    with pytest.raises(SystemExit, match=r"lacks 1 files, of which tests/z\.py"):
+        release.check_source(path, {"x.py", "tests/y.py", "tests/z.py"})
+
+
+def test_a_command_that_fails_ends_the_release(release):
+    assert release.run("echo", "done").strip() == "done"
+    with pytest.raises(SystemExit, match="failed with 1: false"):
+        release.run("false")
