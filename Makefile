@@ -15,6 +15,7 @@
 # make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
 # make gpu-cache OUT=DIR  without a GPU: the binaries that its tests need there
 # make release-check   builds and checks what a release publishes; TAG=v1.2.3 for the tag itself
+# make lock       the versions that the workflows install, into .github/constraints.txt
 # make sanitize   the C++ kernels' own tests under the address, undefined and thread sanitizers
 # make aarch64    the same tests, built for 64-bit Arm and run in an emulator
 
@@ -30,7 +31,7 @@ AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRU
   ATEN_CPU_CAPABILITY=avx2
 
 .PHONY: demo test test-all test-avx2 test-portable test-ptx test-binaries test-launches lint
-.PHONY: bench bench-all bench-quick tables release-check
+.PHONY: bench bench-all bench-quick tables release-check lock
 .PHONY: gpu gpu-cache sanitize aarch64 clean
 .PHONY: docs  # a folder has this name too
 
@@ -102,6 +103,14 @@ gpu-cache: $(VENV)/.installed-dev
 
 release-check: $(VENV)/.installed-release
 	$(BIN)/python packaging/release.py $(if $(TAG),--tag $(TAG)) $(ARGS)
+
+# PyTorch, its CUDA libraries and Triton are left out: the workflows choose among builds of these.
+lock: $(VENV)/.installed-release
+	mkdir -p build
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --upgrade --no-header --no-annotate \
+	  --no-emit-index-url $(addprefix --extra ,dev docs release) \
+	  $(addprefix --no-emit-package ,torch torchvision triton) | grep -Ev '^(nvidia|cuda)' > build/constraints.txt
+	mv build/constraints.txt .github/constraints.txt
 
 sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize-thread
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -76,3 +77,34 @@ def test_a_command_that_fails_ends_the_release(release):
     assert release.run("echo", "done").strip() == "done"
     with pytest.raises(SystemExit, match="failed with 1: false"):
         release.run("false")
+
+
+def test_every_package_that_users_install_has_its_licence_on_the_page():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "install.md").read_text().partition("## Licences")[2]
+    rows = dict(re.findall(r"^\| `?(\w+)`? \| (.+) \|$", page, re.MULTILINE))
+    extras = project["optional-dependencies"]
+    wanted = {"none": project["dependencies"], **{n: extras[n] for n in ("models", "train", "hf")}}
+    for extra, requirements in wanted.items():
+        names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+        listed = set(re.findall(r"([\w-]+)(?= \(|, )", rows[extra]))
+        assert names - {"gist-kernels"} <= listed, extra
+
+
+def test_the_versions_of_the_workflows_cover_what_the_tests_install():
+    tomllib = pytest.importorskip("tomllib")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    locked = {
+        line.partition("==")[0]
+        for line in (ROOT / ".github" / "constraints.txt").read_text().splitlines()
+    }
+    needed = {
+        re.match(r"[\w-]+", requirement)[0]
+        for extra in ("models", "train", "hf", "test", "dev", "docs")
+        for requirement in extras[extra]
+    }
+    missing = needed - locked - {"gist-kernels"}
+    assert not missing, "run: make lock"
