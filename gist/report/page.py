@@ -23,7 +23,8 @@ from gist.report.measures import Array, most_confused
 from gist.report.plots import Line, heat_map, line_chart, reliability_diagram
 from gist.runs.predictions import SPLIT_NAMES
 
-NUMBERED_CLASSES, DRAWN_CLASSES = 20, 100
+BESIDE_CLASSES, NUMBERED_CLASSES, DRAWN_CLASSES = 10, 20, 100
+SHORT_NAME = 4  # characters, which a column's heading holds
 OPEN_ROWS = 40  # of a table that is not folded away
 NOT_DEFINED = "-"
 BREAK = Markup("<br>")
@@ -223,23 +224,27 @@ def _confusion(run: Collected) -> Markup:
         ]  # fmt: skip
         headings = ("true", "predicted", "images", "of the class")
         parts.append(table(headings, rows, "Most confused pairs", text_columns=2))
-    return section("confusion", "Confusion matrix", explained, tag("div", *parts, class_="beside"))
+    # A large matrix with its numbers takes the whole width.
+    beside = not BESIDE_CLASSES < len(classes) <= NUMBERED_CLASSES
+    both = tag("div", *parts, class_="beside" if beside else None)
+    return section("confusion", "Confusion matrix", explained, both)
 
 
 def _matrix(matrix: Array, classes: Any) -> Markup:
     """The matrix with its numbers; the darker, the larger the share of the true class."""
     corner = tag("td", "true ↓", BREAK, "predicted →", class_="corner quiet")
-    head = tag("tr", corner, *(tag("th", name, scope="col") for name in classes))
+    head = tag("tr", corner, *(tag("th", name, scope="col", title=name) for name in classes))
     rows = []
     for true, row in enumerate(matrix.tolist()):
-        cells = [tag("th", classes[true], scope="row")]
+        cells = [tag("th", classes[true], scope="row", title=classes[true])]
         for predicted, images in enumerate(row):
             share = images / max(1, sum(row))
             colour = "--accent" if predicted == true else "--wrong"
             style = f"background:rgba(var({colour}),{0.08 + 0.42 * share:.2f})" if images else None
             cells.append(tag("td", images or "", style=style))
         rows.append(tag("tr", *cells))
-    body = tag("table", tag("thead", head), tag("tbody", *rows), class_="matrix")
+    kind = "matrix named" if max(map(len, classes)) > SHORT_NAME else "matrix"
+    body = tag("table", tag("thead", head), tag("tbody", *rows), class_=kind)
     return scrolling(body, "Confusion matrix")
 
 
@@ -296,9 +301,7 @@ def _mistakes(run: Collected) -> Markup:
 def _figure(example: Example) -> Markup:
     alt = f"{example.path}: {example.true}, predicted as {example.predicted}"
     picture = (
-        tag("img", src=example.picture, alt=alt, loading="lazy")
-        if example.picture
-        else tag("p", "can't be read")
+        tag("img", src=example.picture, alt=alt) if example.picture else tag("p", "can't be read")
     )
     return tag("figure", picture, _caption(example))
 

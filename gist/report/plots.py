@@ -140,10 +140,15 @@ def line_chart(
     if dot is not None:
         place = across.at(dot[0]), up.at(dot[1])
         curves.append(tag("circle", cx=f"{place[0]:.1f}", cy=f"{place[1]:.1f}", r=4, class_="dot"))
-    said = "; ".join(f"{name}: from {shown(y[0])} to {shown(y[-1])}" for name, _, y in drawn)
+    factor, unit = (100, " %") if percent else (1, "")
+
+    def exact(value: float) -> str:
+        return f"{factor * value:.4g}{unit}"
+
+    said = "; ".join(f"{name}: from {exact(y[0])} to {exact(y[-1])}" for name, _, y in drawn)
     label = f"{title}, by {x_name}. {said}."
     if dot is not None:
-        label += f" Marked: {dot[2]}, {shown(dot[1])}."
+        label += f" Marked: {dot[2]}, {exact(dot[1])}."
     svg = tag(
         "svg", _axes(across, up, x_name, shown), *curves,
         viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label,
