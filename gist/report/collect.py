@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Map:
-    """Where both tokens look at in an example: data URIs, and the shares that patches get."""
+    """What both tokens attend to in an example: data URIs, and the shares that patches get."""
 
     example: Example
     cls: tuple[str, float] | None
@@ -173,7 +173,7 @@ def _example(predictions: Predictions, index: int, split: Images | None) -> Exam
 
 
 def _of_different_classes(predictions: Predictions) -> list[int]:
-    """The first rightly predicted images of a few classes, spread over all."""
+    """The first correctly predicted images of a few classes, spread over all."""
     first: dict[int, int] = {}
     for index in predictions.correct.nonzero()[0].tolist():
         first.setdefault(int(predictions.true[index]), index)

@@ -18,6 +18,7 @@ from gist.runs.predictions import PREDICTIONS_FILE, SPLIT_NAMES, Predictions
 from gist.runs.run import finished_results
 
 NOT_THERE = "-"
+RUNS_CAPTION = "Accuracies, trained parameters, and time of training and test"
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,12 @@ class Comparison:
 
     def html(self) -> bytes:
         """The same as a page that loads nothing."""
-        sections = [section("runs", "Runs", table(*self._runs(), "Runs"))]
+        sections = [section("runs", "Runs", table(*self._runs(), RUNS_CAPTION, text_columns=3))]
         if self.settings:
-            differing = table(*self._settings(), "Settings that differ", text_columns=9)
+            caption = "Each run's value; other settings are the same"
+            differing = table(*self._settings(), caption, text_columns=1 + len(self.names))
             sections.append(section("settings", "Settings that differ", differing))
-        pairs = table(*self._pairs(), "Differences")
+        pairs = table(*self._pairs(), f"Accuracy of each run minus that of {self.names[0]}")
         notes = [tag("p", note, class_="quiet") for note in self.notes]
         sections.append(section("differences", "Differences", pairs, *notes))
         title = f"Comparison of {len(self.names)} runs"
@@ -83,8 +85,8 @@ class Comparison:
 
     def _pairs(self) -> tuple[list[str], list[list[str]]]:
         first = self.names[0]
-        headings = ["difference", "points", "95 % interval", "only second right",
-                    "only first right", "p (McNemar, exact)"]  # fmt: skip
+        headings = ["difference", "points", "95 % interval", "correct here only",
+                    "correct in the first only", "p (McNemar, exact)"]  # fmt: skip
         rows = [
             [
                 f"{name} - {first}",

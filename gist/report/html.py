@@ -31,6 +31,7 @@ def join(parts: Iterable[object]) -> Markup:
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """An element. An attribute ends in _ where it is a keyword of Python, and has _ for -.
 
+    >>> from gist.report.html import tag
     >>> tag("b", "x < y", class_="note")
     '<b class="note">x &lt; y</b>'
     """

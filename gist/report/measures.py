@@ -24,8 +24,8 @@ class ClassScores:
     """Scores of each class, (C,) float64; nan where a score is not defined.
 
     Attributes:
-        precision: right predictions of the class over all predictions of it.
-        recall: right predictions of the class over its images.
+        precision: correct predictions of the class over all predictions of it.
+        recall: correct predictions of the class over its images.
         f1: harmonic mean of both: 2 TP / (2 TP + FP + FN).
         support: images of the class, int64.
     """
@@ -124,7 +124,7 @@ class PairedDifference:
 
     Attributes:
         images: N.
-        only_first, only_second: images that only one of both predicts rightly.
+        only_first, only_second: images that only one of both predicts correctly.
         p_value: of :func:`mcnemar`.
         low, high: of :func:`bootstrap_interval`.
     """
@@ -138,7 +138,7 @@ class PairedDifference:
 
     @classmethod
     def of(cls, first: Array, second: Array) -> PairedDifference:
-        """``first`` and ``second`` are (N,) bool: which images each run predicts rightly."""
+        """``first`` and ``second`` are (N,) bool: which images each run predicts correctly."""
         lost, gained = int((first & ~second).sum()), int((second & ~first).sum())
         return cls(
             len(first),
@@ -157,7 +157,7 @@ class PairedDifference:
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided p-value of McNemar's exact test that both runs have the same accuracy.
 
-    Among the n = b + c images that only one run predicts rightly, either run is then as likely:
+    Among the n = b + c images that only one run predicts correctly, either run is then as likely:
     p = min(1, 2 sum over k <= min(b, c) of C(n, k) / 2^n). McNemar, Note on the sampling error of
     the difference between correlated proportions or percentages, 1947; the exact form as in
     Fagerland et al., The McNemar test for binary matched-pairs data, 2013, section "The exact
@@ -188,7 +188,7 @@ def bootstrap_interval(
     Bootstrap, 1993, section 13.3.
 
     Args:
-        only_first, only_second: images that only one run predicts rightly.
+        only_first, only_second: images that only one run predicts correctly.
         images: N.
         confidence: of the two-sided interval.
         resamples: draws.

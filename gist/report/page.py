@@ -78,7 +78,9 @@ def _tiles(run: Collected) -> list[tuple[str, str]]:
         tiles.append((f"{_split(run)} accuracy", percent(float(predictions.correct.mean()), 2)))
         if predictions.gist_predicted is not None:
             gist = predictions.gist_predicted
-            tiles.append(("Gist token's", percent(float((gist == predictions.true).mean()), 2)))
+            tiles.append(
+                ("Gist token's accuracy", percent(float((gist == predictions.true).mean()), 2))
+            )
             same = float((gist == predictions.predicted).mean())
             tiles.append(("both tokens agree", percent(same)))
     if results["val_accuracy"] is not None and (predictions is None or predictions.split == "test"):
@@ -114,7 +116,7 @@ def _which(run: Collected) -> Markup:
     elif predictions.split == "test":
         text = (
             f"Confusion, classes, mistakes, calibration and attention are those of the "
-            f"{len(predictions):,} test images, which chose nothing."
+            f"{len(predictions):,} test images, which selected nothing."
         )
     else:
         text = (
@@ -195,7 +197,7 @@ def _confusion(run: Collected) -> Markup:
     explained = tag(
         "p",
         f"Each row is a true class, each column a predicted one. {wrong:,} of "
-        f"{int(matrix.sum()):,} {_split(run)} images are predicted wrongly.",
+        f"{int(matrix.sum()):,} {_split(run)} images are misclassified.",
     )
     parts: list[Markup] = []
     if len(classes) <= NUMBERED_CLASSES:
@@ -206,7 +208,7 @@ def _confusion(run: Collected) -> Markup:
             "without numbers. The most confused pairs are in the table beside it."
         )
         caption = (
-            "Share of each true class: blue where right, red where wrong; a line every 10 classes"
+            "Share of each true class: blue where correct, red where wrong; a line every 10 classes"
         )
         parts.append(
             tag("figure", heat_map(matrix, title), tag("figcaption", tag("small", caption)))
@@ -268,9 +270,9 @@ def _classes(run: Collected) -> Markup:
         listed = details(f"{len(run.classes)} classes as a table", listed)
     note = tag(
         "p",
-        "Precision: right predictions over all predictions of the class. Recall: right predictions "
-        f"over all images of the class. F1: their harmonic mean. {NOT_DEFINED}: not defined, for "
-        "want of predictions or images; not part of the mean.",
+        "Precision: correct predictions over all predictions of the class. Recall: correct "
+        "predictions over all images of the class. F1: their harmonic mean. A dash: not defined, "
+        "without a prediction or an image; left out of the mean.",
         class_="quiet",
     )
     return section("classes", "Classes", listed, note)
@@ -283,8 +285,8 @@ def _mistakes(run: Collected) -> Markup:
     assert run.predictions is not None
     wrong = int((~run.predictions.correct).sum())
     if not wrong:
-        return section("mistakes", "Worst mistakes", tag("p", "No image is predicted wrongly."))
-    text = f"The {len(run.mistakes)} most probable of {wrong:,} wrong predictions."
+        return section("mistakes", "Worst mistakes", tag("p", "No image is misclassified."))
+    text = f"The {len(run.mistakes)} most probable of {wrong:,} misclassifications."
     if all(example.picture is None for example in run.mistakes):
         why = f" Pictures are not shown: {run.no_pictures}." if run.no_pictures else ""
         rows = [
@@ -307,10 +309,10 @@ def _figure(example: Example) -> Markup:
 
 
 def _caption(example: Example) -> Markup:
-    said = f"{example.predicted} {percent(example.probability, 0)}"
-    lines = [tag("b", example.true), BREAK, f"predicted: {said}"]
+    said = f"{example.predicted} ({percent(example.probability, 0)})"
+    lines = [tag("b", example.true), BREAK, f"predicted {said}"]
     if example.gist_predicted is not None:
-        lines += [BREAK, f"Gist token: {example.gist_predicted}"]
+        lines += [BREAK, f"Gist token {example.gist_predicted}"]
     return tag("figcaption", *lines, BREAK, tag("small", example.path))
 
 
@@ -363,8 +365,8 @@ def _row_of_maps(shown: Map) -> Markup:
         alt = f"Attention of the {name} over {example.path}"
         caption = tag("figcaption", tag("small", f"{name}, {percent(share, 0)}"))
         pictures.append(tag("figure", tag("img", src=source, alt=alt), caption))
-    right = "rightly" if example.true == example.predicted else f"as {example.predicted}"
-    title = f"{example.true}, predicted {right}, {percent(example.probability, 0)}"
+    how = "correctly" if example.true == example.predicted else f"as {example.predicted}"
+    title = f"{example.true}, predicted {how}, {percent(example.probability, 0)}"
     return tag("div", tag("p", title), tag("div", *pictures, class_="row"))
 
 

@@ -232,7 +232,7 @@ def reliability_diagram(calibration: Calibration) -> Markup:
 def heat_map(matrix: Array, title: str) -> Markup:
     """A confusion matrix of many classes, without numbers: each row is divided by its sum.
 
-    Right predictions have another colour than wrong ones. The darker, the larger the share.
+    Correct predictions have another colour than wrong ones. The darker, the larger the share.
     """
     classes = len(matrix)
     side = MATRIX_SIDE / classes

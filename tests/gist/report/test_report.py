@@ -78,7 +78,7 @@ def test_its_figures_are_those_of_scikit_learn(a_run):
     accuracy = np.mean([row["true"] == row["predicted"] for row in rows])
     assert f"<dt>test accuracy</dt><dd>{100 * accuracy:.2f} %</dd>" in page
     gist = np.mean([row["true"] == row["gist_predicted"] for row in rows])
-    assert f"<dt>Gist token&#x27;s</dt><dd>{100 * gist:.2f} %</dd>" in page
+    assert f"<dt>Gist token&#x27;s accuracy</dt><dd>{100 * gist:.2f} %</dd>" in page
 
 
 @pytest.mark.parametrize("width", [1280, 390])
