@@ -40,13 +40,25 @@ def test_maps_are_the_weights_of_both_tokens(name, method):
     torch.testing.assert_close(found.gist, gist_rows.view(2, 4, 4))
 
 
+def kinds(model: gist.GistModel) -> list[tuple[object, object]]:
+    """How each module computes attention: timm's flag, transformers' name."""
+    return [
+        (
+            vars(m).get("fused_attn"),
+            getattr(getattr(m, "config", None), "_attn_implementation", None),
+        )
+        for m in model.backbone.modules()
+    ]
+
+
 @pytest.mark.parametrize("family", list(FAMILIES | ROTARY))
 def test_every_family_gives_maps_and_stays_as_it_was(family):
     backbone, pixels = made(family)
     model = gist.wrap(backbone, gist.GistConfig(METHOD.get(family, gist.LoRA()))).eval()
     with torch.no_grad():
         before = model(pixels)
-    plan = str(gist.explain(model))
+    plan, attention = str(gist.explain(model)), kinds(model)
+    assert any(kind in (True, "sdpa") for pair in attention for kind in pair)
     found = attention_maps(model, pixels)
     assert (found.cls is None) == (family == "transformers SigLIP")
     for maps in (found.cls, found.gist):
@@ -55,7 +67,7 @@ def test_every_family_gives_maps_and_stays_as_it_was(family):
             assert (maps.sum((1, 2)) < 1).all()
     with torch.no_grad():
         assert model(pixels).equal(before)
-    assert str(gist.explain(model)) == plan
+    assert (str(gist.explain(model)), kinds(model)) == (plan, attention)
 
 
 def test_a_model_without_such_tokens_says_so():
