@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from gist.cli.common import (
-    RunProgress,
     add_command,
     add_device_options,
     add_gist_options,
@@ -23,6 +22,7 @@ from gist.cli.common import (
     model_label,
     warn_passed_over,
 )
+from gist.cli.report import progress_of
 from gist.cli.results import show
 from gist.data import PRESETS, ImageData, available_data, folds, load_data
 from gist.files import write_json
@@ -136,6 +136,8 @@ def register(commands: Any) -> None:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser)
     parser.add_argument("--fresh", action="store_true", help="train again what is finished")
+    parser.add_argument("--no-report", dest="report", action="store_false",
+                        help="write no report.html at the end")  # fmt: skip
 
 
 def _documented(config: type) -> dict[str, str]:
@@ -184,7 +186,7 @@ def _train(arguments: argparse.Namespace) -> None:
     title = f"{data.name}, {arguments.model}"
 
     def train(label: str, data: ImageData, directory: Path) -> dict[str, Any]:
-        with RunProgress(label) as progress:
+        with progress_of(arguments, label) as progress:
             return run(
                 config,
                 data,
@@ -240,7 +242,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     data = load_data(arguments.data)
     results = {}
     for name, config in variants.items():
-        with RunProgress(name) as progress:
+        with progress_of(arguments, name) as progress:
             results[name] = run(
                 RunConfig(
                     data=arguments.data,

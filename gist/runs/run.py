@@ -1,8 +1,9 @@
 """A run: data, backbone, training and test, with the results in a folder.
 
 The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`),
-``results.json`` with everything needed to repeat the run, and ``log.csv`` with every step. During
-the run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run
+``results.json`` with everything needed to repeat the run, ``log.csv`` with every step, and
+``predictions.csv`` with every image that was tested (see :mod:`gist.runs.predictions`). During the
+run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run
 is not done again.
 """
 
@@ -31,9 +32,10 @@ from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
+from gist.runs.predictions import Predictions, measure
 from gist.runs.provenance import describe_machine, git_revision, versions
 from gist.training.config import TrainConfig
-from gist.training.evaluation import evaluate, processes
+from gist.training.evaluation import Evaluation, processes
 from gist.training.loading import default_workers
 from gist.training.log import Log
 from gist.training.loop import Epoch, fit
@@ -127,6 +129,8 @@ class Listener:
 
     def step(self, step: int, loss: float) -> None: ...
     def epoch(self, epoch: Epoch) -> None: ...
+    def finishes(self, model: GistModel, data: ImageData, directory: Path) -> None:
+        """The run is complete, and ``directory`` written; in the first process only."""
 
 
 def run(
@@ -245,9 +249,12 @@ def run(
         "versions": versions(),
         "git": git_revision(),
     }
-    if data.test is not None and not fitted.interrupted:
+    predictions = None
+    if not fitted.interrupted and (data.test is not None or data.val is not None):
         started = time.perf_counter()
-        results["test"] = asdict(evaluate(model, prepare(data.test, transforms), workers=workers))
+        measured, predictions = measure_run(model, data, transforms, config.data, workers, val)
+        if data.test is not None:
+            results["test"] = asdict(measured)
         results["seconds"] += time.perf_counter() - started
     if main:
         save(model, directory, classes=list(data.classes))
@@ -256,7 +263,35 @@ def run(
         raise KeyboardInterrupt
     if main:
         resume_file.remove()
+        if predictions is not None:
+            predictions.write(directory)
+        listener.finishes(model, data, directory)
     return {**results, "reused": False}
+
+
+def measure_run(
+    model: GistModel,
+    data: ImageData,
+    transforms: Transforms,
+    source: str,
+    workers: int = 0,
+    val: Any = None,
+) -> tuple[Evaluation, Predictions]:
+    """Evaluate a run's model on its test images, or on the validation images without any.
+
+    Args:
+        model: as trained.
+        data: what it was trained on; has test or val.
+        transforms: the run's.
+        source: the run's ``config.data``, to which the images' paths are relative.
+        workers: loader processes.
+        val: the validation images, if they are prepared already.
+    """
+    name = "test" if data.test is not None else "val"
+    split = data.test if data.test is not None else data.val
+    assert split is not None
+    prepared = val if name == "val" and val is not None else prepare(split, transforms)
+    return measure(model, name, split, prepared, data.classes, root=Path(source), workers=workers)
 
 
 def balanced_weights(labels: Sequence[int]) -> list[float]:
@@ -286,13 +321,13 @@ def transforms_of(directory: Path) -> Transforms:
     Raises:
         FileNotFoundError: ``directory`` holds no finished run.
     """
-    results = _finished(directory)
+    results = finished_results(directory)
     if "transforms" in results:
         return Transforms.from_dict(results["transforms"])
     return Transforms.of("vtab", results["normalisation"], results["img_size"])
 
 
-def _finished(directory: Path) -> dict[str, Any]:
+def finished_results(directory: Path) -> dict[str, Any]:
     results = read_results(directory)
     if results is None:
         raise FileNotFoundError(f"{directory} holds no finished run: there is no {RESULTS_FILE}")
@@ -305,7 +340,7 @@ def load_run(directory: Path) -> GistModel:
     Raises:
         FileNotFoundError: ``directory`` holds no finished run.
     """
-    results = _finished(directory)
+    results = finished_results(directory)
     config = results["config"]
     saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     torch.manual_seed(config["train"]["seed"])  # in case the backbone's weights were drawn

@@ -18,6 +18,7 @@ from training import in_processes, model, stripes, train_in, trained_in
 
 import gist
 from gist import cli
+from gist.runs.predictions import Predictions
 from gist.training.batches import BatchSampler
 from gist.training.config import TrainConfig
 from gist.training.evaluation import evaluate
@@ -158,13 +159,18 @@ def test_the_command_line_in_two_processes(tmp_path):
     assert "Results, weights and curves" in (said / "0").read_text()
     assert (said / "1").read_text() == ""
     assert {path.name for path in out.iterdir()} == {
-        "adapter.safetensors", "config.json", "curves.png", "log.csv", "results.json",
+        "adapter.safetensors", "config.json", "curves.png", "log.csv", "predictions.csv",
+        "report.html", "results.json",
     }  # fmt: skip
     ours, alone = (json.loads((place / "results.json").read_text()) for place in (out, one))
     assert (ours["machine"]["processes"], alone["machine"]["processes"]) == (2, 1)
     assert ours["val_accuracy"] == alone["val_accuracy"]
     for mine, theirs in zip(ours["fit"]["history"], alone["fit"]["history"], strict=True):
         assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)
+    both, ours_alone = (Predictions.read(place, "abc") for place in (out, one))
+    assert (both.split, both.paths) == ("val", ours_alone.paths)
+    assert both.predicted.tolist() == ours_alone.predicted.tolist()
+    assert both.probability == pytest.approx(ours_alone.probability, abs=1e-5)
     # Now it is read, and not done again.
     assert in_processes(command, images, out, said, count=2) == [0, 0]
     assert "finished earlier" in (said / "0").read_text()
