@@ -23,6 +23,7 @@ from gist.cli.common import (
 )
 from gist.data import DataError, ImageData, load_data
 from gist.data.offline import SOURCES
+from gist.data.offline_text import TEXT_SOURCES
 from gist.runs.run import check_model
 from gist.suites.report import report
 from gist.suites.run import RECIPES, STOPS, Plan, run_suite
@@ -202,7 +203,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    for name, source in SOURCES.items():
+    for name, source in (SOURCES | TEXT_SOURCES).items():
         here = source.find()
         print(f"{name}: {'here' if here else 'not here'}. {source.about}")
         if not here:
