@@ -82,7 +82,7 @@ def save(model: Any, folder: Path, *, like: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with _quiet():
+        with quiet():
             model.save_pretrained(temporary)
         shutil.copy(like / PROCESSOR_FILE, temporary)
         temporary.rename(folder)
@@ -171,7 +171,7 @@ def _with_weights(kind: Any, config: Any, folder: Path, file: Path | None) -> nn
     source = folder if file is None else file
     state = None if file is None else _state_of(file, kind)
     try:
-        with _quiet():
+        with quiet():
             model, report = kind.from_pretrained(
                 folder if file is None else None,
                 config=config,
@@ -228,7 +228,7 @@ def _resized(model: Any, size: int) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' report and progress bar: what they say is checked here."""
     from transformers.utils import logging
 

@@ -74,9 +74,10 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_label(name: str) -> str:
-    """A model's name as part of a folder's name; of hf:FOLDER, the last part."""
+    """A model's name as part of a folder's name; of a folder's path, the last part."""
     folder = name.removeprefix(hf_folder.PREFIX)
-    return name if folder == name else Path(folder).resolve().name
+    is_folder = folder != name or Path(folder).is_absolute()
+    return Path(folder).resolve().name if is_folder else name
 
 
 def warn_passed_over(paths: Sequence[Path], shown: int = 3) -> None:
@@ -91,14 +92,14 @@ def warn_passed_over(paths: Sequence[Path], shown: int = 3) -> None:
         )
 
 
-def gist_config_of(arguments: argparse.Namespace) -> GistConfig:
+def gist_config_of(arguments: argparse.Namespace, token_init: str = "uniform") -> GistConfig:
     """The config that ``--method`` and the options of :func:`add_gist_options` describe."""
     return GistConfig(
         method=method_of(arguments.method, arguments.set),
         gist=arguments.gist,
         token_dropout=arguments.token_dropout,
         num_tokens=arguments.num_tokens,
-        token_init="uniform",  # named, as in earlier records
+        token_init=token_init,  # named, as in earlier records
     )
 
 
@@ -158,6 +159,9 @@ class RunProgress(Listener):
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
+
+    def notes(self, text: str) -> None:
+        console.print(f"{self._name}: {text}", highlight=False)
 
     def starts(self, model: GistModel, steps: int) -> None:
         console.print(f"{self._name}: {count_parameters(model)}", highlight=False)

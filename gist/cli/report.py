@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gist.cli.common import RunProgress, add_command, add_device_options, console, to_stderr
-from gist.data import ImageData, load_data
+from gist.data import ImageData, LabelledData, load_data, prepare
 from gist.model.wrapped import GistModel
 from gist.report import write_report
 from gist.runs.predictions import PREDICTIONS_FILE
@@ -30,7 +30,7 @@ def progress_of(arguments: argparse.Namespace, name: str) -> RunProgress:
 class ReportingProgress(RunProgress):
     """Progress of a run that writes its report at the end. Without the report the run is whole."""
 
-    def finishes(self, model: GistModel, data: ImageData, directory: Path) -> None:
+    def finishes(self, model: GistModel, data: LabelledData, directory: Path) -> None:
         try:
             _write(directory, model, data)
         except Exception as error:  # whatever it is, the run is finished
@@ -38,7 +38,7 @@ class ReportingProgress(RunProgress):
                   f"gist report {directory} tries again")  # fmt: skip
 
 
-def _write(directory: Path, model: GistModel | None, data: ImageData | None) -> None:
+def _write(directory: Path, model: GistModel | None, data: LabelledData | None) -> None:
     started = time.perf_counter()
     path = write_report(directory, model, data)
     seconds = time.perf_counter() - started
@@ -54,11 +54,12 @@ def _report(arguments: argparse.Namespace) -> None:
         results = finished_results(run)
         data = _data_of(results["config"]["data"])
         model = _model_of(run, arguments.device)
-        measurable = data is not None and (data.test is not None or data.val is not None)
-        if model is not None and measurable and not (run / PREDICTIONS_FILE).is_file():
-            assert data is not None
-            _, predictions = measure_run(model, data, transforms_of(run), results["config"]["data"])
-            predictions.write(run)
+        if data is not None and model is not None and not (run / PREDICTIONS_FILE).is_file():
+            split = data.val if data.test is None else data.test
+            if split is not None:
+                prepared = prepare(split, transforms_of(run))
+                _, predictions = measure_run(model, data, prepared, results["config"]["data"])
+                predictions.write(run)
         _write(run, model, data)
 
 

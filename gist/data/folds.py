@@ -1,42 +1,45 @@
-"""Cross-validation: each image tests once, and trains in all other folds."""
+"""Cross-validation: each item tests once, and trains in all other folds."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import TypeVar
 
-from gist.data.base import DataError, ImageData, fingerprint
+from gist.data.base import DataError, LabelledData, fingerprint
 from gist.data.split import Joined, Part, stratified
 from gist.validate import check_count
 
+Data = TypeVar("Data", bound=LabelledData)
 
-def folds(data: ImageData, count: int) -> list[ImageData]:
-    """``count`` data sets, of which each tests on another part of the images.
 
-    The images are those of train and val together. Each class keeps its share in each fold. The
-    folds are the same in every run. There is no val, so that no epoch is chosen by the images that
+def folds(data: Data, count: int) -> list[Data]:
+    """``count`` data sets, of which each tests on another part of the images, or texts.
+
+    The items are those of train and val together. Each class keeps its share in each fold. The
+    folds are the same in every run. There is no val, so that no epoch is chosen by the items that
     test. ``data.test`` takes no part.
 
     Args:
-        data: the images.
+        data: an ``ImageData`` or a ``TextData``.
         count: folds, at least 2.
 
     Raises:
         ValueError: ``count`` is not an integer of at least 2.
-        DataError: a class has fewer images than there are folds.
+        DataError: a class has fewer items than there are folds.
     """
     check_count("folds", count, at_least=2)
-    images = data.train if data.val is None else Joined(data.train, data.val)
-    labels = list(images.labels)
+    items = data.train if data.val is None else Joined(data.train, data.val)
+    labels = list(items.labels)
     of_class = Counter(labels)
     faults = [
-        f"class {name!r} has {of_class[label]} images"
+        f"class {name!r} has {of_class[label]} {data.item}s"
         for label, name in enumerate(data.classes)
         if of_class[label] < count
     ]
     if faults:
         raise DataError(
-            f"{data.name} has fewer images of a class than the {count} folds:\n  "
+            f"{data.name} has fewer {data.item}s of a class than the {count} folds:\n  "
             + "\n  ".join(faults)
         )
     sizes = [len(labels) // count + (fold < len(labels) % count) for fold in range(count)]
@@ -45,9 +48,9 @@ def folds(data: ImageData, count: int) -> list[ImageData]:
         replace(
             data,
             name=f"{data.name}, fold {number} of {count}",
-            train=Part(images, sorted(i for other in parts if other is not part for i in other)),
+            train=Part(items, sorted(i for other in parts if other is not part for i in other)),
             val=None,
-            test=Part(images, sorted(part)),
+            test=Part(items, sorted(part)),
             fingerprint=fingerprint([data.fingerprint.encode(), f"{number}/{count}".encode()]),
         )
         for number, part in enumerate(parts, start=1)

@@ -10,34 +10,33 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from gist.data.base import ImageData, Images, fingerprint
+from gist.data.base import ImageData, Images, LabelledData, fingerprint
 from gist.data.folder import ImageFiles
 from gist.data.images import read_image
 from gist.data.mnist import Digits, load_mnist_1k
+from gist.data.packages import package_folder
 from gist.data.split import distinct, pixel_digest, stratified
 
 SIZES: tuple[int, int, int | None] = (800, 200, None)
-NORMAL_PLACES = (Path("/"), Path())
+Data = TypeVar("Data", bound=LabelledData)
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Generic[Data]):
     """The place of a data set's files in its package, and their loader.
 
     Attributes:
-        about: images, classes, splits.
+        about: what it has, classes, splits.
         get: the command that installs it.
         places: relative paths, one of which exists below ``/``, the current folder, or a folder of
             ``$GIST_DATA``; a Python package's may be anywhere on ``sys.path``.
@@ -47,23 +46,13 @@ class Source:
     about: str
     get: str
     places: tuple[str, ...]
-    read: Callable[[Path], ImageData]
+    read: Callable[[Path], Data]
 
     def find(self) -> Path | None:
         """The folder, or None if the package is missing."""
-        given = os.environ.get("GIST_DATA", "")
-        roots = [Path(root) for root in given.split(os.pathsep) if root]
-        for root in (*roots, *NORMAL_PLACES):
-            for place in self.places:
-                if (root / place).is_dir():
-                    return root / place
-        module = find_spec(self.places[0].partition("/")[0]) if "pip" in self.get else None
-        if module is None or module.origin is None:
-            return None
-        folder = Path(module.origin).parents[1] / self.places[0]
-        return folder if folder.is_dir() else None
+        return package_folder(self.places, python="pip" in self.get)
 
-    def load(self) -> ImageData:
+    def load(self) -> Data:
         """The data set.
 
         Raises:
@@ -71,7 +60,7 @@ class Source:
         """
         folder = self.find()
         if folder is None:
-            raise ImportError(f"the images' package is missing: {self.get}")
+            raise ImportError(f"the data's package is missing: {self.get}")
         return self.read(folder)
 
 

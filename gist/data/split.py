@@ -1,4 +1,4 @@
-"""Random splits of images: the same in every run, and with no image in two splits."""
+"""Random splits of items: the same in every run, and with no item in two splits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
-from gist.data.base import Images, decoded_for
+from gist.data.base import Labelled, decoded_for
 
 SEED = 2312_07255  # for the data sets' splits; independent of a training's seed
 VAL_SHARE = 0.2
 
 
-class Joined(Dataset[tuple[Image.Image, int]]):
+class Joined(Dataset[tuple[Any, int]]):
     """Two or more splits, one after the other."""
 
-    def __init__(self, *splits: Images) -> None:
+    def __init__(self, *splits: Labelled) -> None:
         self.splits = splits
         self._all: Dataset[Any] = ConcatDataset(cast(Iterable[Dataset[Any]], splits))
         self.labels = [label for split in splits for label in split.labels]
@@ -31,30 +31,30 @@ class Joined(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         return self._all[index]
 
 
-class Part(Dataset[tuple[Image.Image, int]]):
-    """Some images of a split, by their indices."""
+class Part(Dataset[tuple[Any, int]]):
+    """Some items of a split, by their indices."""
 
-    def __init__(self, images: Images, indices: Sequence[int]) -> None:
-        self.images, self.indices = images, indices
-        labels = images.labels
+    def __init__(self, items: Labelled, indices: Sequence[int]) -> None:
+        self.items, self.indices = items, indices
+        labels = items.labels
         self.labels = [int(labels[i]) for i in indices]
 
     def reduced(self, least_side: int) -> Part:
-        return Part(decoded_for(self.images, least_side), self.indices)
+        return Part(decoded_for(self.items, least_side), self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[self.indices[index]]
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.items[self.indices[index]]
 
 
 def split_off_val(labels: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Indices to train on, and a fifth of each class, at least one image, for validation."""
+    """Indices to train on, and a fifth of each class, at least one item, for validation."""
     random = np.random.default_rng(0)
     by_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -69,10 +69,12 @@ def split_off_val(labels: Sequence[int]) -> tuple[list[int], list[int]]:
     return train, val
 
 
-def too_few_to_split(labels: Sequence[int], classes: Sequence[str]) -> list[str]:
-    """A line per class with one image, which :func:`split_off_val` leaves none to train on."""
+def too_few_to_split(
+    labels: Sequence[int], classes: Sequence[str], item: str = "image"
+) -> list[str]:
+    """A line per class with one item, which :func:`split_off_val` leaves none to train on."""
     return [
-        f"class {classes[label]!r} has one image; two are needed to set one apart for val"
+        f"class {classes[label]!r} has one {item}; two are needed to set one apart for val"
         for label, count in Counter(labels).items()
         if count == 1
     ]
@@ -84,7 +86,7 @@ def pixel_digest(image: Image.Image) -> bytes:
 
 
 def distinct(contents: Sequence[Hashable], labels: Sequence[int]) -> list[int]:
-    """Indices of the first image of each content, without contents that have two labels."""
+    """Indices of the first item of each content, without contents that have two labels."""
     label_of: dict[Hashable, set[int]] = {}
     for content, label in zip(contents, labels, strict=True):
         label_of.setdefault(content, set()).add(label)

@@ -1,10 +1,11 @@
-"""Tables of image files and their labels: CSV and JSON Lines."""
+"""Tables of labelled items: CSV, tab-separated values and JSON Lines."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from gist.data.folder import SPLITS, Sample, data_of_files
 
 SUFFIXES = (".csv", ".jsonl")
 COLUMNS = ("path", "label")
-_Row = tuple[int, Mapping[str, Any]]
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit of 131,072 is short of long texts
+Row = tuple[int, Mapping[str, Any]]
 
 
 def load_table(file: Path, *, check: bool = True) -> ImageData:
@@ -33,12 +36,12 @@ def load_table(file: Path, *, check: bool = True) -> ImageData:
             that does not exist or that another row has too; unreadable images; fewer than two
             classes: all that was found, a line each, with the row's line in the file.
     """
-    rows, faults = _rows(file)
+    rows, faults = read_rows(file, COLUMNS)
     named: dict[str, list[tuple[Path, str]]] = {"train": []}
     line_of: dict[Path, int] = {}
     for line, row in rows:
         where = f"{file}:{line}"
-        path, label, split = (_text(row.get(key)) for key in (*COLUMNS, "split"))
+        path, label, split = (cell(row.get(key)) for key in (*COLUMNS, "split"))
         place = file.parent / path
         if None in row:
             faults.append(f"{where}: more fields than columns; quote a field that holds a comma")
@@ -66,30 +69,66 @@ def load_table(file: Path, *, check: bool = True) -> ImageData:
     return data_of_files(file, classes, samples, [], check=check)
 
 
-def _text(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A row's value as text, without white space around it."""
     return "" if value is None else str(value).strip()
 
 
-def _rows(file: Path) -> tuple[list[_Row], list[str]]:
-    """Rows with their lines in the file, and a line per row that is none."""
+def read_rows(file: Path, columns: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """Rows with the lines in the file that they end in, and a line per row that is none.
+
+    Args:
+        file: UTF-8; .csv, .tsv or JSON Lines, by its suffix.
+        columns: those that must be there.
+
+    Raises:
+        DataError: a missing column, bytes that are not UTF-8, or a table that can't be read.
+    """
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            if file.suffix.lower() == ".csv":
-                return _csv_rows(stream, file), []
-            return _json_rows(stream, file)
-    except (UnicodeDecodeError, csv.Error) as error:
+        with file.open(encoding="utf-8-sig", newline="") as stream, _long_fields():
+            delimiter = _DELIMITERS.get(file.suffix.lower())
+            if delimiter is None:
+                return _json_rows(stream, file, columns)
+            return _csv_rows(stream, file, columns, delimiter), []
+    except UnicodeDecodeError as error:
+        raise not_utf8(file) from error
+    except csv.Error as error:
         raise DataError(f"{file} can't be read: {error}") from error
 
 
-def _csv_rows(stream: Iterator[str], file: Path) -> list[_Row]:
-    reader = csv.DictReader(stream, strict=True)
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def not_utf8(file: Path) -> DataError:
+    """The error that names the lines of a file that can't be decoded."""
+    lines = []
+    for number, content in enumerate(file.read_bytes().split(b"\n"), start=1):
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            lines.append(f"{file}:{number}: byte {error.start + 1} is {content[error.start]:#04x}")
+    return DataError(f"{file} can't be read: it must be UTF-8\n  " + "\n  ".join(lines))
+
+
+def _csv_rows(
+    stream: Iterator[str], file: Path, columns: Sequence[str], delimiter: str
+) -> list[Row]:
+    reader = csv.DictReader(stream, strict=True, delimiter=delimiter)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-    _check_columns(reader.fieldnames, file)
+    _check_columns(reader.fieldnames, file, columns)
     return [(reader.line_num, row) for row in reader]
 
 
-def _json_rows(stream: Iterator[str], file: Path) -> tuple[list[_Row], list[str]]:
-    rows: list[_Row] = []
+def _json_rows(
+    stream: Iterator[str], file: Path, columns: Sequence[str]
+) -> tuple[list[Row], list[str]]:
+    rows: list[Row] = []
     faults = []
     for line, text in enumerate(stream, start=1):
         if not text.strip():
@@ -102,14 +141,14 @@ def _json_rows(stream: Iterator[str], file: Path) -> tuple[list[_Row], list[str]
         if isinstance(row, dict):
             rows.append((line, row))
         else:
-            faults.append(f"{file}:{line}: not an object with the keys {', '.join(COLUMNS)}")
+            faults.append(f"{file}:{line}: not an object with the keys {', '.join(columns)}")
     if rows:
-        _check_columns(rows[0][1], file)
+        _check_columns(rows[0][1], file, columns)
     return rows, faults
 
 
-def _check_columns(names: Any, file: Path) -> None:
-    missing = [name for name in COLUMNS if name not in names]
+def _check_columns(names: Any, file: Path, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in names]
     if missing:
         raise DataError(
             f"{file} has no column {' and no column '.join(missing)}; its columns are "

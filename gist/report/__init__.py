@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gist.data import ImageData
+from gist.data import LabelledData
 from gist.files import write_atomically
 from gist.model.wrapped import GistModel
 from gist.report.collect import collect
@@ -16,7 +16,7 @@ __all__ = ["REPORT_FILE", "write_report"]
 
 
 def write_report(
-    directory: Path, model: GistModel | None = None, data: ImageData | None = None
+    directory: Path, model: GistModel | None = None, data: LabelledData | None = None
 ) -> Path:
     """Write a finished run's report.html: one file without scripts, which loads nothing.
 

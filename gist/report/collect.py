@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 
-from gist.data import DataError, ImageData, Transforms
-from gist.data.base import Images, Transformed
+from gist.data import DataError, ImageData, LabelledData, Transforms
+from gist.data.base import Labelled, Transformed
 from gist.model.saving import CONFIG_FILE
 from gist.model.wrapped import GistModel
 from gist.report.attention import UnavailableError, attention_maps
@@ -26,11 +27,15 @@ from gist.training.log import LOG_FILE
 
 MISTAKES = 24
 MAPS_OF_CLASSES, MAPS_OF_MISTAKES = 4, 2
+TEXT_WIDTH = 160
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image and what was predicted for it. ``picture`` is a data URI, or None."""
+    """An item and what was predicted for it.
+
+    ``path`` is the start of a text. ``picture`` is an image's data URI, or None.
+    """
 
     path: str
     true: str
@@ -80,7 +85,7 @@ class Collected:
 
 
 def collect(
-    directory: Path, model: GistModel | None = None, data: ImageData | None = None
+    directory: Path, model: GistModel | None = None, data: LabelledData | None = None
 ) -> Collected:
     """Read a finished run.
 
@@ -107,7 +112,9 @@ def collect(
     mistakes = [_example(predictions, index, split) for index in wrong[:MISTAKES]]
     maps: list[Map] = []
     no_maps = no_pictures
-    if split is not None:
+    if split is not None and not isinstance(data, ImageData):
+        no_maps = "it is shown over images only"
+    elif split is not None:
         try:
             chosen = _of_different_classes(predictions) + wrong[:MAPS_OF_MISTAKES]
             maps = _maps(predictions, chosen, split, transforms_of(directory), model)
@@ -140,12 +147,12 @@ def read_log(directory: Path) -> dict[str, list[float]]:
     return {name: [float(row[name] or math.nan) for row in rows] for name in names}
 
 
-def _split_of(data: Any, predictions: Predictions) -> tuple[Images | None, str | None]:
-    """The images that were predicted; or None, and why they can't be shown."""
+def _split_of(data: Any, predictions: Predictions) -> tuple[Labelled | None, str | None]:
+    """The images or texts that were predicted; or None, and why they can't be shown."""
     if data is None:
         return None, "the run's data could not be read when this report was written"
     split = getattr(data, predictions.split, None)
-    if not isinstance(data, ImageData) or split is None:
+    if not isinstance(data, LabelledData) or split is None:
         return None, "the run's data has no images"
     found, known = paths_of(split), predictions.paths
     same = len(found) == len(known) and list(split.labels) == predictions.true.tolist()
@@ -153,17 +160,21 @@ def _split_of(data: Any, predictions: Predictions) -> tuple[Images | None, str |
     if not same or not all(
         ours.endswith(theirs) for ours, theirs in zip(found, known, strict=True)
     ):
-        return None, "the run's data has other images now than when they were predicted"
+        return None, f"the run's data has other {data.item}s now than when they were predicted"
     return split, None
 
 
-def _example(predictions: Predictions, index: int, split: Images | None) -> Example:
-    gist, picture = predictions.gist_predicted, None
+def _example(predictions: Predictions, index: int, split: Labelled | None) -> Example:
+    gist, picture, path = predictions.gist_predicted, None, predictions.paths[index]
     if split is not None:
         with suppress(DataError):  # unreadable since: its name is shown
-            picture = thumbnail(split[index][0])
+            item = split[index][0]
+            if isinstance(item, str):
+                path = shorten(item, TEXT_WIDTH, placeholder=" ...")
+            else:
+                picture = thumbnail(item)
     return Example(
-        predictions.paths[index],
+        path,
         predictions.classes[predictions.true[index]],
         predictions.classes[predictions.predicted[index]],
         float(predictions.probability[index]),
@@ -185,7 +196,7 @@ def _of_different_classes(predictions: Predictions) -> list[int]:
 def _maps(
     predictions: Predictions,
     indices: Sequence[int],
-    split: Images,
+    split: Any,
     transforms: Transforms,
     model: GistModel | None,
 ) -> list[Map]:

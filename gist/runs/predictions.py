@@ -1,4 +1,4 @@
-"""A run's predictions, image by image: made as it is measured, kept in ``predictions.csv``."""
+"""A run's predictions, item by item: made as it is measured, kept in ``predictions.csv``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Dataset
 
-from gist.data.base import Images
+from gist.data.base import Labelled
 from gist.data.folder import ImageFiles
 from gist.data.split import Joined, Part
 from gist.files import write_atomically
 from gist.model.wrapped import GistModel
-from gist.training.evaluation import Evaluation, evaluate
+from gist.training.evaluation import Evaluation, evaluate, evaluation_order
 
 PREDICTIONS_FILE = "predictions.csv"
 COLUMNS = (
@@ -33,13 +33,13 @@ _ENCODING: Mapping[str, str] = {"encoding": "utf-8", "errors": "surrogateescape"
 
 @dataclass(frozen=True)
 class Predictions:
-    """The most probable class of each image, in the order of the split.
+    """The most probable class of each image or text, in the order of the split.
 
     Attributes:
         split: "test" or "val".
         classes: their names.
         paths: each image's file, relative to the data's folder where it is below it; of images that
-            are no files, "#" and their index in the split.
+            are no files, and of texts, "#" and their index in the split.
         true, predicted: (N,) int64 indices into ``classes``; ``predicted`` is the class token's.
         probability: (N,) float64, the class token's softmax of ``predicted``.
         gist_predicted, gist_probability: the same of the Gist token; None without one.
@@ -124,12 +124,12 @@ class Recorded(nn.Module):
         self._kept: list[torch.Tensor] = []  # (tokens, 2, B) probabilities and classes, as floats
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, *images: torch.Tensor, **texts: torch.Tensor) -> torch.Tensor:
         was = self.model.training
         try:
             # The flag of the model only: it asks for both tokens, and no dropout reads it.
             self.model.training = self.model.token is not None
-            output = self.model(images)
+            output = self.model(*images, **texts)
         finally:
             self.model.training = was
         both = [output] if isinstance(output, torch.Tensor) else list(output)
@@ -151,20 +151,20 @@ class Recorded(nn.Module):
 def measure(
     model: GistModel,
     name: str,
-    split: Images,
+    split: Labelled,
     prepared: Dataset[Any],
     classes: Sequence[str],
     *,
     root: Path | None = None,
     workers: int = 0,
 ) -> tuple[Evaluation, Predictions]:
-    """Evaluate a model and keep its predictions, in one pass over the images.
+    """Evaluate a model and keep its predictions, in one pass over a split.
 
     Args:
         model: is left in evaluation mode.
         name: "test" or "val".
-        split: the images.
-        prepared: the same, as the model takes them, see :func:`gist.data.prepare`.
+        split: the images or texts.
+        prepared: the same, as the model takes them.
         classes: their names.
         root: the folder or table that names the images; paths are relative to its folder.
         workers: loader processes.
@@ -174,7 +174,10 @@ def measure(
     """
     recorded = Recorded(model)
     measured = evaluate(recorded, prepared, workers=workers)
-    probability, predicted = zip(*recorded.kept(), strict=True)
+    kept, order = recorded.kept(), evaluation_order(prepared)
+    if order is not None:
+        kept[:, :, order] = kept.copy()
+    probability, predicted = zip(*kept, strict=True)
     gist = len(probability) > 1
     return measured, Predictions(
         name,
@@ -188,8 +191,8 @@ def measure(
     )
 
 
-def paths_of(split: Images, root: Path | None = None) -> list[str]:
-    """Names of a split's images, see :class:`Predictions`."""
+def paths_of(split: Labelled, root: Path | None = None) -> list[str]:
+    """Names of a split's items, see :class:`Predictions`."""
     folder = None if root is None else root if root.is_dir() else root.parent
     names = []
     for index, path in enumerate(_files(split)):
@@ -202,12 +205,12 @@ def paths_of(split: Images, root: Path | None = None) -> list[str]:
     return names
 
 
-def _files(split: Images) -> list[Path | None]:
-    """Each image's file, within parts of splits too; None for an image that is no file."""
+def _files(split: Labelled) -> list[Path | None]:
+    """Each image's file, within parts of splits too; None for an item that is no file."""
     if isinstance(split, ImageFiles):
         return [path for path, _ in split.samples]
     if isinstance(split, Part):
-        files = _files(split.images)
+        files = _files(split.items)
         return [files[index] for index in split.indices]
     if isinstance(split, Joined):
         return [path for part in split.splits for path in _files(part)]

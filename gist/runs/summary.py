@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from gist.runs.text import KIND
+
 Results = Mapping[str, Any]
 
 
@@ -16,7 +18,8 @@ def table(runs: Mapping[str, Results], title: str) -> Table:
     """One row per run: accuracies, trained parameters, training throughput, time."""
     result = Table(title=title)
     result.add_column("run")
-    headings = ("test", "val", "method", "token", "head", "images/s", "time")
+    item = "texts" if any(run["config"].get("kind") == KIND for run in runs.values()) else "images"
+    headings = ("test", "val", "method", "token", "head", f"{item}/s", "time")
     for heading in headings:
         result.add_column(heading, justify="right")
     for name, run in runs.items():

@@ -15,6 +15,7 @@ from typing import Any
 from gist.files import write_atomically, write_json
 from gist.methods import method_type
 from gist.model.config import GistConfig
+from gist.runs.text import KIND
 from gist.suites.interval import Interval
 from gist.suites.run import RECORD_FILE, Record, read_record
 from gist.suites.tasks import SUITES
@@ -186,7 +187,8 @@ class Report:
         for name in self.cells:
             config = self._of(name)[0]["config"]
             seeds = sorted({r["config"]["seed"] for r in self._of(name)})
-            weights = "timm's" if config["pretrained"] else config["weights"] or "RANDOM"
+            own = "its own" if config.get("kind") == KIND else "timm's"
+            weights = own if config["pretrained"] else config.get("weights") or "RANDOM"
             recipe = {
                 ("clean", "best"): "clean: epoch chosen on val, then trained on all, tested once",
                 ("clean", "end"): "clean: the whole schedule on all images, tested once",
@@ -326,7 +328,8 @@ def variant(config: Mapping[str, Any]) -> str:
         return title
     # None stands for the default of the kind of model: of images, here.
     own = {k: v for k, v in described.items() if k not in ("method", "gist") and v is not None}
-    default = asdict(GistConfig(token_init="uniform"))
+    init = "words" if config.get("kind") == KIND else "uniform"
+    default = asdict(GistConfig(token_init=init))
     return title + GIST + _changed({**own, **config.get("loss", {})}, default)
 
 

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from gist.data import ImageData
+from gist.data import LabelledData
 from gist.files import write_json
 from gist.model.config import GistConfig
 from gist.runs.run import Listener, RunConfig, run
+from gist.runs.text import TextRunConfig
 from gist.suites.tasks import Suite, Task
 from gist.suites.vtab_layout import Stages
 from gist.training.config import TrainConfig
@@ -29,6 +30,7 @@ RECORD_FILE = "vtab.json"
 COURSE = {"config", "complete", "reused", "fit", "val_accuracy", "test", "seconds"}
 T = TypeVar("T")
 Record = dict[str, Any]
+Runs = Sequence[RunConfig | TextRunConfig]
 RECIPES = ("clean", "released")
 STOPS = ("best", "end")
 
@@ -89,8 +91,11 @@ class Plan:
                 raise ValueError("recipe 'released' takes one lr: it would be chosen on test too")
         elif self.select_on_test:
             raise ValueError("select_on_test has a meaning with recipe 'released' only")
+        for name in ("weights", "img_size", "drop_path") if self.suite.text else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} is for images; suite {self.suite.name} has texts")
 
-    def runs(self, task: Task, seed: int) -> list[RunConfig]:
+    def runs(self, task: Task, seed: int) -> Runs:
         """The runs of one task and seed, one for each candidate learning rate."""
         suite = self.suite
         own = self.model in (None, suite.model)
@@ -106,6 +111,20 @@ class Plan:
             precision=self.precision,
             seed=seed,
         )
+        rates = _or(self.lr, (task.lr,))
+        if suite.text is not None:
+            return [
+                TextRunConfig(
+                    data=f"{suite.name}/{task.name}",
+                    model=_or(self.model, suite.model),
+                    gist=self.gist,
+                    train=replace(train, lr=lr, head_lr=suite.text.head_lr),
+                    pretrained=self.pretrained,
+                    max_length=suite.text.max_length,
+                    loss=self.loss,
+                )
+                for lr in rates
+            ]
         return [
             RunConfig(
                 data=f"{suite.name}/{task.name}",
@@ -118,7 +137,7 @@ class Plan:
                 drop_path=_or(self.drop_path, task.drop_path),
                 loss=self.loss,
             )
-            for lr in _or(self.lr, (task.lr,))
+            for lr in rates
         ]
 
 
@@ -143,7 +162,7 @@ def run_suite(
     Args:
         plan: what to do.
         tasks: of ``plan.suite``.
-        load: returns a task's images.
+        load: returns a task's images or texts.
         out: the variant's folder.
         listener: called with the title of each training; returns a context whose value is the
             training's :class:`gist.runs.run.Listener`.
@@ -202,9 +221,10 @@ def _describe(plan: Plan, task: Task, seed: int, stages: Stages) -> Record:
     own = {  # each task's own settings; all others belong to a column
         "lr": [config.train.lr for config in runs],
         "weight_decay": train.pop("weight_decay"),
-        "drop_path": described.pop("drop_path"),
         "data_fingerprint": stages.final.fingerprint,
     }
+    if "drop_path" in described:
+        own["drop_path"] = described.pop("drop_path")
     for key in ("lr", "seed", "stop_after", "cuda_graph"):
         del train[key]
     del described["data"]
@@ -225,7 +245,7 @@ class _TaskRuns:
     workers: int
     listener: Callable[[str], AbstractContextManager[Listener]] | None
 
-    def run(self, config: RunConfig, data: ImageData, name: str) -> Record:
+    def run(self, config: RunConfig | TextRunConfig, data: LabelledData, name: str) -> Record:
         """A run's results."""
         heard = self.listener(f"{self.title}, {name}") if self.listener else nullcontext()
         with heard as listener:
@@ -239,7 +259,7 @@ class _TaskRuns:
             )
 
 
-def _clean(plan: Plan, runs: list[RunConfig], stages: Stages, training: _TaskRuns) -> Record:
+def _clean(plan: Plan, runs: Runs, stages: Stages, training: _TaskRuns) -> Record:
     candidates = []
     for config in runs if plan.stop == "best" or len(runs) > 1 else ():
         lr = config.train.lr
@@ -268,7 +288,7 @@ def _circumstances(results: Record) -> Record:
     return {key: value for key, value in results.items() if key not in COURSE}
 
 
-def _released(plan: Plan, runs: list[RunConfig], stages: Stages, training: _TaskRuns) -> Record:
+def _released(plan: Plan, runs: Runs, stages: Stages, training: _TaskRuns) -> Record:
     test = stages.final.test
     assert test is not None
     on_test = replace(stages.final, val=test, test=None)

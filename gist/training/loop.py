@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 import gist_kernels as gk
 from gist.data.base import Augmented
+from gist.data.text import Tokenised
 from gist.model.loss import GistLoss
 from gist.model.wrapped import GistModel
 from gist.training.batches import BatchSampler
@@ -27,7 +28,8 @@ from gist.training.config import PRECISIONS, TrainConfig
 from gist.training.cuda_graph import CudaGraphed
 from gist.training.ema import Ema
 from gist.training.evaluation import evaluate, processes
-from gist.training.loading import loaded, training_loader
+from gist.training.inputs import Inputs, call, to_device
+from gist.training.loading import lengths_of, loaded, training_loader
 from gist.training.log import Log
 from gist.training.mixup import Mixup
 from gist.training.optimizer import create_optimizer
@@ -60,7 +62,8 @@ def fit(
 
     Args:
         model: on the device to train on.
-        train, val: items are a float (3, H, W) image, normalised, and an int class. Without
+        train, val: items are a float (3, H, W) image, normalised, and an int class; or a
+            :class:`gist.data.Tokenised` each, whose batches are of similar lengths. Without
             ``val``, epochs are not evaluated. A :class:`gist.data.Augmented` ``train`` gets each
             image's draw.
         config: the schedule.
@@ -157,6 +160,8 @@ class _Training:
         log: Log | None,
     ) -> None:
         self.started = time.perf_counter()
+        if isinstance(train, Tokenised):
+            config.check_text()
         self.device = next(model.parameters()).device
         self.processes = processes(self.device)
         self.model, self.val, self.config, self.workers = model, val, config, workers
@@ -181,6 +186,7 @@ class _Training:
             processes=world,
             draws=isinstance(train, Augmented),
             weights=sample_weights,
+            lengths=lengths_of(train),
         )
         self.loader = training_loader(
             train, self.batches, workers=workers, seed=config.seed + rank, device=self.device
@@ -241,14 +247,15 @@ class _Training:
         self._zero_gradients()
         numbers = torch.zeros(5 if self.with_terms else 1, device=self.device)
         for _ in range(own):
-            images, target = next(parts)
+            inputs, target = next(parts)
             share = len(target) / size
-            images = images.to(self.device, non_blocking=True)
+            inputs = to_device(inputs, self.device)
             target = target.to(self.device, non_blocking=True)
             if self.mixup is not None:
-                images, target = self.mixup(images, target)
+                assert isinstance(inputs, torch.Tensor)  # check_text refuses texts
+                inputs, target = self.mixup(inputs, target)
             numbers += self.compute(
-                images, target, share=share, kl_scale=getattr(self.loss, "kl_scale", 1.0)
+                inputs, target, share=share, kl_scale=getattr(self.loss, "kl_scale", 1.0)
             )
         if self.processes.num_processes > 1:
             numbers = self._sum_over_processes(numbers)
@@ -273,7 +280,7 @@ class _Training:
             p.grad.zero_()
 
     def _compute(
-        self, images: torch.Tensor, target: torch.Tensor, *, share: float, kl_scale: float
+        self, inputs: Inputs, target: torch.Tensor, *, share: float, kl_scale: float
     ) -> torch.Tensor:
         """Add ``share`` times the gradients of a part of a batch; return its share of the loss and
         the terms.
@@ -282,7 +289,7 @@ class _Training:
         """
         half = PRECISIONS[self.config.precision]
         with torch.autocast(self.device.type, half, enabled=half is not None):
-            output = self.model(images)
+            output = call(self.model, inputs)
             if self.with_terms:
                 value, terms = self.loss.with_terms(output, target)
                 now = torch.stack((value.detach(), *terms))

@@ -237,9 +237,8 @@ def test_bad_images_are_named_before_training_starts(folder, tmp_path, capsys):
 
 
 def test_weights_must_be_chosen(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--data", "mnist-1k", "--model", MODEL])
-    assert "--pretrained --weights --random-weights is required" in capsys.readouterr().err
+    assert cli.main(["train", "--data", "mnist-1k", "--model", MODEL]) == 2
+    assert "say where weights are: --pretrained, --weights or --random-weights" in said(capsys)
 
 
 def test_backends_are_listed(capsys):

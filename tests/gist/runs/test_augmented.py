@@ -18,17 +18,9 @@ from training import in_processes, kill_at
 
 from gist import cli
 from gist.data import DataError, Transforms, load_data, prepare
+from gist.runs.inputs import BALANCES, balanced_class_weights, balanced_weights
 from gist.runs.predict import predict
-from gist.runs.run import (
-    BALANCES,
-    Listener,
-    RunConfig,
-    balanced_class_weights,
-    balanced_weights,
-    load_run,
-    run,
-    transforms_of,
-)
+from gist.runs.run import Listener, RunConfig, load_run, run, transforms_of
 from gist.training.batches import BatchSampler
 from gist.training.config import TrainConfig
 from gist.training.loading import default_workers, workers_for
