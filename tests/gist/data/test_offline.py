@@ -16,6 +16,7 @@ from gist import cli
 from gist.data import ImageData, load_data
 from gist.data.images import read_image
 from gist.data.offline import SOURCES
+from gist.data.offline_text import TEXT_SOURCES
 from gist.data.split import distinct, pixel_digest, stratified
 from gist.suites.tasks import OFFLINE
 
@@ -196,6 +197,7 @@ def test_what_is_not_here_says_how_to_get_it(monkeypatch, capsys):
         load_data("emoji")
     assert cli.main(["data", "list"]) == 0
     printed = capsys.readouterr().out
-    for source in SOURCES.values():
+    sources = {**SOURCES, **TEXT_SOURCES}
+    for source in sources.values():
         assert source.get in printed
-    assert printed.count("not here") == 7
+    assert printed.count("not here") == len(sources) == 11

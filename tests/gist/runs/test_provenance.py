@@ -27,5 +27,8 @@ def test_the_repositorys_state(tmp_path):
 
 def test_versions_name_every_package():
     found = versions()
-    assert list(found) == ["python", "gist-kernels", "torch", "timm", "triton", "accelerate"]
+    assert list(found) == [
+        "python", "gist-kernels", "torch", "timm", "triton", "accelerate", "transformers",
+        "tokenizers",
+    ]  # fmt: skip
     assert found["python"] == sys.version.split()[0]
