@@ -93,6 +93,13 @@ def register(commands: Any) -> None:
     documented = _documented(TrainConfig)
     for field in fields(TrainConfig):
         option, what = "--" + field.name.replace("_", "-"), documented.get(field.name, "")
+        if field.name == "cuda_graph":
+            group.add_argument(
+                option,
+                action=argparse.BooleanOptionalAction,
+                help=f"{what} Default: on a CUDA device only",
+            )
+            continue
         if field.default is False:
             group.add_argument(option, action="store_true", help=what)
             continue
@@ -155,8 +162,15 @@ def _precision(device: str) -> str:
     return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
+def _cuda_graph(device: str) -> bool:
+    """Whether a device replays steps unless told otherwise. ROCm's graphs are not tested."""
+    return torch.device(device).type == "cuda" and torch.version.hip is None
+
+
 def _train(arguments: argparse.Namespace) -> None:
     arguments.precision = arguments.precision or _precision(arguments.device)
+    if arguments.cuda_graph is None:
+        arguments.cuda_graph = _cuda_graph(arguments.device)
     config = RunConfig(
         data=arguments.data,
         model=arguments.model,
