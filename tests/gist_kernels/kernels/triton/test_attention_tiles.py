@@ -56,6 +56,21 @@ def test_alike_values(dtype):
     attention_cases.check_alike_values(attention, dtype, DEVICE)
 
 
+@pytest.mark.parametrize("dtype", attention.DTYPES)
+def test_means_that_change_from_tile_to_tile(dtype):
+    """Those of the first keys are far from those of the others."""
+    case = draw(Shape(1, 1, 20, 70, 16), dtype=dtype, device=DEVICE)
+    case.v[:, :32] += 4
+    case.v[:, 32:] -= 4
+    attention_cases.assert_parity(
+        computed(attention, case),
+        attention_cases.truth(case),
+        attention_cases.pytorch(case),
+        attention_cases.magnitudes(case),
+        4,
+    )
+
+
 @pytest.mark.parametrize(("scale", "kind"), [(0.0, "random"), (-0.3, "huge")])
 def test_any_scale(scale, kind):
     """Also one that makes every score so low that those past the last key would be huge."""
