@@ -55,7 +55,7 @@ KINDS = ("none", "index", "smoothed", "probability")
 FEATURES = (192, 384, 768, 1024, 1280, 2048, 4096)
 RANKS = (0, 1, 4, 8, 16, 64, 128)
 HEAD_DIMS = (16, 32, 48, 64, 72, 80, 128)
-KEYS = (10, 30, 50, 100, 198)
+KEYS = (10, 30, 50, 100, 198, 258)
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -412,7 +412,7 @@ def _line(launched: Launch, used: Usage) -> str:
         tensor, kind = launched.arguments["sides"][0], f"{launched.arguments['SIDES']} sides"
     if "HEAD_DIM" in launched.arguments:
         kind = f"head {launched.arguments['HEAD_DIM']}"
-        if launched.arguments["sin"] is not None:
+        if launched.arguments.get("sin") is not None:
             kind += ", half" if launched.arguments["HALF"] else ", pairs"
         if launched.arguments["lengths"] is not None:
             kind += ", padded"

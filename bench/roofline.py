@@ -1,19 +1,20 @@
 """Predicted times of the Triton kernels and of a training step on named cards: no device is needed.
 
-    python -m bench.roofline [H100 A100 L4 4090] [--kernels]
+    python -m bench.roofline [H100 A100 L4 4090] [--kernels] [--tokens N]
 
 A prediction, to be held against the first measurement. Of each kernel it counts the bytes that its
 tensors have, the operations of its matmuls, and the instructions that its compiled programs issue
 (SASS of the card's architecture: straight code once, loops as often as the launch has them go
 round). The largest of the three, at the card's published rates, bounds the time; what overlaps is
 not modelled, nor are latencies and caches. PyTorch's own kernels are bounded by bytes and
-operations. The step is that of ViT-B/16 with 198 tokens and rank-4 adapters under autocast; beside
-it, the same structure by torch.compile and SDPA, every element-wise chain fused into one kernel.
+operations. The step is that of ViT-B with 198 tokens and rank-4 adapters under autocast; beside it,
+the same structure by torch.compile and SDPA, every element-wise chain fused into one kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import subprocess
 import tempfile
@@ -29,7 +30,7 @@ from triton.compiler import CompiledKernel
 from bench import binaries
 from gist_kernels.kernels.triton import heuristics
 
-DEPTH, WIDTH, HEADS, TOKENS, RANK = 12, 768, 12, 198, 4
+DEPTH, WIDTH, HEADS, RANK = 12, 768, 12, 4
 BATCHES = (32, 256)
 HEAD_DIM, HIDDEN = WIDTH // HEADS, 4 * WIDTH
 HALF, SINGLE = 2, 4  # bytes
@@ -84,8 +85,9 @@ class Work(NamedTuple):
         return max(self.bounds(card).values())
 
 
-def issued(sass: str, rounds: int = 1) -> int:
-    """Instructions that a warp of a program issues, its loops ``rounds`` times each.
+def issued(sass: str, *rounds: int) -> int:
+    """Instructions that a warp of a program issues, its loops ``rounds`` times each: those of the
+    outer loops, then those within them.
 
     What follows the first way out after an atomic is left out: only the last program runs it.
     """
@@ -95,13 +97,13 @@ def issued(sass: str, rounds: int = 1) -> int:
     if atomic is not None:
         leaves = (i for i, (_, text) in enumerate(code) if i > atomic and "EXIT" in text)
         code = code[: next(leaves) + 1]
-    count = len(code)
-    for address, text in code:
-        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < address:
-            loop = sum(int(jump[1], 16) <= at <= address for at, _ in code)
-            count += (rounds - 1) * loop
-    return count
+    loops = [
+        (int(jump[1], 16), address)
+        for address, text in code
+        if (jump := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) and int(jump[1], 16) < address
+    ]
+    depths = (sum(first <= at <= last for first, last in loops) for at, _ in code)
+    return sum(math.prod(rounds[:depth]) for depth in depths)
 
 
 def disassembled(binary: CompiledKernel) -> str:
@@ -118,8 +120,8 @@ class Program(NamedTuple):
     sass: str
     warps: int
 
-    def issues(self, programs: int, rounds: int = 1) -> float:
-        return float(programs * self.warps * issued(self.sass, rounds))
+    def issues(self, programs: int, *rounds: int) -> float:
+        return float(programs * self.warps * issued(self.sass, *rounds))
 
 
 @lru_cache(maxsize=256)
@@ -130,7 +132,9 @@ def program(family: str, target: str, name: str, *sizes: int) -> Program:
         "adapter": binaries.adapter_launches,
         "attention": binaries.attention_launches,
     }[family](*sizes, binaries.TARGETS[target])
-    chosen = next(each for each in launches if each.name() == f"{name}_kernel")
+    chosen = next(
+        each for each in launches if each.name() in (f"{name}_kernel", f"{name}_tiles_kernel")
+    )
     binary = binaries.compiled(chosen, binaries.TARGETS[target])
     return Program(disassembled(binary), chosen.options["num_warps"])
 
@@ -162,31 +166,44 @@ def adapter(card: Card, rows: int) -> tuple[Work, Work]:
     return found[0], found[1]
 
 
-def attention(card: Card, images: int) -> tuple[Work, Work] | None:
+def attention(card: Card, images: int, tokens: int) -> tuple[Work, Work] | None:
     """None where the kernels refuse such heads, and PyTorch computes them."""
-    launches = binaries.attention_launches(TOKENS, HEAD_DIM, binaries.TARGETS[card.target])
+    launches = binaries.attention_launches(tokens, HEAD_DIM, binaries.TARGETS[card.target])
     if not launches:
         return None
-    sizes = (launches[0].arguments[name] for name in ("COLUMNS", "KEYS", "QUERIES"))
-    tile = heuristics.AttentionTile(*sizes, threads=0)
-    elements, heads = images * TOKENS * WIDTH, images * HEADS
-    parts, each = tile.parts(TOKENS, heads, card.multiprocessors)
+    elements, heads = images * tokens * WIDTH, images * HEADS
     forward, backward = (
-        program("attention", card.target, name, TOKENS, HEAD_DIM)
+        program("attention", card.target, name, tokens, HEAD_DIM)
         for name in ("forward", "backward")
     )
-    padded = 2 * heads * tile.keys * HEAD_DIM * -(-TOKENS // tile.queries) * tile.queries
+    sizes = launches[0].arguments
+    if "KEYS" in sizes:
+        tile = heuristics.AttentionTile(sizes["COLUMNS"], sizes["KEYS"], sizes["QUERIES"], 0)
+        parts, each = tile.parts(tokens, heads, card.multiprocessors)
+        blocks = -(-tokens // tile.queries)
+        scores = tile.keys * blocks * tile.queries
+        matmuls = 2 * scores, 5 * scores
+        issues = forward.issues(parts * heads, each), backward.issues(heads, blocks)
+    else:
+        rounds = []  # over the tiles' rows, and over the others for each
+        matmuls = ()
+        for launch, products in zip(launches, (2, 8), strict=True):
+            rows, block = (launch.arguments[name] for name in ("ROWS", "BLOCK"))
+            rounds.append((-(-tokens // rows), -(-tokens // block)))
+            matmuls += (products * math.prod(rounds[-1]) * rows * block,)
+        (tiles, blocks), of_backward = rounds
+        issues = forward.issues(heads * tiles, blocks), backward.issues(heads, *of_backward)
+    flop = [2 * HEAD_DIM * heads * each for each in matmuls]
     return (
-        Work("attention forward", 1, 4 * HALF * elements, 2 * padded,
-             forward.issues(parts * heads, each)),
-        Work("attention backward", 1, 8 * HALF * elements, 5 * padded,
-             backward.issues(heads, -(-TOKENS // tile.queries))),
-    )  # fmt: skip
+        Work("attention forward", 1, 4 * HALF * elements, flop[0], issues[0]),
+        Work("attention backward", 1, 7 * HALF * elements, flop[1], issues[1]),
+    )
 
 
-def sdpa(images: int) -> tuple[Work, Work]:
-    """FlashAttention by PyTorch; its three gradients are copied into one packed tensor."""
-    elements, scores = images * TOKENS * WIDTH, 2 * images * HEADS * TOKENS**2 * HEAD_DIM
+def sdpa(images: int, tokens: int) -> tuple[Work, Work]:
+    """FlashAttention by PyTorch; its three gradients are copied into one packed tensor. Its
+    instructions are not counted, in its favour."""
+    elements, scores = images * tokens * WIDTH, 2 * images * HEADS * tokens**2 * HEAD_DIM
     return (
         Work("SDPA forward", 1, 4 * HALF * elements, 2 * scores),
         Work("SDPA backward", 5, (8 + 6) * HALF * elements, 5 * scores),
@@ -203,8 +220,8 @@ def matmuls(rows: int) -> Iterator[Work]:
         yield Work(f"matmuls {name}", 2, 2 * moved, 2 * 2 * rows * inputs * outputs)
 
 
-def our_block(card: Card, images: int) -> list[Work]:
-    rows = images * TOKENS
+def our_block(card: Card, images: int, tokens: int) -> list[Work]:
+    rows = images * tokens
     elements = rows * WIDTH
     forward, backward = adapter(card, rows)
     gelu = Work("GELU, both ways", 2, (2 + 3) * HALF * rows * HIDDEN)
@@ -212,7 +229,7 @@ def our_block(card: Card, images: int) -> list[Work]:
         *matmuls(rows),
         forward.times(2),
         backward.times(2),
-        *(attention(card, images) or sdpa(images)),
+        *(attention(card, images, tokens) or sdpa(images, tokens)),
         gelu,
         Work("sublayer's output added", 2, 2 * elements * (2 * SINGLE + HALF)),
         Work("gradient to bf16", 2, 2 * elements * (SINGLE + HALF)),
@@ -220,10 +237,10 @@ def our_block(card: Card, images: int) -> list[Work]:
     ]
 
 
-def compiled_block(images: int) -> list[Work]:
+def compiled_block(images: int, tokens: int) -> list[Work]:
     """The same structure by torch.compile: residual, LayerNorm, casts and the adapter's output are
     one kernel a sublayer, the adapter itself is matmuls."""
-    rows = images * TOKENS
+    rows = images * tokens
     elements = rows * WIDTH
     return [
         *matmuls(rows),
@@ -231,7 +248,7 @@ def compiled_block(images: int) -> list[Work]:
         Work("residual + norm backward", 2, 2 * elements * (3 * SINGLE + 3 * HALF)),
         Work("adapter forward", 6, 2 * elements * 2 * HALF),
         Work("adapter backward", 10, 2 * elements * 4 * HALF),
-        *sdpa(images),
+        *sdpa(images, tokens),
         Work("GELU, both ways", 2, (2 + 3) * HALF * rows * HIDDEN),
     ]
 
@@ -252,12 +269,12 @@ def _row(work: Work, card: Card) -> str:
     )
 
 
-def _print_step(card: Card, images: int) -> None:
+def _print_step(card: Card, images: int, tokens: int) -> None:
     print(_HEADER)
     totals = {}
     for label, block in (
-        ("ours", our_block(card, images)),
-        ("torch.compile + SDPA", compiled_block(images)),
+        ("ours", our_block(card, images, tokens)),
+        ("torch.compile + SDPA", compiled_block(images, tokens)),
     ):
         print(f"-- a block of {label}")
         for work in block:
@@ -276,6 +293,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cards", nargs="*", help=f"of {', '.join(CARDS)}; default: all")
     parser.add_argument("--kernels", action="store_true", help="the loss's kernels alone")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=198,
+        help="of an image; patches of 14 pixels: 258; default: 198",
+    )
     arguments = parser.parse_args()
     unknown = [name for name in arguments.cards if name not in CARDS]
     if unknown:
@@ -289,8 +312,8 @@ def main() -> None:
             for work in loss(card, rows, classes):
                 print(_row(work, card))
         for images in () if arguments.kernels else BATCHES:
-            print(f"\nViT-B/16, {images} images")
-            _print_step(card, images)
+            print(f"\nViT-B, {images} images of {arguments.tokens} tokens")
+            _print_step(card, images, arguments.tokens)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,13 @@ def register(commands: Any) -> None:
     documented = _documented(TrainConfig)
     for field in fields(TrainConfig):
         option, what = "--" + field.name.replace("_", "-"), documented.get(field.name, "")
+        if field.name == "cuda_graph":
+            group.add_argument(
+                option,
+                action=argparse.BooleanOptionalAction,
+                help=f"{what} Default: on a CUDA device only",
+            )
+            continue
         if field.default is False:
             group.add_argument(option, action="store_true", help=what)
             continue
@@ -179,6 +186,15 @@ def _precision(device: str) -> str:
     return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
+def _cuda_graph(arguments: argparse.Namespace) -> bool:
+    """Whether steps are replayed unless told otherwise.
+
+    ROCm's graphs are not tested, and texts come in batches of many lengths.
+    """
+    on_cuda = torch.device(arguments.device).type == "cuda" and torch.version.hip is None
+    return on_cuda and arguments.text is None
+
+
 def _image_config(arguments: argparse.Namespace) -> RunConfig:
     # Asked for, because a PEFT method on random weights is seldom meant.
     if not (arguments.pretrained or arguments.weights or arguments.random_weights):
@@ -212,6 +228,8 @@ def _read_images(config: RunConfig, *, check: bool) -> ImageData:
 def _train(arguments: argparse.Namespace) -> None:
     arguments.precision = arguments.precision or _precision(arguments.device)
     refuse_options(arguments)
+    if arguments.cuda_graph is None:
+        arguments.cuda_graph = _cuda_graph(arguments)
     config: RunConfig | TextRunConfig
     data: LabelledData
     if arguments.text is None:

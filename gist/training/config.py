@@ -52,9 +52,10 @@ class TrainConfig:
         label_smoothing: in [0, 1), of the cross-entropies.
         mixup, cutmix: alpha of the Beta distribution that shares are drawn from; 0 for off.
         kl_warmup_epochs: the loss's KL terms grow linearly from 0 over these; may be a fraction.
-        cuda_graph: on a GPU, forward, loss and backward are captured in a CUDA graph once batches
-            of a size have come some times, and replayed from then on: for steps whose launches take
-            Python longer than the work takes the GPU. Not while the KL terms grow.
+        cuda_graph: on a GPU and in one process, forward, loss and backward are captured in a CUDA
+            graph once batches of a size have come some times, and replayed from then on: for steps
+            whose launches take Python longer than the work takes the GPU. Not while the KL terms
+            grow. A step that can't be captured is launched by Python, with a warning.
         ema: decay, a step, of the moving average of the trainables; 0 for off. Where it is on, the
             averages are what is evaluated and kept.
     """

@@ -25,7 +25,7 @@ from gist.model.loss import GistLoss
 from gist.model.wrapped import GistModel
 from gist.training.batches import BatchSampler
 from gist.training.config import PRECISIONS, TrainConfig
-from gist.training.cuda_graph import CudaGraphed
+from gist.training.cuda_graph import graphed
 from gist.training.ema import Ema
 from gist.training.evaluation import evaluate, processes
 from gist.training.inputs import Inputs, call, to_device
@@ -209,7 +209,10 @@ class _Training:
             )
         if config.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph needs a model on a CUDA device; it is on {self.device}")
-        self.compute = CudaGraphed(self._compute) if config.cuda_graph else self._compute
+        self.graphed = None
+        if config.cuda_graph:
+            self.graphed = graphed(self._compute, self._gradients, world)
+        self.compute = self.graphed or self._compute
         self.mixup = Mixup(config.mixup, config.cutmix, model.num_classes) if mixes else None
         self.result, self.at = FitResult(), _Position()
         self.best: dict[str, torch.Tensor] | None = None
@@ -271,13 +274,16 @@ class _Training:
             self._read()
 
     def _zero_gradients(self) -> None:
-        if not self.config.cuda_graph:
+        if self.graphed is None or self.graphed.failed:
             self.optimizer.zero_grad(set_to_none=True)
             return
         for p in self.trainables:  # a graph adds to the gradients that existed at its capture
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             p.grad.zero_()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.trainables if p.grad is not None]
 
     def _compute(
         self, inputs: Inputs, target: torch.Tensor, *, share: float, kl_scale: float

@@ -30,8 +30,23 @@ SASS = """
 
 def test_counts_loops_as_often_as_they_go_round_and_no_rare_way():
     assert roofline.issued(SASS) == 6
-    assert roofline.issued(SASS, rounds=5) == 6 + 4 * 3
+    assert roofline.issued(SASS, 5) == 6 + 4 * 3
     assert roofline.issued(SASS.replace("ATOMG", "LDG")) == 9
+
+
+def test_counts_loops_within_loops():
+    """The first instruction on every way, the second and third ones too, once more around."""
+    nested = SASS.replace("@P0 EXIT", "@P0 BRA 0x0").replace("ATOMG", "LDG")
+    assert roofline.issued(nested) == 9
+    assert roofline.issued(nested, 5) == 9 + 4 * 6
+    assert roofline.issued(nested, 5, 7) == 9 + 4 * 3 + (5 * 7 - 1) * 3
+
+
+def test_tiles_of_attention_go_round_in_both_loops():
+    """Twice the tokens: the tiles are four times as many."""
+    few, many = (roofline.attention(CARDS["A100"], 1, tokens) for tokens in (160, 320))
+    assert many[1].flop == 4 * few[1].flop
+    assert 3 < many[1].issues / few[1].issues < 4
 
 
 def test_the_largest_bound_is_the_time():

@@ -121,6 +121,15 @@ def test_attention():
         attention_cases.check(attention, shape, "random", torch.bfloat16, "cpu")
 
 
+def test_attention_by_tiles(monkeypatch):
+    """As on sm_80, where copies into shared memory are asynchronous."""
+    tiles = attention.heuristics.AttentionTiles(columns=16, stages=2)
+    monkeypatch.setattr(attention, "_tile", lambda *sizes: tiles)
+    with executed(80, seed=0):
+        shape = attention_cases.Shape(1, 1, 33, 40, 16)
+        attention_cases.check(attention, shape, "random", torch.bfloat16, "cpu")
+
+
 def test_what_needs_instructions_of_sm_90_alone_is_refused():
     shape = attention_cases.Shape(1, 1, 64, 64, 64)
     with pytest.raises(UnsupportedError, match="fence.proxy.async|wgmma"), executed(90):

@@ -7,7 +7,8 @@ queries, keys and values in place, usually slices of one packed tensor, and writ
 place too. No copy or permutation surrounds them. ``python bench/traffic.py`` counts the bytes, and
 those of PyTorch's attention.
 
-PyTorch's attention serves longer sequences, and float32, which tensor cores would round: see
+Where a multiprocessor holds fewer keys, and up to 320 keys, the kernels of attention_tiles.py take
+tiles. PyTorch's attention serves longer sequences, and float32, which tensor cores would round: see
 :func:`serves`.
 
 Score tiles are keys by queries. The first dimension of a tensor-core matmul should be the larger
@@ -32,8 +33,17 @@ import torch
 import triton
 import triton.language as tl
 
-from gist_kernels.kernels.triton import heuristics, launch
-from gist_kernels.kernels.triton.launch import INTERPRETED
+from gist_kernels.kernels.triton import attention_tiles, heuristics, launch
+from gist_kernels.kernels.triton.attention_rows import (
+    LOG2_E,
+    inside,
+    load_rows,
+    own_tokens,
+    pointers,
+    product,
+    store_rows,
+    strides_of,
+)
 from gist_kernels.weights import Rotation
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -43,83 +53,6 @@ _SIZES = (
     "out_batch", "out_row", "d_out_batch", "d_out_row", "d_q_batch", "d_q_row", "d_k_batch",
     "d_k_row", "d_v_batch", "d_v_row", "parts", "each", "start", "count", "table_step",
 )  # fmt: skip
-_LOG2_E = tl.constexpr(1.4426950408889634)
-# Triton's interpreter would multiply the bits of bfloat16 numbers.
-_WIDEN = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _at(
-    tensor,  # (B, rows, H Dh)
-    batch,
-    head,
-    batch_step,
-    row_step,
-    row,
-    column,
-    ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Pointers to some rows of a head. Offsets can exceed 2^31."""
-    start = tensor + batch * batch_step * ALIGN + head * HEAD_DIM
-    return start + row.to(tl.int64)[:, None] * row_step * ALIGN + column[None, :]
-
-
-@triton.jit
-def _inside(row, rows, column, HEAD_DIM: tl.constexpr):
-    mask = (row < rows)[:, None]
-    if column.shape[0] > HEAD_DIM:
-        mask = mask & (column < HEAD_DIM)[None, :]
-    return mask
-
-
-@triton.jit
-def _load(
-    tensor,  # (B, rows, H Dh)
-    batch,
-    head,
-    batch_step,
-    row_step,
-    row,
-    rows,
-    column,
-    ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Load some rows of a head, 0 beyond the last row and column."""
-    at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
-    return tl.load(at, _inside(row, rows, column, HEAD_DIM), 0.0)
-
-
-@triton.jit
-def _store(
-    tensor,  # (B, rows, H Dh)
-    value,  # (len(row), len(column))
-    batch,
-    head,
-    batch_step,
-    row_step,
-    row,
-    rows,
-    column,
-    ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Store some rows of a head."""
-    at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
-    tl.store(at, value.to(tensor.dtype.element_ty), _inside(row, rows, column, HEAD_DIM))
-
-
-@triton.jit
-def _own(
-    lengths,  # (B,) int32 or int64
-    batch,
-    queries,
-    keys,
-):
-    """The queries and keys that a row has of those that there are."""
-    own = tl.maximum(tl.minimum(tl.load(lengths + batch), keys), 0).to(tl.int32)
-    return tl.minimum(own, queries), own
 
 
 @triton.jit
@@ -140,8 +73,8 @@ def _clear(
     zeros = tl.zeros([BLOCK, column.shape[0]], tensor.dtype.element_ty)
     for block in tl.range(first // BLOCK, tl.cdiv(rows, BLOCK)):
         row = block * BLOCK + tl.arange(0, BLOCK)
-        at = _at(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
-        mask = _inside(row, rows, column, HEAD_DIM) & (row >= first)[:, None]
+        at = pointers(tensor, batch, head, batch_step, row_step, row, column, ALIGN, HEAD_DIM)
+        mask = inside(row, rows, column, HEAD_DIM) & (row >= first)[:, None]
         tl.store(at, zeros, mask)
 
 
@@ -196,11 +129,11 @@ def _load_rotated(
     HALF: tl.constexpr,
 ):
     """Load some rows of a head, rotated and rounded."""
-    x = _load(tensor, batch, head, batch_step, row_step, row, rows, column, ALIGN, HEAD_DIM)
+    x = load_rows(tensor, batch, head, batch_step, row_step, row, rows, column, ALIGN, HEAD_DIM)
     if HALF:
         # From the cache once more: no exchange between threads.
         other = (column + HEAD_DIM // 2) % HEAD_DIM
-        y = _load(tensor, batch, head, batch_step, row_step, row, rows, other, ALIGN, HEAD_DIM)
+        y = load_rows(tensor, batch, head, batch_step, row_step, row, rows, other, ALIGN, HEAD_DIM)
         y = y.to(tl.float32)
         y = tl.where(column[None, :] < HEAD_DIM // 2, -y, y)
         x = x.to(tl.float32)
@@ -230,15 +163,6 @@ def _rotated_back(
     y = d * _load_table(sin, head, start, count, table_step, row, column, 0.0, HEAD_DIM)
     x = d * _load_table(cos, head, start, count, table_step, row, column, 1.0, HEAD_DIM)
     return x - _partners(y, HALF)
-
-
-@triton.jit
-def _product(a, b):
-    """The matmul of fp16 or bf16 tiles, in float32."""
-    if _WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -285,7 +209,7 @@ def _forward_kernel(
     lse += index * queries
     if lengths is not None:
         end = tl.minimum(last * QUERIES, queries)
-        queries, keys = _own(lengths, batch, end, keys)
+        queries, keys = own_tokens(lengths, batch, end, keys)
         padding = tl.maximum(queries, first * QUERIES)
         _clear(
             *(out, batch, head, out_batch, out_row, padding, end, column),
@@ -298,29 +222,33 @@ def _forward_kernel(
         if last <= first:
             return
     if sin is None:
-        all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
+        all_k = load_rows(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
     else:
         all_k = _load_rotated(
             *(k, batch, head, k_batch, k_row, key, keys, column),
             *(sin, cos, start, count, table_step, ALIGN, HEAD_DIM, HALF),
         )
-    all_v = _load(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
+    all_v = load_rows(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
     absent = tl.where(key < keys, 0.0, float("-inf"))
     for block in tl.range(first, last):
         query = block * QUERIES + tl.arange(0, QUERIES)
         if sin is None:
-            q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
+            q_rows = load_rows(
+                q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM
+            )
         else:
             q_rows = _load_rotated(
                 *(q, batch, head, q_batch, q_row, query, queries, column),
                 *(sin, cos, start, count, table_step, ALIGN, HEAD_DIM, HALF),
             )
-        scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
+        scores = scale * product(all_k, tl.trans(q_rows)) + absent[:, None]
         most = tl.max(scores, 0)
-        p = tl.exp2((scores - most[None, :]) * _LOG2_E)
+        p = tl.exp2((scores - most[None, :]) * LOG2_E)
         total = tl.sum(p, 0)
-        rows = tl.trans(_product(tl.trans(all_v), p.to(all_v.dtype)) / total[None, :])
-        _store(out, rows, batch, head, out_batch, out_row, query, queries, column, ALIGN, HEAD_DIM)
+        rows = tl.trans(product(tl.trans(all_v), p.to(all_v.dtype)) / total[None, :])
+        store_rows(
+            out, rows, batch, head, out_batch, out_row, query, queries, column, ALIGN, HEAD_DIM
+        )
         tl.store(lse + query, most + tl.log(total), query < queries)
 
 
@@ -373,7 +301,7 @@ def _backward_kernel(
     lse += index * queries
     if lengths is not None:
         all_queries, all_keys = queries, keys
-        queries, keys = _own(lengths, batch, queries, keys)
+        queries, keys = own_tokens(lengths, batch, queries, keys)
         _clear(
             *(d_q, batch, head, d_q_batch, d_q_row, queries, all_queries, column),
             *(ALIGN, HEAD_DIM, QUERIES),
@@ -387,56 +315,60 @@ def _backward_kernel(
             *(ALIGN, HEAD_DIM, QUERIES),
         )
     if sin is None:
-        all_k = _load(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
+        all_k = load_rows(k, batch, head, k_batch, k_row, key, keys, column, ALIGN, HEAD_DIM)
     else:
         all_k = _load_rotated(
             *(k, batch, head, k_batch, k_row, key, keys, column),
             *(sin, cos, start, count, table_step, ALIGN, HEAD_DIM, HALF),
         )
-    all_v = _load(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
+    all_v = load_rows(v, batch, head, v_batch, v_row, key, keys, column, ALIGN, HEAD_DIM)
     absent = tl.where(key < keys, 0.0, float("-inf"))
     of_k = tl.zeros([KEYS, COLUMNS], tl.float32)
     of_v = tl.zeros([KEYS, COLUMNS], tl.float32)
     for block in tl.range(0, tl.cdiv(queries, QUERIES)):
         query = block * QUERIES + tl.arange(0, QUERIES)
         if sin is None:
-            q_rows = _load(q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM)
+            q_rows = load_rows(
+                q, batch, head, q_batch, q_row, query, queries, column, ALIGN, HEAD_DIM
+            )
         else:
             q_rows = _load_rotated(
                 *(q, batch, head, q_batch, q_row, query, queries, column),
                 *(sin, cos, start, count, table_step, ALIGN, HEAD_DIM, HALF),
             )
-        d_rows = _load(
+        d_rows = load_rows(
             d_out, batch, head, d_out_batch, d_out_row, query, queries, column, ALIGN, HEAD_DIM
         )
         total = tl.load(lse + query, query < queries, 0.0)
-        scores = scale * _product(all_k, tl.trans(q_rows)) + absent[:, None]
-        p = tl.exp2((scores - total[None, :]) * _LOG2_E)
-        of_v += _product(p.to(d_rows.dtype), d_rows)
-        d_p = _product(all_v, tl.trans(d_rows))
+        scores = scale * product(all_k, tl.trans(q_rows)) + absent[:, None]
+        p = tl.exp2((scores - total[None, :]) * LOG2_E)
+        of_v += product(p.to(d_rows.dtype), d_rows)
+        d_p = product(all_v, tl.trans(d_rows))
         # Where all values are alike, the mean nearly cancels d_p. Computed from the rounded output,
         # it would be too inexact.
         mean = tl.sum(p * d_p, 0)
         d_scores = (p * (d_p - mean[None, :])).to(q_rows.dtype)
-        of_k += _product(d_scores, q_rows)
-        of_q = scale * _product(tl.trans(d_scores), all_k)
+        of_k += product(d_scores, q_rows)
+        of_q = scale * product(tl.trans(d_scores), all_k)
         if sin is not None:
             of_q = _rotated_back(
                 *(of_q, head, query, column, sin, cos, start, count, table_step, HEAD_DIM, HALF)
             )
-        _store(d_q, of_q, batch, head, d_q_batch, d_q_row, query, queries, column, ALIGN, HEAD_DIM)
+        store_rows(
+            d_q, of_q, batch, head, d_q_batch, d_q_row, query, queries, column, ALIGN, HEAD_DIM
+        )
     of_k = scale * of_k
     if lengths is not None:  # once more, where the loop holds no register for it
-        _, keys = _own(lengths, batch, queries, all_keys)
+        _, keys = own_tokens(lengths, batch, queries, all_keys)
     if sin is not None:
         # Before the rotation, which takes registers.
-        _store(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
+        store_rows(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
         of_k = _rotated_back(
             *(of_k, head, key, column, sin, cos, start, count, table_step, HEAD_DIM, HALF)
         )
-    _store(d_k, of_k, batch, head, d_k_batch, d_k_row, key, keys, column, ALIGN, HEAD_DIM)
+    store_rows(d_k, of_k, batch, head, d_k_batch, d_k_row, key, keys, column, ALIGN, HEAD_DIM)
     if sin is None:
-        _store(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
+        store_rows(d_v, of_v, batch, head, d_v_batch, d_v_row, key, keys, column, ALIGN, HEAD_DIM)
 
 
 def serves(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> bool:
@@ -448,7 +380,9 @@ def rotates(q: torch.Tensor, k: torch.Tensor, num_heads: int, rotation: Rotation
     """Whether the kernels rotate such queries and keys. A tile's columns are exchanged, so that it
     may have none beside the head's."""
     tile = _tile(q, k, num_heads)
-    if tile is None or tile.columns != q.shape[2] // num_heads:
+    if not isinstance(tile, heuristics.AttentionTile):
+        return False
+    if tile.columns != q.shape[2] // num_heads:
         return False
     return tile.takes_rotation(
         rotation.half, reads_shared=launch.tensor_cores_read_shared_memory(q.device)
@@ -479,13 +413,19 @@ def forward(
         return out, lse
     tile = _tile(q, k, num_heads)
     assert tile is not None, "of sizes that serves() refuses"
-    align, strides = _strides(width // num_heads, q, k, v, out)
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    if isinstance(tile, heuristics.AttentionTiles):
+        assert rotation is None, "which rotates() refuses"
+        attention_tiles.forward(tile, q, k, v, num_heads, scale, lengths, out, lse)
+        return out, lse
+    align, strides = strides_of(width // num_heads, q, k, v, out)
     parts, each = tile.parts(queries, batch * num_heads, launch.multiprocessors(q.device))
     with launch.on(q.device):
         _forward_kernel[(parts * batch * num_heads,)](
             *(q, k, v, out, lse, queries, k.shape[1], num_heads, *strides, scale, parts, each),
             *_tables(rotation),
-            None if lengths is None else lengths.contiguous(),
+            lengths,
             HALF=rotation is not None and rotation.half,
             ALIGN=align,
             HEAD_DIM=width // num_heads,
@@ -519,14 +459,23 @@ def backward(
     batch, queries, width = q.shape
     tile = _tile(q, k, num_heads)
     assert tile is not None, "of sizes that serves() refuses"
+    lse = lse.contiguous()
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    if isinstance(tile, heuristics.AttentionTiles):
+        assert rotation is None, "which rotates() refuses"
+        attention_tiles.backward(
+            tile, d_out, q, k, v, lse, num_heads, scale, d_q, d_k, d_v, lengths
+        )
+        return
     if rotation is not None:
         tile = tile.rotated_backward()
-    align, strides = _strides(width // num_heads, d_out, q, k, v, d_q, d_k, d_v)
+    align, strides = strides_of(width // num_heads, d_out, q, k, v, d_q, d_k, d_v)
     with launch.on(q.device):
         _backward_kernel[(batch * num_heads,)](
-            *(d_out, q, k, v, lse.contiguous(), d_q, d_k, d_v),
+            *(d_out, q, k, v, lse, d_q, d_k, d_v),
             *(queries, k.shape[1], num_heads, *strides, scale, *_tables(rotation)),
-            None if lengths is None else lengths.contiguous(),
+            lengths,
             HALF=rotation is not None and rotation.half,
             ALIGN=align,
             HEAD_DIM=width // num_heads,
@@ -534,7 +483,9 @@ def backward(
         )
 
 
-def _tile(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> heuristics.AttentionTile | None:
+def _tile(
+    q: torch.Tensor, k: torch.Tensor, num_heads: int
+) -> heuristics.AttentionTile | heuristics.AttentionTiles | None:
     if not launch.tensor_cores_take_bf16(q.device):
         return None
     return heuristics.attention(
@@ -551,10 +502,3 @@ def _tables(rotation: Rotation | None) -> tuple[Any, ...]:
         return (None,) * 5
     sin, cos = (t.to(torch.float32).contiguous() for t in rotation[:2])
     return sin, cos, rotation.start, sin.shape[-2], sin.stride(0) if sin.ndim == 3 else 0
-
-
-def _strides(head_dim: int, *tensors: torch.Tensor) -> tuple[int, list[int]]:
-    """ALIGN, and the tensors' batch and row strides in units of it."""
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
-    align = launch.alignment(head_dim, *strides)
-    return align, [stride // align for stride in strides]

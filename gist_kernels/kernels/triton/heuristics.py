@@ -275,6 +275,43 @@ class AttentionTile(NamedTuple):
         return meta
 
 
+class AttentionTiles(NamedTuple):
+    """The work of attention programs that hold no head whole: tiles of some queries by some keys.
+
+    The same for all sizes of batch, queries and keys.
+    """
+
+    columns: int
+    stages: int
+    rows: int = 64
+    """Of queries, or of keys, whose results or gradients are in registers."""
+    block: int = 32
+    """Of the keys, or queries, that are gone over."""
+    warps: int = 4
+
+    def programs(self, queries: int) -> int:
+        """Forward programs per head. Of the backward pass, there is one per head."""
+        return -(-queries // self.rows)
+
+    def backward(self) -> AttentionTiles:
+        """The tile of the backward pass. Warps that need no others for a matmul take fewer rows
+        together, of which fewer are beyond the last."""
+        return self if self.stages == 1 else self._replace(rows=32, warps=2)
+
+    def meta(self) -> dict[str, Any]:
+        meta = {
+            "COLUMNS": self.columns,
+            "ROWS": self.rows,
+            "BLOCK": self.block,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": FP_FUSION,
+        }
+        if torch.version.hip is None:
+            meta["maxnreg"] = 255  # as above
+        return meta
+
+
 # Numbers of the keys, and as many of the values, that a program can hold, with their gradients in
 # registers. True: tensor cores read operands from shared memory. False: they need registers for it.
 _KEYS_HELD = {True: 16_384, False: 8192}
@@ -282,26 +319,42 @@ _KEYS_HELD = {True: 16_384, False: 8192}
 _MOST_COLUMNS, _MOST_KEYS = 128, 256
 # Queries at a time.
 QUERIES = 32
+# The widest heads and the most keys that go by tiles. Wider heads spill, or take twice the
+# instructions. Longer ones are PyTorch's, with 5 matmuls in its backward pass for 8 here:
+# `python -m bench.roofline --tokens N`.
+_MOST_COLUMNS_TILED, _MOST_KEYS_TILED = 64, 320
 
 
 @lru_cache(maxsize=1024)
 def attention(
     keys: int, head_dim: int, *, reads_shared: bool, shared_memory: int
-) -> AttentionTile | None:
-    """The tile of attention; None if a head has too many keys for one program, or rows of numbers
-    that 16 bytes don't divide: loaded one by one, they take registers that are not there.
+) -> AttentionTile | AttentionTiles | None:
+    """The tile of attention: of all keys of a head if a program can hold them, or tiles of some.
 
-    ``shared_memory`` is the most bytes that a program can have.
+    None if a head has too many keys for either, or rows of numbers that 16 bytes don't divide:
+    loaded one by one, they take registers that are not there. ``shared_memory`` is the most bytes
+    that a program can have.
     """
-    columns, rows = max(16, _power_of_2(head_dim)), max(16, _power_of_2(keys))
-    if rows * columns > _KEYS_HELD[reads_shared] or rows > _MOST_KEYS:
+    if head_dim % 8:
         return None
-    if columns > _MOST_COLUMNS or head_dim % 8:
+    columns = max(16, _power_of_2(head_dim))
+    held = _held(keys, columns, reads_shared)
+    if held is not None and held.shared_memory() <= shared_memory:
+        return held
+    if columns > _MOST_COLUMNS_TILED or keys > _MOST_KEYS_TILED:
+        return None
+    # Where tensor cores read shared memory, other warps hide the loads.
+    return AttentionTiles(columns, stages=1 if reads_shared else 2)
+
+
+def _held(keys: int, columns: int, reads_shared: bool) -> AttentionTile | None:
+    """The tile of all keys of a head; None if they are too many for one program."""
+    rows = max(16, _power_of_2(keys))
+    if rows * columns > _KEYS_HELD[reads_shared] or rows > _MOST_KEYS or columns > _MOST_COLUMNS:
         return None
     # The scores take registers too, for which heads of 16 columns count as 32.
     threads = 256 if rows * max(32, columns) >= 8192 else 128
-    tile = AttentionTile(columns, rows, queries=QUERIES, threads=threads)
-    return tile if tile.shared_memory() <= shared_memory else None
+    return AttentionTile(columns, rows, queries=QUERIES, threads=threads)
 
 
 def _tile(classes: int, per_thread: int) -> Tile:

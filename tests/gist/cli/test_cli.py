@@ -291,3 +291,19 @@ def test_a_gpu_trains_in_bf16_unless_told_otherwise(monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert train_command._precision("cuda:1") == ("bf16" if has_bf16 else "fp32")
     assert train_command._precision("cpu") == "fp32"
+
+
+def test_a_cuda_device_replays_steps_unless_told_otherwise(monkeypatch):
+    assert train_command._cuda_graph("cuda:1")
+    assert not train_command._cuda_graph("cpu")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not train_command._cuda_graph("cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], False), (["--no-cuda-graph"], False), (["--cuda-graph"], True)]
+)
+def test_cuda_graphs_are_an_option(monkeypatch, options, expected):
+    monkeypatch.setattr(train_command, "check_model", lambda config: sys.exit(repr(config.train)))
+    with pytest.raises(SystemExit, match=f"cuda_graph={expected}"):
+        cli.main(["train", "--data", "d", "--random-weights", "--device", "cpu", *options])

@@ -10,8 +10,9 @@ from models import images, wrapped
 from training import model, stripes
 
 import gist
+from gist.training import cuda_graph
 from gist.training.config import TrainConfig
-from gist.training.cuda_graph import WARM_UP, CudaGraphed
+from gist.training.cuda_graph import MOST, WARM_UP, CudaGraphed, graphed
 from gist.training.loop import fit
 
 
@@ -69,6 +70,115 @@ def test_gradients_add_up_where_they_are(recorded):
     function(batch, target)
     for name, grad in found.items():
         assert torch.equal(grad, m.get_parameter(name).grad), name
+
+
+class Stepper:
+    """Training steps with dropout, gradient accumulation and an optimizer."""
+
+    def __init__(self, graphed):
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(5, 7), torch.nn.Dropout(0.5), torch.nn.Linear(7, 3)
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.compute = self._compute
+        if graphed:
+            self.compute = CudaGraphed(
+                self._compute, lambda: [p.grad for p in self.model.parameters()]
+            )
+
+    def _compute(self, x, target, *, share):
+        loss = torch.nn.functional.cross_entropy(self.model(x), target)
+        (share * loss).backward()
+        return share * loss.detach()
+
+    def losses(self, steps):
+        x, target = torch.randn(steps, 2, 4, 5), torch.randint(3, (steps, 2, 4))
+        for step in range(steps):
+            self.optimizer.zero_grad(set_to_none=False)
+            yield sum(
+                self.compute(*part, share=0.5) for part in zip(x[step], target[step], strict=True)
+            )
+            self.optimizer.step()
+
+    def state(self):
+        moments = [v for s in self.optimizer.state.values() for v in s.values()]
+        return [*self.model.parameters(), *moments, torch.get_rng_state()]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operation not permitted when stream is capturing"), KeyError("hook")]
+)
+def test_a_failed_capture_changes_nothing(recorded, monkeypatch, error):
+    """The capture fails after it has drawn numbers and added gradients, in the second part of a
+    batch; all steps are those without graphs."""
+    attempts = []
+
+    def capture(self, places, options):
+        attempts.append(self._function(*places, **options))
+        raise error
+
+    monkeypatch.setattr(CudaGraphed, "_capture", capture)
+    eager, replayed = Stepper(False), Stepper(True)
+    torch.manual_seed(1)
+    expected = list(eager.losses(6))
+    end = eager.state()
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match=f"({type(error).__name__}: {error})") as told:
+        found = list(replayed.losses(6))
+    assert len(attempts) == len(told) == 1
+    assert replayed.compute.failed
+    assert found == expected
+    assert all(torch.equal(x, y) for x, y in zip(replayed.state(), end, strict=True))
+
+
+def test_no_more_graphs_than_some_are_captured(recorded):
+    captured, replays = recorded
+    total = CudaGraphed(lambda x: x.sum())
+    sizes = [size for size in range(1, MOST + 3) for _ in range(WARM_UP + 2)]
+    with pytest.warns(UserWarning, match=f"than the first {MOST}") as told:
+        assert [total(torch.ones(size)) for size in sizes] == sizes
+    assert len(captured) == MOST
+    assert len(told) == 1
+    assert total(torch.ones(1)) == 1  # the first ones go on
+    assert len(replays) == 2 * MOST + 1
+    assert not total.failed
+
+
+def test_the_stream_and_the_generator_of_a_failed_capture_are_left(monkeypatch):
+    """As torch.cuda.graph does not where its end raises. The device is a stand-in."""
+    done = []
+
+    class Generator:
+        def clone_state(self):
+            return "as before"
+
+        def graphsafe_set_state(self, state):
+            done.append(("generator", state))
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "default_generators", (Generator(),))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the training's")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append(("stream", stream)))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: "offset 4")
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: done.append(("draws", state))
+    )
+    grad = torch.ones(2)
+    before = cuda_graph._State(device, [grad])
+    assert not done
+    grad += 1
+    before.restore()
+    assert done == [("stream", "the training's"), ("generator", "as before"), ("draws", "offset 4")]
+    assert grad.tolist() == [1, 1]
+
+
+def test_several_processes_have_none():
+    assert isinstance(graphed(sum, tuple, 1), CudaGraphed)
+    with pytest.warns(UserWarning, match="no CUDA graph replays steps: these are 2 processes"):
+        assert graphed(sum, tuple, 2) is None
 
 
 def test_a_training_on_a_cpu_has_none():

@@ -334,6 +334,39 @@ def test_attention(tokens, threads, padded):
     assert operands < backward.shared <= tile.shared_memory()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_by_tiles(padded):
+    """As above, of more keys than a program can hold: a program per 64 queries, then one per head,
+    which has scratch memory for its queries' means."""
+    lengths = torch.tensor([258, 5]) if padded else None
+    last = {"lengths": lengths} if padded else {}
+    qkv, d_qkv = torch.zeros(2, 2, 258, 384, dtype=BF16)
+    q, k, v = qkv.chunk(3, dim=-1)
+    d_q, d_k, d_v = d_qkv.chunk(3, dim=-1)
+    d_out = torch.zeros(2, 258, 128, dtype=BF16)
+    with stub_driver.recorded() as launches:
+        assert attention.serves(q, k, 2)
+        out, lse = attention.forward(q, k, v, 2, 0.125, lengths=lengths)
+        attention.backward(d_out, q, k, v, lse, 2, 0.125, d_q, d_k, d_v, lengths=lengths)
+    forward, backward = launches
+    sizes = {"queries": 258, "keys": 258, "heads": 2}
+    packed = {
+        f"{name}_{kind}": 258 * 24 if kind == "batch" else 24
+        for name in ("q", "k", "v")
+        for kind in ("batch", "row")
+    }
+    kernels = attention.attention_tiles
+    check(forward, kernels._forward_tiles_kernel, (4 * 5,), 128, {
+        "q": q, "k": k, "v": v, "out": out, "lse": lse, **sizes, **packed, "out_batch": 258 * 8,
+        "out_row": 8, "scale": 0.125, **last,
+    })  # fmt: skip
+    check(backward, kernels._backward_tiles_kernel, (4,), 128, {
+        "d_out": d_out, "q": q, "k": k, "v": v, "lse": lse, "means": SOME_TENSOR, "d_q": d_q,
+        "d_k": d_k, "d_v": d_v, **sizes, "d_out_batch": 258 * 8, "d_out_row": 8, **packed,
+        **{f"d_{name}": value for name, value in packed.items()}, "scale": 0.125, **last,
+    })  # fmt: skip
+
+
 # ---- limits ----
 
 

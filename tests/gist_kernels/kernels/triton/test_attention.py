@@ -168,7 +168,7 @@ def test_empty_batch():
 
 @pytest.mark.parametrize(
     ("dtype", "tokens", "by_pytorch"),
-    [(torch.bfloat16, 100, False), (torch.float32, 100, True), (torch.bfloat16, 258, True)],
+    [(torch.bfloat16, 100, False), (torch.float32, 100, True), (torch.bfloat16, 321, True)],
 )
 def test_what_is_long_or_wide_is_pytorchs(dtype, tokens, by_pytorch, monkeypatch):
     calls = []
@@ -180,3 +180,24 @@ def test_what_is_long_or_wide_is_pytorchs(dtype, tokens, by_pytorch, monkeypatch
     assert bool(calls) != by_pytorch
     assert qkv.grad is not None
     assert not qkv.grad[:, 2:, :64].any()
+
+
+def test_258_tokens_are_the_kernels(monkeypatch):
+    """16 x 16 patches, class and Gist token; the last layer's two queries."""
+    calls = []
+    forward = attention.attention_tiles.forward
+    monkeypatch.setattr(
+        attention.attention_tiles, "forward", lambda *a: calls.append(a) or forward(*a)
+    )
+    qkv = torch.randn(1, 258, 3 * 16, dtype=torch.bfloat16, device=DEVICE)
+    found, exact = (x.detach().requires_grad_() for x in (qkv, qkv.double()))
+    with gk.use_backend("triton"):
+        out = gk.prefix_attention(found, 1, num_queries=2)
+    with gk.use_backend("reference"):
+        truth = gk.prefix_attention(exact, 1, num_queries=2)
+    assert len(calls) == 1
+    d_out = torch.randn_like(out)
+    out.backward(d_out)
+    truth.backward(d_out.double())
+    for x, y in ((out, truth), (found.grad, exact.grad)):
+        assert (x.double() - y).norm() < 4e-3 * y.norm()

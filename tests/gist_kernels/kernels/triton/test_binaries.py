@@ -81,9 +81,10 @@ def test_the_adapter_fits(card, features, rank, dtype):
 @pytest.mark.parametrize(
     ("keys", "head_dim", "cards"),
     [
-        (198, 64, {"sm_90", "sm_100", "gfx942"}),
+        (198, 64, {*binaries.TARGETS} - {"sm_75"}),
         (100, 64, {*binaries.TARGETS} - {"sm_75"}),
-        (258, 32, set()),
+        (258, 64, {*binaries.TARGETS} - {"sm_75"}),
+        (321, 16, set()),
     ],
 )
 def test_attention_fits_or_is_left_to_pytorch(card, keys, head_dim, cards):
@@ -103,13 +104,15 @@ def test_attention_fits_or_is_left_to_pytorch(card, keys, head_dim, cards):
         ("sm_80", 100, 64, True, True),
         ("sm_80", 100, 64, False, True),
         ("sm_80", 198, 32, True, False),
+        ("sm_120", 198, 64, True, False),
     ],
 )
 def test_attention_with_rotary_positions_fits(card, keys, head_dim, half, rotated):
     """Or gets queries and keys that PyTorch has rotated."""
     target = binaries.TARGETS[card]
     launches = binaries.attention_launches(keys, head_dim, target, half=half)
-    assert [launch.arguments["sin"] is not None for launch in launches] == [rotated, rotated]
+    rotates = [launch.arguments.get("sin") is not None for launch in launches]
+    assert rotates == [rotated, rotated]
     check(launches, target)
 
 
@@ -118,6 +121,7 @@ def test_attention_with_rotary_positions_fits(card, keys, head_dim, half, rotate
     [
         *(("sm_80", 100, None), ("sm_80", 100, False), ("sm_90", 198, None), ("sm_90", 100, True)),
         *(("sm_100", 198, None), ("sm_100", 198, True)),
+        *(("sm_80", 198, None), ("sm_90", 258, None), ("gfx942", 258, None)),
     ],
 )
 def test_attention_of_padded_rows_fits(card, keys, half):
@@ -126,7 +130,7 @@ def test_attention_of_padded_rows_fits(card, keys, half):
     assert len(launches) == 2
     for launch in launches:
         assert launch.arguments["lengths"] is not None
-        assert (launch.arguments["sin"] is None) is (half is None)
+        assert (launch.arguments.get("sin") is None) is (half is None)
     check(launches, target)
 
 

@@ -51,6 +51,12 @@ def served(device: torch.device, tokens: int, head_dim: int, dtype=torch.float16
     return attention.serves(tensor, tensor, 1)
 
 
+def holds(device: torch.device, tokens: int, head_dim: int) -> bool:
+    """Whether a program takes all keys of a head."""
+    tensor = SimpleNamespace(shape=(1, tokens, head_dim), device=device)
+    return isinstance(attention._tile(tensor, tensor, 1), heuristics.AttentionTile)
+
+
 @pytest.mark.parametrize("capability", CARDS)
 def test_tensor_cores_read_shared_memory_on_hopper_and_in_data_centres(card, capability):
     device = card(capability, CARDS[capability])
@@ -61,16 +67,31 @@ def test_tensor_cores_read_shared_memory_on_hopper_and_in_data_centres(card, cap
 @pytest.mark.parametrize("capability", CARDS)
 def test_attention_serves_what_a_card_can_hold(card, capability):
     device = card(capability, CARDS[capability])
-    for tokens in (50, 128):
+    for tokens in (50, 128, 198, 320):
         assert served(device, tokens, 64) == (capability >= (8, 0))
-    assert served(device, 198, 64) == (capability in ((9, 0), (10, 0), (10, 3)))
+    assert not served(device, 321, 64)
 
 
-def test_attention_leaves_a_card_with_less_shared_memory_to_pytorch(card):
+@pytest.mark.parametrize("capability", CARDS)
+def test_attention_goes_by_tiles_where_a_program_can_not_hold_a_head(card, capability):
+    device = card(capability, CARDS[capability])
+    large = capability in ((9, 0), (10, 0), (10, 3))
+    if capability >= (8, 0):
+        held = [tokens for tokens in (50, 128, 198, 256, 258) if holds(device, tokens, 64)]
+        assert held == ([50, 128, 198, 256] if large else [50, 128])
+
+
+def test_attention_goes_by_tiles_on_a_card_with_less_shared_memory(card):
     tile = heuristics.attention(198, 64, reads_shared=True, shared_memory=232_448)
     needed = tile.shared_memory()
-    assert served(card((9, 0), needed / 1024), 198, 64)
-    assert not served(card((9, 0), needed / 1024 - 1), 198, 64)
+    assert holds(card((9, 0), needed / 1024), 198, 64)
+    assert not holds(card((9, 0), needed / 1024 - 1), 198, 64)
+    assert served(card((9, 0), needed / 1024 - 1), 198, 64)
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(258, 72), (258, 60), (321, 8)])
+def test_heads_too_wide_or_too_long_for_tiles_are_pytorchs(card, tokens, head_dim):
+    assert not served(card((9, 0), 227), tokens, head_dim)
 
 
 def test_attention_serves_rows_of_16_bytes_up_to_128_columns(card):
