@@ -31,8 +31,10 @@ from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
+from gist.runs.advice import Advisor
 from gist.runs.provenance import describe_machine, git_revision, versions
 from gist.training.config import TrainConfig
+from gist.training.divergence import DivergedError
 from gist.training.evaluation import evaluate, processes
 from gist.training.loading import default_workers
 from gist.training.log import Log
@@ -93,6 +95,8 @@ class RunConfig:
         for name, default in added.items():
             if described[name] == default:
                 del described[name]
+        if not described["train"]["patience"]:
+            del described["train"]["patience"]
         return described
 
 
@@ -127,6 +131,8 @@ class Listener:
 
     def step(self, step: int, loss: float) -> None: ...
     def epoch(self, epoch: Epoch) -> None: ...
+    def advises(self, advice: str) -> None:
+        """The run has learned nothing so far."""
 
 
 def run(
@@ -165,6 +171,7 @@ def run(
         tensorboard, wandb: log there too.
 
     Raises:
+        DivergedError: as :func:`gist.training.loop.fit`. The best finished epoch has been written.
         FileExistsError: the directory holds another run, which stays as it is.
         ImportError: a package to log with is missing.
         KeyboardInterrupt: Ctrl-C, after the best finished epoch has been written.
@@ -213,27 +220,41 @@ def run(
     batches = -(-len(train) // config.train.batch_size)  # rounded up
     listener.starts(model, (config.train.stop_after or config.train.epochs) * batches)
 
-    fitted = fit(
-        model,
-        train,
-        val,
-        config.train,
-        loss=loss,
-        sample_weights=balanced_weights(data.train.labels)
-        if config.sampling == "balanced"
-        else None,
-        workers=workers,
-        on_step=listener.step,
-        on_epoch=listener.epoch,
-        on_resume=listener.resumes,
-        resume_file=resume_file,
-        log=log,
-    )
+    advisor = Advisor(data, config.train, listener.advises)
+
+    def on_epoch(epoch: Epoch) -> None:
+        listener.epoch(epoch)
+        advisor.epoch(epoch)
+
+    def on_resume(step: int, history: list[Epoch]) -> None:
+        listener.resumes(step, history)
+        advisor.resumes(history)
+
+    diverged = None
+    try:
+        fitted = fit(
+            model,
+            train,
+            val,
+            config.train,
+            loss=loss,
+            sample_weights=balanced_weights(data.train.labels)
+            if config.sampling == "balanced"
+            else None,
+            workers=workers,
+            on_step=listener.step,
+            on_epoch=on_epoch,
+            on_resume=on_resume,
+            resume_file=resume_file,
+            log=log,
+        )
+    except DivergedError as error:
+        fitted, diverged = error.result, error
     if fitted.best_epoch is None:
-        raise KeyboardInterrupt
+        raise diverged or KeyboardInterrupt
     results = {
         "config": described,
-        "complete": not fitted.interrupted,
+        "complete": not fitted.interrupted and diverged is None,
         "parameters": count_parameters(model)._asdict(),
         "val_accuracy": fitted.history[fitted.best_epoch - 1].val_accuracy,
         "fit": fitted.to_dict(),
@@ -245,15 +266,17 @@ def run(
         "versions": versions(),
         "git": git_revision(),
     }
-    if data.test is not None and not fitted.interrupted:
+    if advisor.advice is not None:
+        results["advice"] = advisor.advice
+    if data.test is not None and results["complete"]:
         started = time.perf_counter()
         results["test"] = asdict(evaluate(model, prepare(data.test, transforms), workers=workers))
         results["seconds"] += time.perf_counter() - started
     if main:
         save(model, directory, classes=list(data.classes))
         write_json(directory / RESULTS_FILE, results)
-    if fitted.interrupted:
-        raise KeyboardInterrupt
+    if not results["complete"]:
+        raise diverged or KeyboardInterrupt
     if main:
         resume_file.remove()
     return {**results, "reused": False}
