@@ -39,6 +39,29 @@ def register(commands: Any) -> None:
     train = add_command(
         commands, "train", _train, "fine-tune a timm ViT on an image folder of your own"
     )
+    add_options(train)
+    train.add_argument("--folds", type=int, metavar="K",
+                       help="cross-validate: K runs, each tested on another part")  # fmt: skip
+    train.add_argument("--fresh", action="store_true", help="train again what is finished")
+    train.add_argument("--log-every", type=int, default=1, metavar="STEPS",
+                       help="steps between rows of log.csv; default: %(default)s")  # fmt: skip
+    train.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
+    train.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+
+    demo = add_command(
+        commands, "demo", _demo, "linear probe, adapter and GIST on real weights and images"
+    )
+    demo.add_argument("--data", default="mnist-1k")
+    demo.add_argument("--img-size", type=int, default=42)
+    demo.add_argument("--epochs", type=int, default=8)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    add_device_options(demo)
+    demo.add_argument("--fresh", action="store_true", help="train again what is finished")
+
+
+def add_options(train: argparse.ArgumentParser) -> None:
+    """Add the options that decide a run's outcome, and where and how it runs."""
     group = train.add_argument_group("data and backbone")
     group.add_argument(
         "--data",
@@ -75,8 +98,6 @@ def register(commands: Any) -> None:
         "strong: smaller crops, RandAugment, random erasing; vtab: squeeze to a square. "
         "Default: %(default)s",
     )
-    group.add_argument("--folds", type=int, metavar="K",
-                       help="cross-validate: K runs, each tested on another part")  # fmt: skip
     group.add_argument("--sampling", choices=BALANCES, default=BALANCES[0],
                        help="balanced: draw each class equally often")  # fmt: skip
     group.add_argument("--class-weights", choices=BALANCES, default=BALANCES[0],
@@ -111,31 +132,12 @@ def register(commands: Any) -> None:
             metavar=kind.__name__.upper(),
             help=what if field.default is None else f"{what} Default: %(default)s",
         )
-    _add_run_options(train)
+    add_device_options(train)
     train.add_argument("--workers", type=int,
                        help="loader processes; default: one per CPU, at most 8")  # fmt: skip
     train.add_argument("--out", type=Path, help="results folder; default: one under runs/")
     train.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                        help="steps between saves to resume from, beside epochs' ends")  # fmt: skip
-    train.add_argument("--log-every", type=int, default=1, metavar="STEPS",
-                       help="steps between rows of log.csv; default: %(default)s")  # fmt: skip
-    train.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
-    train.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-
-    demo = add_command(
-        commands, "demo", _demo, "linear probe, adapter and GIST on real weights and images"
-    )
-    demo.add_argument("--data", default="mnist-1k")
-    demo.add_argument("--img-size", type=int, default=42)
-    demo.add_argument("--epochs", type=int, default=8)
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
-    _add_run_options(demo)
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    add_device_options(parser)
-    parser.add_argument("--fresh", action="store_true", help="train again what is finished")
 
 
 def _documented(config: type) -> dict[str, str]:
@@ -155,9 +157,10 @@ def _precision(device: str) -> str:
     return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def config_of(arguments: argparse.Namespace) -> RunConfig:
+    """The run that the options of :func:`add_options` describe. Sets their ``precision``."""
     arguments.precision = arguments.precision or _precision(arguments.device)
-    config = RunConfig(
+    return RunConfig(
         data=arguments.data,
         model=arguments.model,
         gist=gist_config_of(arguments),
@@ -171,6 +174,10 @@ def _train(arguments: argparse.Namespace) -> None:
         class_weights=arguments.class_weights,
         loss=loss_of(arguments.loss),
     )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = config_of(arguments)
     check_model(config)
     data = load_data(arguments.data, check=arguments.check)
     warn_passed_over(data.passed_over)
