@@ -161,10 +161,10 @@ def show(results: dict[str, Any], directory: Path, title: str) -> None:
         fit = result["fit"]
         if fit.get("stopped_early"):  # an earlier version's runs have no such key
             schedule, ended = result["config"]["train"], len(fit["history"])
+            of = schedule["stop_after"] or schedule["epochs"]
             console.print(
-                f"{name}: stopped at epoch {ended} of "
-                f"{schedule['stop_after'] or schedule['epochs']}; validation accuracy was not above "
-                f"that of epoch {ended - schedule['patience']} since",
+                f"{name}: stopped at epoch {ended} of {of}; validation accuracy was not above that "
+                f"of epoch {ended - schedule['patience']} since",
                 highlight=False,
                 soft_wrap=True,
             )
