@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -146,6 +147,7 @@ def tune(
                     return tuned
             trial.ends(course.seconds(), state)
             (folder / RESUME_FILE).unlink(missing_ok=True)
+            gc.collect()  # a wrapped model is part of circles, and the next trial needs its memory
             if on_trial is not None:
                 on_trial(trial.described())
 

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,22 @@ def test_a_trial_that_diverges_is_one_of_the_trials(tmp_path):
     assert [trial.state for trial in tuned.trials][:2] == ["complete", "diverged"]
     assert (tuned.trials[1].epochs, tuned.trials[1].val_accuracy) == (0, None)
     assert tuned.best.number != 1
+
+
+def test_a_trials_model_is_gone_when_the_next_one_starts(tmp_path):
+    class Circle:
+        def __init__(self):
+            self.itself = self
+
+    models = []
+
+    def script(config, number):
+        assert [model() for model in models] == [None] * number
+        models.append(weakref.ref(Circle()))
+        return of_the_rate(config, number)
+
+    searched(tmp_path, Scripted(script), trials=3)
+    assert len(models) == 3
 
 
 def test_the_seed_decides_the_trials(tmp_path):
