@@ -73,8 +73,8 @@ def unmoved(history: Sequence[Epoch], data: ImageData, config: TrainConfig) -> s
         found = f"the training loss was {first:.4g} in epoch 1 and {last:.4g} in epoch {judged}"
     return (
         f"{found}: nothing was learned. Try a learning rate 10 times as high "
-        f"({10 * config.lr:.3g}) and one a tenth as high ({config.lr / 10:.3g}); check labels and "
-        "weights."
+        f"({10 * config.lr:.3g}) and one a tenth as high ({config.lr / 10:.3g}), or let gist tune "
+        "search for one; check labels and weights."
     )
 
 
