@@ -17,7 +17,7 @@ PACKAGES = ("gist", "gist_kernels", "bench")
 GIST_LAYERS = (
     ("gist.cli",),
     ("gist",),  # the public names
-    ("gist.suites",),
+    ("gist.suites", "gist.tuning"),
     ("gist.report",),
     ("gist.runs",),
     ("gist.train", "gist.evaluation"),  # their earlier places

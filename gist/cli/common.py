@@ -177,6 +177,11 @@ class RunProgress(Listener):
     def step(self, step: int, loss: float) -> None:
         self._progress.update(self._task, completed=step, loss=loss)
 
+    def advises(self, advice: str) -> None:
+        if not console.quiet:
+            text = f"warning: {self._name}: {advice}"
+            to_stderr.print(text, style="yellow", highlight=False, soft_wrap=True)
+
     def epoch(self, epoch: Epoch) -> None:
         if epoch.val_accuracy is not None:
             self._progress.update(self._task, val=f"{epoch.val_accuracy:.1%}")

@@ -172,6 +172,16 @@ def show(results: dict[str, Any], directory: Path, title: str) -> None:
     except ImportError as error:
         console.print(str(error), style="yellow")
     for name, result in results.items():
+        fit = result["fit"]
+        if fit.get("stopped_early"):  # an earlier version's runs have no such key
+            schedule, ended = result["config"]["train"], len(fit["history"])
+            of = schedule["stop_after"] or schedule["epochs"]
+            console.print(
+                f"{name}: stopped at epoch {ended} of {of}; validation accuracy was not above that "
+                f"of epoch {ended - schedule['patience']} since",
+                highlight=False,
+                soft_wrap=True,
+            )
         if result["reused"]:
             console.print(f"{name}: finished earlier, --fresh trains it again", style="dim")
     console.print(f"Results, weights and curves: {directory}", highlight=False, soft_wrap=True)

@@ -39,7 +39,7 @@ from gist.files import write_json
 from gist.methods import METHODS
 from gist.model.config import GistConfig
 from gist.runs.inputs import BALANCES
-from gist.runs.run import RunConfig, check_model, run
+from gist.runs.run import AnyConfig, RunConfig, check_model, run
 from gist.runs.text import TextRunConfig
 from gist.training.config import PRECISIONS, TrainConfig
 
@@ -53,6 +53,35 @@ def register(commands: Any) -> None:
         commands, "train", _train, "fine-tune a timm ViT on your images, or a language model on "
         "your texts",
     )  # fmt: skip
+    add_options(train)
+    train.add_argument("--folds", type=int, metavar="K",
+                       help="cross-validate: K runs, each tested on another part")  # fmt: skip
+    _add_run_options(train)
+    train.add_argument("--log-every", type=int, default=1, metavar="STEPS",
+                       help="steps between rows of log.csv; default: %(default)s")  # fmt: skip
+    train.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
+    train.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+
+    demo = add_command(
+        commands, "demo", _demo, "linear probe, adapter and GIST on real weights and images"
+    )
+    demo.add_argument("--data", default="mnist-1k")
+    demo.add_argument("--img-size", type=int, default=42)
+    demo.add_argument("--epochs", type=int, default=8)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    add_device_options(demo)
+    _add_run_options(demo)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fresh", action="store_true", help="train again what is finished")
+    parser.add_argument("--no-report", dest="report", action="store_false",
+                        help="write no report.html at the end")  # fmt: skip
+
+
+def add_options(train: argparse.ArgumentParser) -> None:
+    """Add the options that decide a run's outcome, and where and how it runs."""
     group = train.add_argument_group("data and backbone")
     data = group.add_mutually_exclusive_group(required=True)
     data.add_argument(
@@ -96,8 +125,6 @@ def register(commands: Any) -> None:
         "strong: smaller crops, RandAugment, random erasing; vtab: squeeze to a square. "
         "Default: light",
     )
-    group.add_argument("--folds", type=int, metavar="K",
-                       help="cross-validate: K runs, each tested on another part")  # fmt: skip
     group.add_argument("--sampling", choices=BALANCES, default=BALANCES[0],
                        help="balanced: draw each class equally often")  # fmt: skip
     group.add_argument("--class-weights", choices=BALANCES, default=BALANCES[0],
@@ -140,33 +167,12 @@ def register(commands: Any) -> None:
             metavar=kind.__name__.upper(),
             help=what if field.default is None else f"{what} Default: %(default)s",
         )
-    _add_run_options(train)
+    add_device_options(train)
     train.add_argument("--workers", type=int,
                        help="loader processes; default: one per CPU, at most 8")  # fmt: skip
     train.add_argument("--out", type=Path, help="results folder; default: one under runs/")
     train.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                        help="steps between saves to resume from, beside epochs' ends")  # fmt: skip
-    train.add_argument("--log-every", type=int, default=1, metavar="STEPS",
-                       help="steps between rows of log.csv; default: %(default)s")  # fmt: skip
-    train.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
-    train.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-
-    demo = add_command(
-        commands, "demo", _demo, "linear probe, adapter and GIST on real weights and images"
-    )
-    demo.add_argument("--data", default="mnist-1k")
-    demo.add_argument("--img-size", type=int, default=42)
-    demo.add_argument("--epochs", type=int, default=8)
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
-    _add_run_options(demo)
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    add_device_options(parser)
-    parser.add_argument("--fresh", action="store_true", help="train again what is finished")
-    parser.add_argument("--no-report", dest="report", action="store_false",
-                        help="write no report.html at the end")  # fmt: skip
 
 
 def _documented(config: type) -> dict[str, str]:
@@ -195,6 +201,23 @@ def _cuda_graph(arguments: argparse.Namespace) -> bool:
     return on_cuda and arguments.text is None
 
 
+def config_of(arguments: argparse.Namespace) -> AnyConfig:
+    """The run that the options of :func:`add_options` describe. Sets their ``precision``."""
+    arguments.precision = arguments.precision or _precision(arguments.device)
+    refuse_options(arguments)
+    given = argparse.Namespace(**vars(arguments))
+    if given.cuda_graph is None:
+        given.cuda_graph = _cuda_graph(given)
+    return _image_config(given) if given.text is None else text_config_of(given)
+
+
+def read_data(config: AnyConfig, *, check: bool) -> LabelledData:
+    """The data of a config, whose model is checked first."""
+    if isinstance(config, TextRunConfig):
+        return read_text_data(config)
+    return _read_images(config, check=check)
+
+
 def _image_config(arguments: argparse.Namespace) -> RunConfig:
     # Asked for, because a PEFT method on random weights is seldom meant.
     if not (arguments.pretrained or arguments.weights or arguments.random_weights):
@@ -216,7 +239,6 @@ def _image_config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _read_images(config: RunConfig, *, check: bool) -> ImageData:
-    """The images of a config, whose model is checked first."""
     check_model(config)
     data = load_data(config.data, check=check)
     warn_passed_over(data.passed_over)
@@ -226,18 +248,8 @@ def _read_images(config: RunConfig, *, check: bool) -> ImageData:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    arguments.precision = arguments.precision or _precision(arguments.device)
-    refuse_options(arguments)
-    if arguments.cuda_graph is None:
-        arguments.cuda_graph = _cuda_graph(arguments)
-    config: RunConfig | TextRunConfig
-    data: LabelledData
-    if arguments.text is None:
-        config = _image_config(arguments)
-        data = _read_images(config, check=not arguments.no_check)
-    else:
-        config = text_config_of(arguments)
-        data = read_text_data(config)
+    config = config_of(arguments)
+    data = read_data(config, check=not arguments.no_check)
     model = model_label(config.model)
     name = "gist" if config.gist.gist else "plain"
     directory = arguments.out or Path(

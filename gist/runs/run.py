@@ -41,6 +41,7 @@ from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
+from gist.runs.advice import Advisor
 from gist.runs.inputs import (
     Prepared,
     balanced_class_weights,
@@ -51,6 +52,7 @@ from gist.runs.predictions import Predictions, measure
 from gist.runs.provenance import describe_machine, git_revision, versions
 from gist.runs.text import KIND, TextRunConfig, text_config
 from gist.training.config import TrainConfig
+from gist.training.divergence import DivergedError
 from gist.training.evaluation import Evaluation, processes
 from gist.training.loading import default_workers
 from gist.training.log import Log
@@ -107,6 +109,8 @@ class RunConfig:
         for name, default in added.items():
             if described[name] == default:
                 del described[name]
+        if not described["train"]["patience"]:
+            del described["train"]["patience"]
         return described
 
     def skeleton(self) -> nn.Module:
@@ -152,7 +156,11 @@ class RunConfig:
         )
 
 
-def check_model(config: RunConfig | TextRunConfig) -> None:
+AnyConfig = RunConfig | TextRunConfig
+"""The configs that :func:`run` takes."""
+
+
+def check_model(config: AnyConfig) -> None:
     """Check model, image size, method, drop path and the weights' path, before data are read.
 
     Nothing is fetched, and no parameter is allocated.
@@ -179,12 +187,15 @@ class Listener:
 
     def step(self, step: int, loss: float) -> None: ...
     def epoch(self, epoch: Epoch) -> None: ...
+    def advises(self, advice: str) -> None:
+        """The run has learned nothing so far."""
+
     def finishes(self, model: GistModel, data: LabelledData, directory: Path) -> None:
         """The run is complete, and ``directory`` written; in the first process only."""
 
 
 def run(
-    config: RunConfig | TextRunConfig,
+    config: AnyConfig,
     data: LabelledData,
     directory: Path,
     *,
@@ -220,6 +231,7 @@ def run(
         tensorboard, wandb: log there too.
 
     Raises:
+        DivergedError: as :func:`gist.training.loop.fit`. The best finished epoch has been written.
         FileExistsError: the directory holds another run, which stays as it is.
         TypeError: ``data`` is of the other kind than ``config``.
         ImportError: a package to log with is missing.
@@ -260,27 +272,41 @@ def run(
     batches = -(-len(data.train) // config.train.batch_size)  # rounded up
     listener.starts(model, (config.train.stop_after or config.train.epochs) * batches)
 
-    fitted = fit(
-        model,
-        prepared.train,
-        prepared.val,
-        config.train,
-        loss=loss,
-        sample_weights=balanced_weights(data.train.labels)
-        if config.sampling == "balanced"
-        else None,
-        workers=workers,
-        on_step=listener.step,
-        on_epoch=listener.epoch,
-        on_resume=listener.resumes,
-        resume_file=resume_file,
-        log=log,
-    )
+    advisor = Advisor(data, config.train, listener.advises)
+
+    def on_epoch(epoch: Epoch) -> None:
+        listener.epoch(epoch)
+        advisor.epoch(epoch)
+
+    def on_resume(step: int, history: list[Epoch]) -> None:
+        listener.resumes(step, history)
+        advisor.resumes(history)
+
+    diverged = None
+    try:
+        fitted = fit(
+            model,
+            prepared.train,
+            prepared.val,
+            config.train,
+            loss=loss,
+            sample_weights=balanced_weights(data.train.labels)
+            if config.sampling == "balanced"
+            else None,
+            workers=workers,
+            on_step=listener.step,
+            on_epoch=on_epoch,
+            on_resume=on_resume,
+            resume_file=resume_file,
+            log=log,
+        )
+    except DivergedError as error:
+        fitted, diverged = error.result, error
     if fitted.best_epoch is None:
-        raise KeyboardInterrupt
+        raise diverged or KeyboardInterrupt
     results = {
         "config": described,
-        "complete": not fitted.interrupted,
+        "complete": not fitted.interrupted and diverged is None,
         "parameters": count_parameters(model)._asdict(),
         "val_accuracy": fitted.history[fitted.best_epoch - 1].val_accuracy,
         "fit": fitted.to_dict(),
@@ -290,8 +316,10 @@ def run(
         "versions": versions(),
         "git": git_revision(),
     }
+    if advisor.advice is not None:
+        results["advice"] = advisor.advice
     predictions = None
-    if not fitted.interrupted and (data.test is not None or data.val is not None):
+    if results["complete"] and (data.test is not None or data.val is not None):
         started = time.perf_counter()
         measured_on = prepared.val if prepared.test is None else prepared.test()
         measured, predictions = measure_run(model, data, measured_on, config.data, workers)
@@ -301,8 +329,8 @@ def run(
     if main:
         save(model, directory, classes=list(data.classes))
         write_json(directory / RESULTS_FILE, results)
-    if fitted.interrupted:
-        raise KeyboardInterrupt
+    if not results["complete"]:
+        raise diverged or KeyboardInterrupt
     if main:
         resume_file.remove()
         if predictions is not None:

@@ -32,6 +32,8 @@ class TrainConfig:
     Args:
         epochs: passes over the training images; the schedule's length.
         stop_after: the epoch of that schedule to end after; 0 for its last.
+        patience: epochs in a row without a better validation accuracy that end the training; 0 for
+            any number. The schedule stays that of ``epochs``.
         batch_size: images a step, over all processes and parts; the last, smaller batch of an
             epoch is used too.
         lr: peak learning rate.
@@ -62,6 +64,7 @@ class TrainConfig:
 
     epochs: int = 20
     stop_after: int = 0
+    patience: int = 0
     batch_size: int = 32
     lr: float = 1e-3
     head_lr: float | None = None
@@ -84,6 +87,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
             check_at_least(name, getattr(self, name), 1)
+        check_at_least("patience", self.patience, 0)
         for name in (
             "lr", "weight_decay", "warmup_epochs", "clip_grad_norm", "mixup", "cutmix",
             "kl_warmup_epochs",

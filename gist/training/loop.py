@@ -6,7 +6,6 @@ Each process then computes its part of every batch, and one all-reduce per step 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from gist.model.wrapped import GistModel
 from gist.training.batches import BatchSampler
 from gist.training.config import PRECISIONS, TrainConfig
 from gist.training.cuda_graph import graphed
+from gist.training.divergence import DivergedError, LossWatch
 from gist.training.ema import Ema
 from gist.training.evaluation import evaluate, processes
 from gist.training.inputs import Inputs, call, to_device
@@ -89,21 +89,25 @@ def fit(
         epoch kept.
 
     Raises:
-        FloatingPointError: the loss is not finite; it names the step.
+        DivergedError: a FloatingPointError: the loss is not finite, or stays far above its start.
+            It names the step and what to try. The best finished epoch and the resume file are kept.
         OSError: the resume file or the log could not be written; it names the file.
         ValueError: the resume file was written by another number of processes, the optimizer needs
-            a library or a device that is not here, or ``config.head_lr`` is for a classifier that
-            the model does not train.
+            a library or a device that is not here, ``config.head_lr`` is for a classifier that the
+            model does not train, or ``config.patience`` has no ``val``.
     """
     if next(model.parameters()).device.type == "cpu":
         memory.keep_freed()
     training = _Training(model, train, val, config, loss, sample_weights, workers, resume_file, log)
     training.on_step, training.on_epoch = on_step, on_epoch
+    diverged = None
     try:
         training.resume(on_resume)
         training.run()
     except KeyboardInterrupt:
         training.result.interrupted = True
+    except DivergedError as error:
+        diverged = error
     finally:
         del training.loader  # ends its workers
         if log is not None:
@@ -111,6 +115,9 @@ def fit(
     training.result.seconds = training.seconds()
     if training.best is not None:
         model.load_state_dict(training.best, strict=False)
+    if diverged is not None:
+        diverged.result = training.result
+        raise diverged
     return training.result
 
 
@@ -203,6 +210,8 @@ class _Training:
         )
         self.ema = Ema(model, config.ema) if config.ema else None
         mixes = config.mixup > 0 or config.cutmix > 0
+        if config.patience and val is None:
+            raise ValueError("patience needs validation images, and there are none")
         if config.precision == "tf32" and self.device.type != "cuda":
             raise ValueError(
                 f"precision tf32 needs a model on a CUDA device; it is on {self.device}"
@@ -215,6 +224,7 @@ class _Training:
         self.compute = self.graphed or self._compute
         self.mixup = Mixup(config.mixup, config.cutmix, model.num_classes) if mixes else None
         self.result, self.at = FitResult(), _Position()
+        self.watch = LossWatch(config, max(2, model.num_classes))
         self.best: dict[str, torch.Tensor] | None = None
         # Steps whose loss has not been read yet: step, images, learning rate, loss and terms.
         self.unread: list[tuple[int, int, float, torch.Tensor]] = []
@@ -222,7 +232,11 @@ class _Training:
     def run(self) -> None:
         if self.log is not None and self.processes.is_main_process:
             self.log.start(self.at.step)
-        while self.at.epoch <= (self.config.stop_after or self.config.epochs):
+        last, patience = self.config.stop_after or self.config.epochs, self.config.patience
+        while self.at.epoch <= last:
+            if patience and self.result.stale_epochs() >= patience:
+                self.result.stopped_early = True
+                break
             with _matmuls(self.config.precision), gk.cached_casts():
                 self._train_epoch()
             self._finish_epoch()
@@ -325,11 +339,7 @@ class _Training:
         unread, self.unread = self.unread, []
         values = torch.stack([numbers for *_, numbers in unread]).tolist()
         for (step, size, lr, _), row in zip(unread, values, strict=True):
-            if not math.isfinite(row[0]):
-                raise FloatingPointError(
-                    f"the loss is {row[0]} at step {step} (epoch {self.at.epoch}); "
-                    "lower the learning rate"
-                )
+            self.watch.check(row[0], step, self.at.epoch, lr)
             self.at.loss += row[0] * size
             self.at.images += size
             if self.log is not None and self.processes.is_main_process:
@@ -382,6 +392,7 @@ class _Training:
                 "images_per_second": self.result.images_per_second,
                 "best_epoch": self.result.best_epoch,
                 "best": self.best,
+                "watch": self.watch.state(),
                 "trainables": self.model.trainable_state_dict(),
                 "ema": self.ema.average if self.ema is not None else None,
                 "optimizer": self.optimizer.state_dict(),
@@ -407,6 +418,8 @@ class _Training:
         self.result.best_epoch = state["best_epoch"]
         self.result.images_per_second = state["images_per_second"]
         self.best = state["best"]
+        if "watch" in state:  # an earlier version's state has none
+            self.watch.restore(state["watch"])
         self.model.load_state_dict(state["trainables"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:

@@ -31,8 +31,15 @@ class FitResult:
     images_per_second: float = math.nan
     """Training throughput: images over the seconds spent in training steps."""
     interrupted: bool = False
+    stopped_early: bool = False
+    """Whether ``patience`` ended it before its last epoch."""
     seconds: float = 0.0
     """Time of all starts, with evaluation. A killed start counts up to its last save."""
+
+    def stale_epochs(self) -> int:
+        """Number of epochs since the first one of the best validation accuracy."""
+        accuracies = [epoch.val_accuracy or 0.0 for epoch in self.history]
+        return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -69,12 +69,14 @@ class ResumeFile:
         self.path.unlink(missing_ok=True)
 
 
-def check_same(ours: Mapping[str, Any], found: Mapping[str, Any], where: Path) -> None:
+def check_same(
+    ours: Mapping[str, Any], found: Mapping[str, Any], where: Path, what: str = "run"
+) -> None:
     """Raise FileExistsError where ``found`` at ``where`` describes another run than ``ours``."""
     differing = sorted(k for k in ours.keys() | found.keys() if ours.get(k) != found.get(k))
     if differing:
         raise FileExistsError(
-            f"{where} holds another run (it differs in {', '.join(differing)}); "
+            f"{where} holds another {what} (it differs in {', '.join(differing)}); "
             "choose another folder, or delete it"
         )
 

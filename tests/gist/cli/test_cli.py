@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import subprocess
@@ -294,10 +295,14 @@ def test_a_gpu_trains_in_bf16_unless_told_otherwise(monkeypatch, has_bf16):
 
 
 def test_a_cuda_device_replays_steps_unless_told_otherwise(monkeypatch):
-    assert train_command._cuda_graph("cuda:1")
-    assert not train_command._cuda_graph("cpu")
+    def chosen(device, text=None):
+        return train_command._cuda_graph(argparse.Namespace(device=device, text=text))
+
+    assert chosen("cuda:1")
+    assert not chosen("cpu")
+    assert not chosen("cuda", "news.csv")  # its batches have many lengths
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not train_command._cuda_graph("cuda")
+    assert not chosen("cuda")
 
 
 @pytest.mark.parametrize(
