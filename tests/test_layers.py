@@ -18,6 +18,7 @@ GIST_LAYERS = (
     ("gist.cli",),
     ("gist",),  # the public names
     ("gist.suites",),
+    ("gist.export",),
     ("gist.runs",),
     ("gist.train", "gist.evaluation"),  # their earlier places
     ("gist.training",),

@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 
 import gist_kernels
-from gist.cli import results, suites, train
+from gist.cli import export, results, suites, train
 from gist.cli.common import console, to_stderr
 from gist.training.evaluation import processes
 
@@ -113,6 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, suites, results):
+    for module in (train, suites, results, export):
         module.register(commands)
     return parser

@@ -1,9 +1,9 @@
 """A run: data, backbone, training and test, with the results in a folder.
 
 The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`),
-``results.json`` with everything needed to repeat the run, and ``log.csv`` with every step. During
-the run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run
-is not done again.
+``results.json`` with everything needed to repeat the run, ``log.csv`` with every step, and
+``README.md``, a model card (see :mod:`gist.runs.card`). During the run, ``resume.pt`` holds the
+training's state, from which a killed run resumes. A finished run is not done again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from timm.data import resolve_model_data_config
 from gist.backbones import create_backbone
 from gist.backbones.create import find_weights, input_size, skeleton
 from gist.data import PRESETS, ImageData, Transforms, prepare, prepare_training
-from gist.files import write_json
+from gist.files import to_json, write_together
 from gist.model.config import GistConfig
 from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
+from gist.runs.card import card_file
 from gist.runs.provenance import describe_machine, git_revision, versions
 from gist.training.config import TrainConfig
 from gist.training.evaluation import evaluate, processes
@@ -241,6 +242,7 @@ def run(
         "normalisation": {key: normalisation[key] for key in ("mean", "std")},
         "img_size": img_size,
         "transforms": transforms.to_dict(),
+        "splits": split_sizes(data),
         "machine": {**describe_machine(where), "processes": process.num_processes},
         "versions": versions(),
         "git": git_revision(),
@@ -251,12 +253,19 @@ def run(
         results["seconds"] += time.perf_counter() - started
     if main:
         save(model, directory, classes=list(data.classes))
-        write_json(directory / RESULTS_FILE, results)
+        card = card_file(directory, results, data.classes)
+        write_together({directory / RESULTS_FILE: to_json(results), **card})
     if fitted.interrupted:
         raise KeyboardInterrupt
     if main:
         resume_file.remove()
     return {**results, "reused": False}
+
+
+def split_sizes(data: ImageData) -> dict[str, int]:
+    """Images of each split that is there."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return {name: len(split) for name, split in splits.items() if split is not None}
 
 
 def balanced_weights(labels: Sequence[int]) -> list[float]:
