@@ -336,17 +336,8 @@ def test_a_merged_model_that_no_config_of_timm_makes_is_refused():
         formats.FORMATS["timm"].prepare(formats.Exported(model, name, transforms, CLASSES))
 
 
-def test_transformers_models_are_exported_but_not_for_timm(folder, tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    transformers.ViTImageProcessor().save_pretrained(tmp_path / "vit")
-    options = ["--model", f"hf:{tmp_path / 'vit'}", "--method", "none", "--epochs", "1"]
-    run = trained(folder, tmp_path / "out", *options)
-    assert export(run, "--format", "exported") == 0
-    assert "same class for 9 of 9" in said(capsys)
-    assert export(run, "--format", "timm") == 2
-    assert "gist merge writes a folder of transformers" in said(capsys)
+def test_a_transformers_model_is_no_checkpoint_of_timm():
+    transforms = Transforms.of("vtab", {"mean": [0.5] * 3, "std": [0.5] * 3}, 32)
+    exported = formats.Exported(Linear(), "hf:my-vit", transforms, CLASSES)  # type: ignore
+    with pytest.raises(ValueError, match="gist merge writes a folder of transformers"):
+        formats.FORMATS["timm"].prepare(exported)
