@@ -73,6 +73,19 @@ def test_a_run_gets_a_card_with_its_figures(run, results):
     assert str(run.parent) not in text.partition("## How to use")[0]  # a private path
 
 
+@pytest.mark.parametrize(
+    "name", [NAME, "it's: a\\b", "- x", "yes", "caf\udce9", "\u732b \U0001f431"]
+)
+def test_any_name_stands_in_the_front_matter(name, results, tmp_path):
+    results["config"]["data"] = f"/private/{name}"
+    text = model_card(tmp_path / name, results, ["a", "b"])
+    text.encode()
+    (entry,) = front_matter(text)["model-index"]
+    shown = name.encode(errors="backslashreplace").decode()
+    assert entry["name"] == entry["results"][0]["dataset"]["name"] == shown
+    assert "private" not in text
+
+
 def test_hugging_faces_hub_reads_the_card(run):
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard((run / "README.md").read_text())
