@@ -3,6 +3,7 @@
 # make test-all   every test that needs no GPU
 # make test-avx2  the numerical tests as on a processor without AVX-512
 # make test-portable  the same by the kernels that every processor can run
+# make test-tutorial  the tutorial's commands, from the page; takes minutes, and needs its images
 # make test-ptx   the tests of the Triton kernels on the PTX that Triton compiles, executed without a GPU
 # make test-binaries  the Triton kernels compiled for every card: registers, shared memory, spills
 # make test-launches  their launches, on a stub of the CUDA driver
@@ -30,8 +31,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
   ATEN_CPU_CAPABILITY=avx2
 
-.PHONY: demo test test-all test-avx2 test-portable test-ptx test-binaries test-launches lint
-.PHONY: bench bench-all bench-quick tables release-check lock
+.PHONY: demo test test-all test-avx2 test-portable test-tutorial test-ptx test-binaries
+.PHONY: test-launches lint bench bench-all bench-quick tables release-check lock
 .PHONY: gpu gpu-cache sanitize aarch64 clean
 .PHONY: docs  # a folder has this name too
 
@@ -54,6 +55,9 @@ test-avx2: $(VENV)/.installed-dev
 
 test-portable: $(VENV)/.installed-dev
 	GIST_KERNELS_INSTRUCTIONS=portable $(NUMERICAL)
+
+test-tutorial: $(VENV)/.installed-dev
+	GIST_TEST_TUTORIAL=1 $(BIN)/python -m pytest tests/test_tutorial.py $(ARGS)
 
 # GIST_TEST_PTX=90 for that architecture, GIST_TEST_PTX_SEED=1 for programs and warps in another order.
 test-ptx: export GIST_TEST_PTX ?= 80

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,31 @@ def write_json(path: Path, value: Any) -> None:
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name ``folder`` where the block ends without an error.
+
+    After an error nothing is left of it. A killed process leaves ``.NAME.new`` beside ``folder``,
+    which the next call replaces.
+
+    Raises:
+        FileExistsError: there is such a file or folder already; before anything is written.
+        OSError: the folder could not be made; the text names it.
+    """
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} exists already; choose another --out, or delete it")
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with naming(folder):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with naming(folder):
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

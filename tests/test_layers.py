@@ -18,7 +18,7 @@ GIST_LAYERS = (
     ("gist.cli",),
     ("gist",),  # the public names
     ("gist.suites", "gist.tuning"),
-    ("gist.report",),
+    ("gist.report", "gist.export"),
     ("gist.runs",),
     ("gist.train", "gist.evaluation"),  # their earlier places
     ("gist.training",),

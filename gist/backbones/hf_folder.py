@@ -16,6 +16,7 @@ from torch import nn
 
 from gist.backbones.checkpoint import choose_prefix, flatten, read_checkpoint, stripped
 from gist.backbones.transformers_vit import TRANSFORMERS_MODELS, TransformersViT
+from gist.files import new_folder
 
 PREFIX = "hf:"
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -77,17 +78,10 @@ def save(model: Any, folder: Path, *, like: Path) -> None:
     Raises:
         FileExistsError: there is such a folder already.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; choose another --out, or delete it")
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with new_folder(folder) as temporary:
         with quiet():
             model.save_pretrained(temporary)
         shutil.copy(like / PROCESSOR_FILE, temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def patch_size(folder: Path) -> int:

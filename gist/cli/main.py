@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 
 import gist_kernels
-from gist.cli import compare, report, results, suites, train, tune
+from gist.cli import compare, export, report, results, suites, train, tune
 from gist.cli.common import console, to_stderr
 from gist.training.evaluation import processes
 
@@ -113,6 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, tune, suites, results, report, compare):
+    for module in (train, tune, suites, results, report, compare, export):
         module.register(commands)
     return parser

@@ -2,9 +2,9 @@
 
 The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`),
 ``results.json`` with everything needed to repeat the run, ``log.csv`` with every step, and
-``predictions.csv`` with every item that was tested (see :mod:`gist.runs.predictions`). During the
-run, ``resume.pt`` holds the training's state, from which a killed run resumes. A finished run
-is not done again.
+``predictions.csv`` with every item that was tested (see :mod:`gist.runs.predictions`), and
+``README.md``, a model card (see :mod:`gist.runs.card`). During the run, ``resume.pt`` holds the
+training's state, from which a killed run resumes. A finished run is not done again.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from gist.data import (
     prepare_training,
 )
 from gist.data.base import Labelled
-from gist.files import write_json
+from gist.files import to_json, write_together
 from gist.model.config import GistConfig
 from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
 from gist.runs.advice import Advisor
+from gist.runs.card import card_file
 from gist.runs.inputs import (
     Prepared,
     balanced_class_weights,
@@ -312,6 +313,7 @@ def run(
         "fit": fitted.to_dict(),
         "seconds": fitted.seconds,
         **prepared.recorded,
+        "splits": split_sizes(data),
         "machine": {**describe_machine(where), "processes": process.num_processes},
         "versions": versions(),
         "git": git_revision(),
@@ -328,7 +330,8 @@ def run(
         results["seconds"] += time.perf_counter() - started
     if main:
         save(model, directory, classes=list(data.classes))
-        write_json(directory / RESULTS_FILE, results)
+        card = card_file(directory, results, data.classes)
+        write_together({directory / RESULTS_FILE: to_json(results), **card})
     if not results["complete"]:
         raise diverged or KeyboardInterrupt
     if main:
@@ -337,6 +340,12 @@ def run(
             predictions.write(directory)
         listener.finishes(model, data, directory)
     return {**results, "reused": False}
+
+
+def split_sizes(data: LabelledData) -> dict[str, int]:
+    """Items of each split that is there."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return {name: len(split) for name, split in splits.items() if split is not None}
 
 
 def measure_run(

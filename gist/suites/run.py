@@ -27,7 +27,7 @@ from gist.validate import check_choice
 
 RECORD_FILE = "vtab.json"
 # The keys of a run's results that are its course, not its circumstances.
-COURSE = {"config", "complete", "reused", "fit", "val_accuracy", "test", "seconds"}
+COURSE = {"config", "complete", "reused", "fit", "splits", "val_accuracy", "test", "seconds"}
 T = TypeVar("T")
 Record = dict[str, Any]
 Runs = Sequence[RunConfig | TextRunConfig]

@@ -57,8 +57,8 @@ def test_trains_on_a_folder_and_writes_everything(folder, tmp_path, more):
     out = tmp_path / "out"
     assert train(folder, out, *more) == 0
     assert {p.name for p in out.iterdir()} == {
-        "adapter.safetensors", "config.json", "curves.png", "log.csv", "predictions.csv",
-        "report.html", "results.json",
+        "README.md", "adapter.safetensors", "config.json", "curves.png", "log.csv",
+        "predictions.csv", "report.html", "results.json",
     }  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert results["complete"]

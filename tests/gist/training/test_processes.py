@@ -159,8 +159,8 @@ def test_the_command_line_in_two_processes(tmp_path):
     assert "Results, weights and curves" in (said / "0").read_text()
     assert (said / "1").read_text() == ""
     assert {path.name for path in out.iterdir()} == {
-        "adapter.safetensors", "config.json", "curves.png", "log.csv", "predictions.csv",
-        "report.html", "results.json",
+        "README.md", "adapter.safetensors", "config.json", "curves.png", "log.csv",
+        "predictions.csv", "report.html", "results.json",
     }  # fmt: skip
     ours, alone = (json.loads((place / "results.json").read_text()) for place in (out, one))
     assert (ours["machine"]["processes"], alone["machine"]["processes"]) == (2, 1)

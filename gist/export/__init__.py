@@ -1,0 +1,1 @@
+"""A finished run as a folder that runs without gist: ONNX, ``torch.export`` or timm."""
