@@ -16,6 +16,7 @@
 # make gpu-cache OUT=DIR  without a GPU: the binaries that its tests need there
 # make sanitize   the C++ kernels' own tests under the address, undefined and thread sanitizers
 # make aarch64    the same tests, built for 64-bit Arm and run in an emulator
+# make hub OUT=DIR   the kernel for Hugging Face's Hub; to build/hub; needs no virtual environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,7 +32,7 @@ AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRU
 .PHONY: demo test test-all test-avx2 test-portable test-ptx test-binaries test-launches lint
 .PHONY: bench bench-all bench-quick tables
 .PHONY: gpu gpu-cache sanitize aarch64 clean
-.PHONY: docs  # a folder has this name too
+.PHONY: docs hub  # folders have these names too
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
@@ -98,6 +99,9 @@ gpu-cache: $(VENV)/.installed-dev
 	  PYTHONOPTIMIZE=1 $(PYTEST) -q --tb=no --no-header -r N --assert=plain \
 	  -p stub_driver.plugin -p no:cacheprovider --hypothesis-seed=0 -m gpu \
 	  $(or $(ARGS),tests/gist_kernels tests/support/stub_driver/check_benchmarks.py)
+
+hub:
+	$(PYTHON) hub/export.py $(or $(OUT),build/hub) $(ARGS)
 
 sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize-thread
 
