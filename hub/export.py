@@ -59,17 +59,18 @@ def export(out: Path, repo_id: str = REPO_ID, unique_id: str | None = None) -> N
     """Write sources and builds into a folder.
 
     Args:
-        out: a new or empty folder, or one of an earlier export, which is replaced.
+        out: a new or empty folder, or one of an earlier export, whose files are replaced. Others,
+            such as ``.git``, stay.
         repo_id: the repository on the Hub that tests, benchmarks and the card name.
         unique_id: end of the operators' namespace; default: a digest of the files.
 
     Raises:
         ValueError: ``out`` holds something else, or the files break a rule of the Hub.
     """
-    if out.exists() and any(out.iterdir()):
-        if not (out / "build.toml").is_file():
-            raise ValueError(f"{out} holds something other than an export; name a new folder")
-        shutil.rmtree(out)
+    build_file = out / "build.toml"
+    earlier = build_file.is_file() and f'name = "{NAME}"' in build_file.read_text(encoding="utf-8")
+    if out.exists() and any(out.iterdir()) and not earlier:
+        raise ValueError(f"{out} holds something other than an export; name a new folder")
     module = module_files()
     if faults := [*faults_of(module)]:
         raise ValueError("the export breaks rules of the Hub:\n" + "\n".join(faults))
@@ -82,6 +83,8 @@ def export(out: Path, repo_id: str = REPO_ID, unique_id: str | None = None) -> N
     }
     project[PurePosixPath("LICENSE")] = (ROOT / "LICENSE").read_text(encoding="utf-8")
     project[PurePosixPath("build/CARD.md")] = project[PurePosixPath("CARD.md")]
+    for folder in ("benchmarks", "build", "tests", "torch-ext"):
+        shutil.rmtree(out / folder, ignore_errors=True)
     write(out, project)
     write(out / "torch-ext" / python_name(), module)
     for backend in BACKENDS:
@@ -122,10 +125,9 @@ def with_relative_imports(path: PurePosixPath, text: str) -> str:
             continue
         line, absolute = lines[node.lineno - 1], f"from {node.module} import"
         assert line[node.col_offset :].startswith(absolute), line
-        here = list(path.parent.parts)
-        shared = 0
-        while shared < min(len(here), len(target)) and here[shared] == target[shared]:
-            shared += 1
+        here = path.parent.parts
+        same = [a == b for a, b in zip(here, target, strict=False)]
+        shared = [*same, False].index(False)
         relative = "." * (len(here) - shared + 1) + ".".join(target[shared:])
         lines[node.lineno - 1] = line.replace(absolute, f"from {relative} import", 1)
     return "".join(lines)

@@ -129,16 +129,22 @@ def test_no_kernel_is_written_twice():
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "module_files", dict)
-    (tmp_path / "notes.txt").write_text("mine")
+    other, out = tmp_path / "other", tmp_path / "new" / "kernel"
+    mine, stale, kept = other / "tests" / "mine.py", out / "torch-ext" / "stale.py", out / ".git"
+    for path in (other / "build.toml", mine):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     with pytest.raises(ValueError, match="something other than an export"):
-        export.export(tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    out = tmp_path / "new" / "kernel"
+        export.export(other)
+    assert mine.exists()
+
     export.export(out)
-    (out / "torch-ext" / "stale.py").parent.mkdir()
-    (out / "torch-ext" / "stale.py").touch()
+    stale.parent.mkdir()
+    stale.touch()
+    kept.touch()
     export.export(out)
-    assert not (out / "torch-ext" / "stale.py").exists()
+    assert not stale.exists()
+    assert kept.exists()
 
 
 def test_an_export_that_breaks_a_rule_is_not_written(tmp_path, monkeypatch):
@@ -147,6 +153,15 @@ def test_an_export_that_breaks_a_rule_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.py, line 1: imports timm$"):
         export.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_an_export_or_says_why_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "module_files", dict)
+    export.main([str(tmp_path / "out"), "--repo-id", REPO_ID])
+    assert "get_local_kernel" in capsys.readouterr().out
+    assert REPO_ID in (tmp_path / "out" / "CARD.md").read_text()
+    with pytest.raises(SystemExit, match="something other"):
+        export.main([str(tmp_path)])
 
 
 def test_other_files_have_another_namespace():
