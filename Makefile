@@ -19,6 +19,7 @@
 # make lock       the versions that the workflows install, into .github/constraints.txt
 # make sanitize   the C++ kernels' own tests under the address, undefined and thread sanitizers
 # make aarch64    the same tests, built for 64-bit Arm and run in an emulator
+# make hub OUT=DIR   the kernel for Hugging Face's Hub; to build/hub; needs no virtual environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,7 +35,7 @@ AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRU
 .PHONY: demo test test-all test-avx2 test-portable test-tutorial test-ptx test-binaries
 .PHONY: test-launches lint bench bench-all bench-quick tables release-check lock
 .PHONY: gpu gpu-cache sanitize aarch64 clean
-.PHONY: docs  # a folder has this name too
+.PHONY: docs hub  # folders have these names too
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
@@ -106,7 +107,7 @@ gpu-cache: $(VENV)/.installed-dev
 	  $(or $(ARGS),tests/gist_kernels tests/support/stub_driver/check_benchmarks.py)
 
 release-check: $(VENV)/.installed-release
-	$(BIN)/python packaging/release.py $(if $(TAG),--tag $(TAG)) $(ARGS)
+	$(BIN)/python release/check.py $(if $(TAG),--tag $(TAG)) $(ARGS)
 
 # PyTorch, its CUDA libraries and Triton are left out: the workflows choose among builds of these.
 lock: $(VENV)/.installed-release
@@ -115,6 +116,9 @@ lock: $(VENV)/.installed-release
 	  --no-emit-index-url $(addprefix --extra ,dev docs release) \
 	  $(addprefix --no-emit-package ,torch torchvision triton) | grep -Ev '^(nvidia|cuda)' > build/constraints.txt
 	mv build/constraints.txt .github/constraints.txt
+
+hub:
+	$(PYTHON) release/hub/export.py $(or $(OUT),build/hub) $(ARGS)
 
 sanitize: $(VENV)/.installed-dev build/sanitize-address,undefined build/sanitize-thread
 

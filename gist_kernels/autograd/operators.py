@@ -16,8 +16,6 @@ import torch
 
 from gist_kernels.autograd.derivatives import second_derivative
 
-_NAMESPACE = "gist_kernels"
-
 
 class Operation(NamedTuple):
     """One operation, before a backend's kernels are given to it."""
@@ -107,9 +105,9 @@ class Operation(NamedTuple):
 
 
 def _define(name: str, schema: str) -> Any:
-    qualified = f"{_NAMESPACE}::{name}"
+    qualified = f"gist_kernels::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+    return getattr(torch.ops.gist_kernels, name).default
 
 
 def _implement(operator: Any, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -119,4 +117,4 @@ def _implement(operator: Any, run: Callable[..., Any], fake: Callable[..., Any])
 
 
 def _qualified(operator: Any) -> str:
-    return f"{_NAMESPACE}::{operator._schema.name.partition('::')[2]}"
+    return f"gist_kernels::{operator._schema.name.partition('::')[2]}"

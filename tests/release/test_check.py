@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 import tarfile
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import gist_kernels
+from release import check
 
 ROOT = Path(__file__).parents[2]
 CHANGELOG = """# Changelog
@@ -29,23 +29,15 @@ CHANGELOG = """# Changelog
 """
 
 
-@pytest.fixture(scope="module")
-def release():
-    spec = importlib.util.spec_from_file_location("release", ROOT / "packaging" / "release.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_repository_can_be_released_but_for_its_date(release):
+def test_the_repository_can_be_released_but_for_its_date():
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    assert release.version() == gist_kernels.__version__
-    release.check_version(None, release.version(), changelog)
+    assert check.version() == gist_kernels.__version__
+    check.check_version(None, check.version(), changelog)
 
 
-def test_a_section_ends_where_the_next_version_begins(release):
-    assert release.section(CHANGELOG, "1.2.0") == ("2026-11-30", "### Added\n\n- Things.")
-    release.check_version("v1.2.0", "1.2.0", CHANGELOG)
+def test_a_section_ends_where_the_next_version_begins():
+    assert check.section(CHANGELOG, "1.2.0") == ("2026-11-30", "### Added\n\n- Things.")
+    check.check_version("v1.2.0", "1.2.0", CHANGELOG)
 
 
 @pytest.mark.parametrize(
@@ -58,25 +50,25 @@ def test_a_section_ends_where_the_next_version_begins(release):
         (None, "1.2", "no section '## 1.2 "),
     ],
 )
-def test_what_does_not_agree_is_refused(release, tag, version, said):
+def test_what_does_not_agree_is_refused(tag, version, said):
     with pytest.raises(SystemExit, match=said):
-        release.check_version(tag, version, CHANGELOG)
+        check.check_version(tag, version, CHANGELOG)
 
 
-def test_a_source_distribution_lacks_no_file(release, tmp_path):
+def test_a_source_distribution_lacks_no_file(tmp_path):
     path = tmp_path / "a-1.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         for name in ("a-1/x.py", "a-1/tests/y.py", "a-1/PKG-INFO"):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
-    release.check_source(path, {"x.py", "tests/y.py"})
+    check.check_source(path, {"x.py", "tests/y.py"})
     with pytest.raises(SystemExit, match=r"lacks 1 files, of which tests/z\.py"):
-        release.check_source(path, {"x.py", "tests/y.py", "tests/z.py"})
+        check.check_source(path, {"x.py", "tests/y.py", "tests/z.py"})
 
 
-def test_a_command_that_fails_ends_the_release(release):
-    assert release.run("echo", "done").strip() == "done"
+def test_a_command_that_fails_ends_the_release():
+    assert check.run("echo", "done").strip() == "done"
     with pytest.raises(SystemExit, match="failed with 1: false"):
-        release.run("false")
+        check.run("false")
 
 
 def test_every_package_that_users_install_has_its_licence_on_the_page():
@@ -85,7 +77,7 @@ def test_every_package_that_users_install_has_its_licence_on_the_page():
     page = (ROOT / "docs" / "install.md").read_text().partition("## Licences")[2]
     rows = dict(re.findall(r"^\| `?(\w+)`? \| (.+) \|$", page, re.MULTILINE))
     extras = project["optional-dependencies"]
-    wanted = {"none": project["dependencies"], **{n: extras[n] for n in ("models", "train", "hf")}}
+    wanted = {"none": project["dependencies"], **{n: extras[n] for n in ("models", "train", "tune", "export", "hf")}}
     for extra, requirements in wanted.items():
         names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
         listed = set(re.findall(r"([\w-]+)(?= \(|, )", rows[extra]))

@@ -3,9 +3,9 @@
 1. The tag is the version's, and the changelog has a section of that version with a date.
 2. The source distribution has every file of the repository. A wheel is built from it.
 3. twine accepts both. The wheel is installed into a fresh environment of each Python and passes
-   packaging/smoke.py. Without a tag, everything else is checked all the same.
+   release/smoke.py. Without a tag, everything else is checked all the same.
 
-``python packaging/release.py notes`` prints the changelog's section, for the release's page.
+``python release/check.py notes`` prints the changelog's section, for the release's page.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def check_wheel(wheel: Path, python: str, options: list[str]) -> None:
         installed = Path(folder) / ("Scripts" if sys.platform == "win32" else "bin") / "python"
         run(installed, "-m", "pip", "install", "--quiet", *options, wheel)
         native = [] if "none-any" not in wheel.name else ["--no-native"]
-        print(run(installed, ROOT / "packaging" / "smoke.py", *native, cwd=Path(folder)), end="")
+        print(run(installed, ROOT / "release" / "smoke.py", *native, cwd=Path(folder)), end="")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="packaging/release.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="release/check.py", description=__doc__)
     parser.add_argument("what", nargs="?", choices=["check", "notes"], default="check")
     parser.add_argument("--tag", help="the release's tag; default: none, a rehearsal")
     parser.add_argument("--dist", type=Path, default=ROOT / "build" / "dist")
