@@ -18,6 +18,7 @@ import timm
 import yaml
 
 from gist.backbones import hf_folder
+from gist.runs.text import KIND
 
 CARD_FILE = "README.md"
 FILL_IN = "**to be filled in**"
@@ -138,7 +139,8 @@ def base_model(config: Mapping[str, Any]) -> dict[str, str | None] | None:
     Returns:
         ``{"hub_id": ..., "licence": ...}``; None for other weights than timm's own.
     """
-    if not config["pretrained"] or config["model"].startswith(hf_folder.PREFIX):
+    of_folder = config["model"].startswith(hf_folder.PREFIX) or config.get("kind") == KIND
+    if of_folder or not config["pretrained"]:
         return None
     known = timm.models.get_pretrained_cfg(config["model"])
     if known is None or not known.hf_hub_id:
@@ -220,7 +222,10 @@ def _preparation(transforms: Mapping[str, Any]) -> str:
 
 def _training(results: Mapping[str, Any]) -> list[str]:
     config = results["config"]
-    settings = {**config["train"], "drop_path": config["drop_path"], **config["loss"]}
+    settings = {**config["train"], **config["loss"]}
+    for name in ("drop_path", "max_length", "dropout"):  # of images; of texts
+        if name in config:
+            settings[name] = config[name]
     for name in ("sampling", "class_weights"):
         settings[name] = config.get(name, "uniform")
     machine, versions = results["machine"], results["versions"]
@@ -325,18 +330,19 @@ def _methods(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _model(config: Mapping[str, Any]) -> str:
-    """A model's name; of hf:FOLDER, the folder's name only."""
+    """A model's name; of a folder, the folder's name only."""
     name: str = config["model"]
     folder = name.removeprefix(hf_folder.PREFIX)
-    return name if folder == name else Path(folder).resolve().name
+    is_folder = folder != name or config.get("kind") == KIND
+    return Path(folder).resolve().name if is_folder else name
 
 
 def _drawn(config: Mapping[str, Any]) -> bool:
-    return not config["pretrained"] and config["weights"] is None
+    return not config["pretrained"] and config.get("weights") is None
 
 
 def _weights(config: Mapping[str, Any]) -> str:
-    if config["weights"] is not None:
+    if config.get("weights") is not None:
         return code(Path(config["weights"]).name)
     base = base_model(config)
     if base is not None:

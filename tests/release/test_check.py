@@ -77,7 +77,10 @@ def test_every_package_that_users_install_has_its_licence_on_the_page():
     page = (ROOT / "docs" / "install.md").read_text().partition("## Licences")[2]
     rows = dict(re.findall(r"^\| `?(\w+)`? \| (.+) \|$", page, re.MULTILINE))
     extras = project["optional-dependencies"]
-    wanted = {"none": project["dependencies"], **{n: extras[n] for n in ("models", "train", "tune", "export", "hf")}}
+    wanted = {
+        "none": project["dependencies"],
+        **{n: extras[n] for n in ("models", "train", "tune", "export", "hf")},
+    }
     for extra, requirements in wanted.items():
         names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
         listed = set(re.findall(r"([\w-]+)(?= \(|, )", rows[extra]))

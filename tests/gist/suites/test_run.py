@@ -10,7 +10,8 @@ import pytest
 import torch
 from vtab_tree import write_tree
 
-import gist
+import gist.runs.predictions
+import gist.training.loop
 from gist import cli
 from gist.data import ImageData
 from gist.suites import run as module
@@ -99,7 +100,7 @@ def test_clean_never_trains_on_test_images_nor_looks_at_them_twice(
 ):
     looked = {"val": [], "test": []}
     evaluate = gist.training.loop.evaluate
-    for name, where in (("val", gist.training.loop), ("test", gist.runs.run)):
+    for name, where in (("val", gist.training.loop), ("test", gist.runs.predictions)):
         monkeypatch.setattr(
             where,
             "evaluate",
@@ -114,7 +115,7 @@ def test_clean_never_trains_on_test_images_nor_looks_at_them_twice(
     for split in (select.train, select.val, final.train):
         assert all("test" not in path.parts for path, _ in split.samples)
     assert set(looked["val"]) == {4}
-    assert looked["test"] == [6]
+    assert looked["test"] == [4, 6]  # val, for the selection's predictions; test, once
 
 
 def test_rate_and_epoch_are_those_best_on_val(root, tmp_path, trained):
@@ -265,7 +266,7 @@ def test_faults_of_any_task_are_told_before_training(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "offline"], "takes ROOT, a VTAB-1K tree, or --suite offline without ROOT"),
+        (["--suite", "offline"], "takes ROOT, a VTAB-1K tree, or --suite offline or text"),
         (["--tasks", "pets"], "task: 'pets' is not known"),
         (["--method", "adaptor"], "did you mean 'adapter'"),
         (["--lr", "nan"], "lr must be a finite number"),
