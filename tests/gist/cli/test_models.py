@@ -52,6 +52,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join("".join(capsys.readouterr()).split())
 
 
+@pytest.mark.slow
 def test_an_eva_trains_predicts_and_merges(folder, tmp_path, capsys):
     weights, out = tmp_path / "w.pth", tmp_path / "out"
     torch.save({"state_dict": timm.create_model(EVA).state_dict()}, weights)

@@ -61,6 +61,7 @@ def tune(folder: Path, out: Path, kill: int | None = None) -> None:
     os._exit(cli.main([*RUN, "--data", str(folder), "--out", str(out)]))
 
 
+@pytest.mark.slow
 def test_killed_within_a_trial_it_resumes_and_its_command_trains_the_best(folder, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert in_processes(tune, folder, cut, 5) == [-signal.SIGKILL]  # in the second epoch

@@ -198,7 +198,10 @@ def test_released_selects_on_test_only_when_that_is_said(root, tmp_path, trained
     assert record["test"]["images"] == 6
 
 
-@pytest.mark.parametrize("killed_in", ["eurosat/seed0/select-lr0.01", "eurosat/seed1/final"])
+@pytest.mark.parametrize(
+    "killed_in",
+    [pytest.param("eurosat/seed0/select-lr0.01", marks=pytest.mark.slow), "eurosat/seed1/final"],
+)
 def test_a_killed_run_goes_on_where_it_stopped(root, tmp_path, trained, monkeypatch, killed_in):
     whole = go(root, tmp_path / "whole", tasks=TASKS, seeds=(0, 1))
     everything = [where for where, _, _ in trained]
@@ -302,6 +305,7 @@ def test_what_is_not_given_is_the_suites_and_the_tasks_own():
     assert (config.train.weight_decay, config.drop_path) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_the_offline_suite_runs_by_the_same_command(tmp_path, capsys):
     pytest.importorskip("sklearn")
     options = ["--suite", "offline", "--tasks", "digits"]

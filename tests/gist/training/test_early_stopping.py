@@ -55,6 +55,7 @@ def train(directory: Path, kill: int | None = None) -> None:
     train_in(directory, CONFIG, on_step=kill_at(kill) if kill else None)
 
 
+@pytest.mark.slow
 def test_a_killed_training_stops_at_the_same_epoch_with_the_same_bits(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert in_processes(train, whole) == [0]

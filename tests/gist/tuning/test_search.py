@@ -347,6 +347,7 @@ def on_a_full_disk(directory: Path) -> None:
         searched(directory, Scripted(before=before))
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_with_the_same_trials(tmp_path):
     whole, cut = timeless(searched(tmp_path / "whole", Scripted())), tmp_path / "cut"
     assert in_processes(killed, cut, (0, 4)) == [-signal.SIGKILL]
