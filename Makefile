@@ -42,7 +42,7 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow" $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) -m "triton and not slow" $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "triton and not slow" $(or $(ARGS),tests/gist_kernels/kernels/triton tests/gist/fusion)
 
 test-all: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
