@@ -16,6 +16,7 @@ from gist.report.measures import PairedDifference
 from gist.report.page import percent
 from gist.runs.predictions import PREDICTIONS_FILE, SPLIT_NAMES, Predictions
 from gist.runs.run import finished_results
+from gist.runs.text import KIND
 
 NOT_THERE = "-"
 RUNS_CAPTION = "Accuracies, trained parameters, and time of training and test"
@@ -134,21 +135,22 @@ def compare(directories: Sequence[Path]) -> Comparison:
 
 
 def _notes(first: Predictions, results: Sequence[dict[str, Any]]) -> list[str]:
+    items = "texts" if results[0]["config"].get("kind") == KIND else "images"
     notes = [
-        f"Differences are on the same {len(first):,} {SPLIT_NAMES[first.split]} images. The "
-        "interval is a bootstrap over the images, in percentage points. It and p hold for these "
+        f"Differences are on the same {len(first):,} {SPLIT_NAMES[first.split]} {items}. The "
+        f"interval is a bootstrap over the {items}, in percentage points. It and p hold for these "
         "trained models: another seed gives others."
     ]
     if len(results) > 2:
         notes.append(f"The {len(results) - 1} p-values are not corrected for their number.")
     if first.split == "val":
         notes.append(
-            "There are no test images. Each run's best epoch was chosen on the images compared."
+            f"There are no test {items}. Each run's best epoch was chosen on the {items} compared."
         )
     if len({run["config"].get("data_fingerprint") for run in results}) > 1:
         notes.append(
-            "The runs' data fingerprints differ: other training images, or files that have "
-            "changed. The compared images have the same names and classes."
+            f"The runs' data fingerprints differ: other training {items}, or files that have "
+            f"changed. The compared {items} have the same names and classes."
         )
     return notes
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -203,6 +205,18 @@ def test_what_has_no_meaning_is_refused(more, message, folder, tmp_path, capsys)
     assert train(folder, tmp_path / "out", *more) == 2
     assert message in printed(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_are_tuned_and_compared_too(trained, folder, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    data = ["--text", str(folder / "news.csv"), "--model", str(folder / "model"), "--device", "cpu"]
+    schedule = ["--epochs", "1", "--batch-size", "8", "--trials", "1", "--out", str(tmp_path / "t")]
+    assert cli.main(["tune", *data, *schedule]) == 0
+    (command,) = re.findall(r"gist (train .*)", capsys.readouterr().out)
+    assert cli.main(shlex.split(command)) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(trained), str(tmp_path / "t" / "best")]) == 0
+    assert "on the same 9 test texts" in printed(capsys)
 
 
 def test_images_and_texts_are_not_taken_together(folder, tmp_path, capsys):
