@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -103,3 +107,16 @@ def test_the_versions_of_the_workflows_cover_what_the_tests_install():
     }
     missing = needed - locked - {"gist-kernels"}
     assert not missing, "run: make lock"
+
+
+@pytest.mark.slow
+def test_a_wheel_without_a_compiler_fits_everywhere(tmp_path):
+    pytest.importorskip("scikit_build_core")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    environment = {**os.environ, "GIST_KERNELS_NATIVE": "0"}
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(ROOT)], env=environment, check=True)
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name == f"gist_kernels-{gist_kernels.__version__}-py3-none-any.whl"
+    held = set(zipfile.ZipFile(wheel).namelist())
+    assert {"gist/report/style.css", "gist/export/classify.py", "gist/py.typed"} <= held
+    assert not any(name.endswith((".so", ".cpp", ".h")) for name in held)
