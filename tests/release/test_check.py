@@ -109,7 +109,6 @@ def test_the_versions_of_the_workflows_cover_what_the_tests_install():
     assert not missing, "run: make lock"
 
 
-@pytest.mark.slow
 def test_a_wheel_without_a_compiler_fits_everywhere(tmp_path):
     pytest.importorskip("scikit_build_core")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
