@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gist.cli.common import RunProgress, add_command, add_device_options, console, to_stderr
-from gist.data import ImageData, LabelledData, load_data, prepare
+from gist.data import ImageData, LabelledData, load_data, load_texts, prepare
 from gist.model.wrapped import GistModel
 from gist.report import write_report
 from gist.runs.predictions import PREDICTIONS_FILE
 from gist.runs.run import finished_results, load_run, measure_run, transforms_of
+from gist.runs.text import is_text
 
 
 def register(commands: Any) -> None:
@@ -52,9 +54,13 @@ def _warn(text: str) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     for run in arguments.runs:
         results = finished_results(run)
-        data = _data_of(results["config"]["data"])
+        data = _data_of(results["config"])
         model = _model_of(run, arguments.device)
-        if data is not None and model is not None and not (run / PREDICTIONS_FILE).is_file():
+        if (
+            isinstance(data, ImageData)
+            and model is not None
+            and not (run / PREDICTIONS_FILE).is_file()
+        ):
             split = data.val if data.test is None else data.test
             if split is not None:
                 prepared = prepare(split, transforms_of(run))
@@ -63,12 +69,14 @@ def _report(arguments: argparse.Namespace) -> None:
         _write(run, model, data)
 
 
-def _data_of(source: str) -> ImageData | None:
+def _data_of(config: Mapping[str, Any]) -> LabelledData | None:
     """The run's data; None, and a warning, where it can't be read now."""
     try:
-        return load_data(source, check=False)
+        if is_text(config):
+            return load_texts(config["data"])
+        return load_data(config["data"], check=False)
     except (ImportError, OSError, ValueError) as error:
-        _warn(f"the report has no pictures: {error}")
+        _warn(f"the report shows none of the run's data: {error}")
         return None
 
 

@@ -16,7 +16,7 @@ from gist.report.measures import PairedDifference
 from gist.report.page import percent
 from gist.runs.predictions import PREDICTIONS_FILE, SPLIT_NAMES, Predictions
 from gist.runs.run import finished_results
-from gist.runs.text import KIND
+from gist.runs.text import is_text
 
 NOT_THERE = "-"
 RUNS_CAPTION = "Accuracies, trained parameters, and time of training and test"
@@ -135,7 +135,7 @@ def compare(directories: Sequence[Path]) -> Comparison:
 
 
 def _notes(first: Predictions, results: Sequence[dict[str, Any]]) -> list[str]:
-    items = "texts" if results[0]["config"].get("kind") == KIND else "images"
+    items = "texts" if is_text(results[0]["config"]) else "images"
     notes = [
         f"Differences are on the same {len(first):,} {SPLIT_NAMES[first.split]} {items}. The "
         f"interval is a bootstrap over the {items}, in percentage points. It and p hold for these "

@@ -18,7 +18,7 @@ import timm
 import yaml
 
 from gist.backbones import hf_folder
-from gist.runs.text import KIND
+from gist.runs.text import is_text
 
 CARD_FILE = "README.md"
 FILL_IN = "**to be filled in**"
@@ -139,7 +139,7 @@ def base_model(config: Mapping[str, Any]) -> dict[str, str | None] | None:
     Returns:
         ``{"hub_id": ..., "licence": ...}``; None for other weights than timm's own.
     """
-    of_folder = config["model"].startswith(hf_folder.PREFIX) or config.get("kind") == KIND
+    of_folder = config["model"].startswith(hf_folder.PREFIX) or is_text(config)
     if of_folder or not config["pretrained"]:
         return None
     known = timm.models.get_pretrained_cfg(config["model"])
@@ -289,7 +289,7 @@ def _limits(results: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
 
 
 def _item(results: Mapping[str, Any]) -> str:
-    return "image" if "transforms" in results else "text"
+    return "text" if is_text(results["config"]) else "image"
 
 
 def data_label(config: Mapping[str, Any]) -> str:
@@ -333,7 +333,7 @@ def _model(config: Mapping[str, Any]) -> str:
     """A model's name; of a folder, the folder's name only."""
     name: str = config["model"]
     folder = name.removeprefix(hf_folder.PREFIX)
-    is_folder = folder != name or config.get("kind") == KIND
+    is_folder = folder != name or is_text(config)
     return Path(folder).resolve().name if is_folder else name
 
 

@@ -1,7 +1,7 @@
 """A run: data, backbone, training and test, with the results in a folder.
 
 The folder gets ``adapter.safetensors`` and ``config.json`` (see :mod:`gist.model.saving`),
-``results.json`` with everything needed to repeat the run, ``log.csv`` with every step, and
+``results.json`` with everything needed to repeat the run, ``log.csv`` with every step,
 ``predictions.csv`` with every item that was tested (see :mod:`gist.runs.predictions`), and
 ``README.md``, a model card (see :mod:`gist.runs.card`). During the run, ``resume.pt`` holds the
 training's state, from which a killed run resumes. A finished run is not done again.
@@ -51,7 +51,7 @@ from gist.runs.inputs import (
 )
 from gist.runs.predictions import Predictions, measure
 from gist.runs.provenance import describe_machine, git_revision, versions
-from gist.runs.text import KIND, TextRunConfig, text_config
+from gist.runs.text import TextRunConfig, is_text, text_config
 from gist.training.config import TrainConfig
 from gist.training.divergence import DivergedError
 from gist.training.evaluation import Evaluation, processes
@@ -330,14 +330,14 @@ def run(
         results["seconds"] += time.perf_counter() - started
     if main:
         save(model, directory, classes=list(data.classes))
+        if predictions is not None:
+            predictions.write(directory)
         card = card_file(directory, results, data.classes)
         write_together({directory / RESULTS_FILE: to_json(results), **card})
     if not results["complete"]:
         raise diverged or KeyboardInterrupt
     if main:
         resume_file.remove()
-        if predictions is not None:
-            predictions.write(directory)
         listener.finishes(model, data, directory)
     return {**results, "reused": False}
 
@@ -403,7 +403,7 @@ def is_text_run(directory: Path) -> bool:
     Raises:
         FileNotFoundError: ``directory`` holds no finished run.
     """
-    return finished_results(directory)["config"].get("kind") == KIND
+    return is_text(finished_results(directory)["config"])
 
 
 def finished_results(directory: Path) -> dict[str, Any]:
@@ -428,7 +428,7 @@ def load_run(directory: Path) -> GistModel:
     config = results["config"]
     saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     torch.manual_seed(config["train"]["seed"])  # in case the backbone's weights were drawn
-    if config.get("kind") == KIND:
+    if is_text(config):
         backbone = text_config(config).backbone(saved["num_classes"])
     else:
         backbone = create_backbone(

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from gist.runs.text import KIND
+from gist.runs.text import is_text
 
 Results = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ def table(runs: Mapping[str, Results], title: str) -> Table:
     """One row per run: accuracies, trained parameters, training throughput, time."""
     result = Table(title=title)
     result.add_column("run")
-    item = "texts" if any(run["config"].get("kind") == KIND for run in runs.values()) else "images"
+    item = "texts" if any(is_text(run["config"]) for run in runs.values()) else "images"
     headings = ("test", "val", "method", "token", "head", f"{item}/s", "time")
     for heading in headings:
         result.add_column(heading, justify="right")

@@ -118,6 +118,11 @@ class TextRunConfig:
         )
 
 
+def is_text(described: Mapping[str, Any]) -> bool:
+    """Whether a run's config, as its results hold it, is one on texts."""
+    return described.get("kind") == KIND
+
+
 def text_config(described: Mapping[str, Any]) -> TextRunConfig:
     """The config that :meth:`TextRunConfig.to_dict` described, as a run's results hold it."""
     known = {name: described[name] for name in TextRunConfig.__dataclass_fields__}

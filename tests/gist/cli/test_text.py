@@ -129,8 +129,9 @@ def test_predictions_are_in_the_order_of_the_texts_and_the_report_shows_them(
     assert "it is shown over images only" in page
     wrong = [i for i in range(9) if not found.correct[i]]
     assert wrong
-    for index in wrong:
-        assert data.test[index][0][:20] in page
+    assert cli.main(["report", str(trained), "--device", "cpu"]) == 0
+    for text in (page, (trained / "report.html").read_text()):
+        assert all(data.test[index][0][:20] in text for index in wrong)
 
 
 def test_texts_come_from_lines_and_standard_input(trained, tmp_path, capsys, monkeypatch):

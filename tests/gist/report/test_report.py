@@ -159,7 +159,7 @@ def test_data_and_model_that_are_gone_are_said_to_be(a_run, folder, tmp_path, ca
     (run / "results.json").write_text(json.dumps(results))
     assert cli.main(["report", str(run), "--device", "cpu"]) == 0
     said = capsys.readouterr().err
-    assert "the report has no pictures: " in said
+    assert "the report shows none of the run's data: " in said
     assert "the report has no attention: " in said
     page = text_of(run)
     assert "<img" not in page

@@ -158,6 +158,7 @@ def test_a_run_without_held_out_images_says_so(results, tmp_path):
 
 def test_a_run_on_texts_gets_a_card_about_texts(results, tmp_path):
     del results["transforms"]
+    results["config"]["kind"] = "text"
     text = model_card(tmp_path, results, ["a", "b"])
     assert front_matter(text)["pipeline_tag"] == "text-classification"
     assert "| split | texts |" in text
