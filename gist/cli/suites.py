@@ -24,6 +24,7 @@ from gist.cli.common import (
 from gist.data import DataError, ImageData, load_data, load_texts
 from gist.data.offline import SOURCES
 from gist.data.offline_text import TEXT_SOURCES
+from gist.data.transforms import PRESETS
 from gist.runs.run import check_model
 from gist.suites.report import report
 from gist.suites.run import RECIPES, STOPS, Plan, run_suite
@@ -73,6 +74,7 @@ def register(commands: Any) -> None:
                        ("weight-decay", float), ("drop-path", float)):  # fmt: skip
         group.add_argument(f"--{name}", type=kind)
     group.add_argument("--precision", default="fp32", help="fp32 or bf16")
+    group.add_argument("--augment", choices=PRESETS, help="as of gist train; default: vtab")
     add_device_options(parser)
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--out", type=Path, help="the variant's folder; default: one under runs/")
@@ -140,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> None:
             name: getattr(arguments, name)
             for name in (
                 "recipe", "select_on_test", "stop", "model", "pretrained", "img_size", "epochs",
-                "warmup_epochs", "batch_size", "weight_decay", "drop_path", "precision",
+                "warmup_epochs", "batch_size", "weight_decay", "drop_path", "precision", "augment",
             )
         },
     )  # fmt: skip

