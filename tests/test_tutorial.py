@@ -19,7 +19,8 @@ from gist.cli.main import _parser
 from gist.data.offline import SOURCES
 
 PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
-COMMANDS = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", PAGE.read_text(), flags=re.S), re.M)
+TEXT = re.sub(r"```.*?```", "", PAGE.read_text(), flags=re.S)
+COMMANDS = re.findall(r"^    (\S.*)$", re.sub(r" \\\n +", " ", TEXT), re.M)
 OF_GIST = [command for command in COMMANDS if command.startswith("gist ")]
 INSTALLING = ("pip ", "sudo ")
 
