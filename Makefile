@@ -11,7 +11,7 @@
 # make docs       the documentation site, into build/docs; fails on a broken link or name
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-all OUT=bench/results/MACHINE   the same into that folder, then the documentation's tables
-# make tables     the documentation's tables of benchmarks, from bench/results
+# make tables     the documentation's tables of benchmarks, from bench/results, and their history, from git
 # make bench-quick   the small ones, to compare with a saved run
 # make gpu OUT=DIR   on a machine with a GPU: its tests, all benchmarks, a sweep of launch shapes
 # make gpu-cache OUT=DIR  without a GPU: the binaries that its tests need there
@@ -87,9 +87,11 @@ bench-all: $(VENV)/.installed-bench
 	$(if $(OUT),,$(error name the folder of this machine: make bench-all OUT=bench/results/MACHINE))
 	$(BIN)/gist bench --out $(OUT) $(ARGS)
 	$(BIN)/python -m bench.tables
+	$(BIN)/python -m bench.history
 
 tables: $(VENV)/.installed-bench
 	$(BIN)/python -m bench.tables
+	$(BIN)/python -m bench.history
 
 bench-quick: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest bench/test_quick.py --benchmark-columns=median,iqr,rounds \

@@ -43,7 +43,8 @@ def compute_kl_loss(
         pad_mask: (...) or (..., 1) bool.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
     """
     mask = None
     if pad_mask is not None:
@@ -82,7 +83,8 @@ def generalized_jsd_loss(
         num_items_in_batch: instead of what "batchmean" divides by.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
     """
     if logits_are_probs:
         raise ValueError("logits_are_probs=True is not taken: pass logits, or log-probabilities")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gist
 import gist_kernels
+from gist.cli.main import _parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -44,6 +46,20 @@ def snippets(path: Path) -> list[str]:
             found.append("\n" * line + code)
         line += code.count("\n")
     return found
+
+
+def commands(path: Path) -> list[str]:
+    """A page's indented lines that call gist. A line that ends with a backslash continues."""
+    page = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    page = re.sub(r" \\\n +", " ", page)
+    found = re.findall(r"^    (?:[A-Z_]+=\S+ )*gist (\S.*)$", page, flags=re.MULTILINE)
+    return [re.split(r" (?:>|&&|\|) ", command)[0] for command in found if " ..." not in command]
+
+
+@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if commands(path)])
+def test_the_command_line_takes_every_command_of_the_page(page):
+    for command in commands(PAGES[page]):
+        _parser().parse_args(shlex.split(command, comments=True))
 
 
 @pytest.mark.parametrize("package", [gist_kernels, gist])

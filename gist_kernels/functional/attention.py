@@ -46,8 +46,8 @@ def prefix_attention(
         (B, num_queries, H Dh), dense, in qkv's dtype.
 
     Raises:
-        TypeError: not a floating-point tensor, or lengths of another dtype. ValueError: a wrong
-            shape, device or value, or a table that requires a gradient.
+        TypeError: not a floating-point tensor, or lengths of another dtype.
+        ValueError: a wrong shape, device or value, or a table that requires a gradient.
     """
     check.floating("qkv", qkv)
     check.shape("qkv", qkv, (None, None, None), "(B, N, 3 * num_heads * head_dim)")

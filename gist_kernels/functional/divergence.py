@@ -78,7 +78,8 @@ def bidirectional_kl(
         give nan for a mean and 0 for a sum; with a mask or row weights, a mean of no rows is 0.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
     """
     # Of a whole side, the gradient is not asked for in the first place.
     in_kernels = stop_gradient if stop_gradient not in ("a", "b") else None
@@ -136,7 +137,8 @@ def jensen_shannon(
         mean and 0 for a sum; with a mask or row weights, a mean of no rows is 0.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
     """
     sides = [logits_a, logits_b, *more]
     if len(sides) > _MOST_SIDES:

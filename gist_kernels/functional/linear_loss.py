@@ -96,7 +96,8 @@ def linear_gist_loss(
         As :func:`gist_loss`.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
         IndexError: a class index outside [0, C), as of :func:`gist_loss`.
     """
     options = checked_options(
@@ -146,7 +147,8 @@ def linear_bidirectional_kl(
         As :func:`bidirectional_kl`.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
     """
     options = checked_options(
         temperature, 0.0, 0.0, weights, 0.0, -100, reduction,
@@ -188,7 +190,8 @@ def linear_jensen_shannon(
         As :func:`jensen_shannon`.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
     """
     shares = _shares(2, beta, None)
     temperatures = checked_temperatures(temperature, 2)

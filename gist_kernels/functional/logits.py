@@ -30,7 +30,8 @@ def split_heads(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     where autograd would copy them into another.
 
     Raises:
-        TypeError: not a floating-point tensor. ValueError: another shape.
+        TypeError: not a floating-point tensor.
+        ValueError: another shape.
     """
     check.floating("logits", logits)
     check.shape("logits", logits, (None, 2, None), "(B, 2, C)")

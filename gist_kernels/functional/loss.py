@@ -1,15 +1,4 @@
-"""The knowledge-interaction loss.
-
-The method and its weights are those of GIST, "Improving Parameter Efficient Fine Tuning via
-Knowledge Interaction" (arXiv:2312.07255). With ``p = softmax(cls / T)`` and
-``q = softmax(gist / T)``::
-
-    loss = cls_weight * CE(cls, y) + gist_weight * CE(gist, y)
-         + kl_weights[0] * KL(p || q) + kl_weights[1] * KL(q || p)
-
-Nothing is detached, and there is no factor T^2, unless an option asks for it: gradients flow into
-both logits.
-"""
+"""The knowledge-interaction loss of GIST."""
 
 from __future__ import annotations
 
@@ -44,7 +33,9 @@ class GistLossTerms(NamedTuple):
     """The loss's four terms, unweighted, reduced as the loss is, without gradient."""
 
     cls_cross_entropy: torch.Tensor
+    """Of the class token's logits, at temperature 1."""
     gist_cross_entropy: torch.Tensor
+    """Of the Gist token's logits, at temperature 1."""
     kl_cls_gist: torch.Tensor
     """KL(p || q), p of the class token, q of the Gist token."""
     kl_gist_cls: torch.Tensor
@@ -114,9 +105,15 @@ def gist_loss(
     scale_by_temperature_squared: bool = False,
     return_terms: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, GistLossTerms]:
-    """The GIST training loss (formula at the top of this module), defaults as published.
+    """The knowledge-interaction loss of GIST (arXiv:2312.07255), with its published weights.
 
-    A row is one distribution over C classes: an image, or a token of a sequence.
+    With ``p = softmax(cls / T)`` and ``q = softmax(gist / T)``::
+
+        loss = cls_weight * CE(cls, y) + gist_weight * CE(gist, y)
+             + kl_weights[0] * KL(p || q) + kl_weights[1] * KL(q || p)
+
+    Gradients flow into both sides, and there is no factor T^2, unless an option asks for it. A row
+    is one distribution over C classes: an image, or a token of a sequence.
 
     Args:
         cls_logits: (..., C) logits of the class token; float32, bfloat16, float16 or float64. No
@@ -155,7 +152,8 @@ def gist_loss(
         transforms and forward-mode differentiation take the reference by themselves.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
         IndexError: a class index outside [0, C), for CPU tensors. On other devices the check would
             cost a synchronisation, and that row's loss and gradient are nan; the environment
             variable ``GIST_KERNELS_CHECK_TARGETS=1`` has it made there too. Targets that

@@ -72,8 +72,9 @@ def adapter_attention(
         (B, N, D), or (B, num_queries, D), in x's dtype.
 
     Raises:
-        TypeError: a wrong type or dtype, or a quantised matrix. ValueError: shapes or devices don't
-            match, a value is out of its range, or a frozen tensor requires a gradient.
+        TypeError: a wrong type or dtype, or a quantised matrix.
+        ValueError: shapes or devices don't match, a value is out of its range, or a frozen tensor
+            requires a gradient.
     """
     _check_block_input(x, norm, adapter, drop_path)
     _check_kind("attention", attention, AttentionWeights)
