@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _replacing = threading.Lock()
 
@@ -58,6 +59,22 @@ def write_json(path: Path, value: Any) -> None:
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+class CsvTable:
+    """Rows of CSV that end in a line feed, written so that :mod:`csv` reads every field back.
+
+    Args:
+        stream: gets the rows; opened with ``newline=""`` if it is a file.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._minimal: Any = csv.writer(stream, lineterminator="\n")
+        self._all: Any = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+    def row(self, *cells: str) -> None:
+        # Python's writer quotes a carriage return only where its line ends have one.
+        (self._all if any("\r" in cell for cell in cells) else self._minimal).writerow(cells)
 
 
 @contextmanager

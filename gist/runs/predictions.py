@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from gist.data.base import Labelled
 from gist.data.folder import ImageFiles
 from gist.data.split import Joined, Part
-from gist.files import write_atomically
+from gist.files import CsvTable, write_atomically
 from gist.model.wrapped import GistModel
 from gist.training.evaluation import Evaluation, evaluate, evaluation_order
 
@@ -69,12 +69,12 @@ class Predictions:
             both = zip(self.gist_predicted, self.gist_probability, strict=True)
             gist = [(self.classes[label], f"{probability:.9g}") for label, probability in both]
         text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(COLUMNS)
+        table = CsvTable(text)
+        table.row(*COLUMNS)
         rows = zip(self.paths, self.true, self.predicted, self.probability, gist, strict=True)
         for path, true, predicted, probability, of_gist in rows:
             names = self.classes[true], self.classes[predicted]
-            table.writerow([self.split, path, *names, f"{probability:.9g}", *of_gist])
+            table.row(self.split, path, *names, f"{probability:.9g}", *of_gist)
         write_atomically(directory / PREDICTIONS_FILE, text.getvalue().encode(**_ENCODING))
 
     @classmethod
