@@ -130,7 +130,7 @@ def compare(directories: Sequence[Path]) -> Comparison:
         predictions,
         {key: found for key, found in values.items() if len(set(found)) > 1},
         [PairedDifference.of(first.correct, other.correct) for other in predictions[1:]],
-        _notes(first, results),
+        [*_notes(first, results), *_unfinished(names, results)],
     )
 
 
@@ -153,6 +153,14 @@ def _notes(first: Predictions, results: Sequence[dict[str, Any]]) -> list[str]:
             f"changed. The compared {items} have the same names and classes."
         )
     return notes
+
+
+def _unfinished(names: Sequence[str], results: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        f"{name} was not trained to its end: it is the best of its finished epochs."
+        for name, run in zip(names, results, strict=True)
+        if not run["complete"]
+    ]
 
 
 def _predictions(directory: Path) -> Predictions:
