@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import json
 import os
 import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO
 
+LOCK_FILE = ".lock"
 _replacing = threading.Lock()
 
 
@@ -60,6 +63,22 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+class CsvTable:
+    """Rows of CSV that end in a line feed, written so that :mod:`csv` reads every field back.
+
+    Args:
+        stream: gets the rows; opened with ``newline=""`` if it is a file.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._minimal: Any = csv.writer(stream, lineterminator="\n")
+        self._all: Any = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+    def row(self, *cells: str) -> None:
+        # Python's writer quotes a carriage return only where its line ends have one.
+        (self._all if any("\r" in cell for cell in cells) else self._minimal).writerow(cells)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which gets the name ``folder`` where the block ends without an error.
@@ -83,6 +102,63 @@ def new_folder(folder: Path) -> Iterator[Path]:
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, doing: str, name: str = LOCK_FILE) -> Iterator[None]:
+    """Lock a folder, which is made if missing, until the block or this process ends.
+
+    Windows, and file systems without locks, have none: there two processes can clash.
+
+    Args:
+        folder: gets a file for the lock, which only a killed process leaves behind.
+        doing: what the process does there, for the error.
+        name: the file's.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+        OSError: the folder can't be made or written into; the text names it.
+    """
+    is_new = not folder.exists()
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    while True:
+        with path.open("ab") as file:
+            _lock(file, folder, doing)
+            # Not of a file that its last holder has deleted meanwhile.
+            if not _is_at(file, path):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                if is_new:
+                    with suppress(OSError):  # not empty
+                        folder.rmdir()
+            return
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[bytes], folder: Path, doing: str) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        # Unlike flock's, this lock does not pass to loader processes, which may outlive a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(
+                error.errno, f"another process is {doing} in this folder", str(folder)
+            ) from error
 
 
 @contextmanager

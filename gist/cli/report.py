@@ -12,8 +12,8 @@ from gist.cli.common import RunProgress, add_command, add_device_options, consol
 from gist.data import ImageData, LabelledData, load_data, load_texts, prepare
 from gist.model.wrapped import GistModel
 from gist.report import write_report
-from gist.runs.predictions import PREDICTIONS_FILE
-from gist.runs.run import finished_results, load_run, measure_run, transforms_of
+from gist.runs.predictions import PREDICTIONS_FILE, measure_run
+from gist.runs.run import finished_results, load_run, transforms_of
 from gist.runs.text import is_text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from gist.backbones.create import input_size
 from gist.cli.common import add_command, add_device_options, console, warn_passed_over
 from gist.cli.text import predict_and_print
 from gist.data import load_data, prepare
-from gist.files import write_atomically
+from gist.files import CsvTable, write_atomically
 from gist.model.merge import merge
 from gist.runs import summary
 from gist.runs.predict import find, predict
@@ -155,10 +154,10 @@ def _predict(arguments: argparse.Namespace) -> None:
     warn_passed_over(found.passed_over)
     predictions = predict(arguments.run, found, device=arguments.device)
     first = next(predictions)  # raises before the table starts
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["image", "class", "probability"])
+    table = CsvTable(sys.stdout)
+    table.row("image", "class", "probability")
     for image, label, probability in chain((first,), predictions):
-        table.writerow([image, label, f"{probability:.4f}"])
+        table.row(str(image), label, f"{probability:.4f}")
 
 
 def show(results: dict[str, Any], directory: Path, title: str) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from gist.backbones.text_folder import PACKAGED
 from gist.cli.common import console, gist_config_of, loss_of, to_stderr
 from gist.data import TextData, load_texts
+from gist.files import CsvTable
 from gist.runs.predict_text import predict_texts, raise_faults, read_new_texts
 from gist.runs.run import check_model
 from gist.runs.text import TextRunConfig
@@ -108,8 +107,8 @@ def predict_and_print(arguments: argparse.Namespace) -> None:
     predictions = predict_texts(arguments.run, texts, device=arguments.device)
     first = next(predictions, None)  # raises before the table starts
     if first is not None:
-        table: Any = csv.writer(sys.stdout, lineterminator="\n")
-        table.writerow(["text", "class", "probability"])
+        table = CsvTable(sys.stdout)
+        table.row("text", "class", "probability")
         for text, label, probability in chain((first,), predictions):
-            table.writerow([text, label, f"{probability:.4f}"])
+            table.row(text, label, f"{probability:.4f}")
     raise_faults(faults)

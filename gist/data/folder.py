@@ -17,6 +17,8 @@ from gist.data.split import split_off_val, too_few_to_split
 from gist.data.walk import find_images
 
 SPLITS = ("train", "val", "test")
+# What other tools call splits. A model that tells these apart is never meant.
+_SPLITS_ELSEWHERE = {*SPLITS, "training", "valid", "validation", "dev", "eval", "testing"}
 Sample = tuple[Path, int]
 
 
@@ -73,7 +75,8 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
 
     Raises:
         DataError: unreadable images, empty class folders, classes that differ between splits, fewer
-            than two classes, too few images to split: all that was found, a line each.
+            than two classes, too few images to split: all that was found, a line each. Before
+            that, folders of splits by other names, such as ``Train`` and ``validation``.
     """
     in_splits = (root / "train").is_dir()
     if not in_splits and any((root / split).is_dir() for split in SPLITS):
@@ -83,6 +86,11 @@ def load_folder(root: Path, *, check: bool = True) -> ImageData:
     faults: list[str] = []
     passed_over = _beside(root, folders)
     classes = _class_names(folders["train"])
+    if classes and {name.lower() for name in classes} <= _SPLITS_ELSEWHERE:
+        raise DataError(
+            f"{folders['train']} has the folders {', '.join(sorted(classes))}, which are no "
+            f"classes; name splits {', '.join(SPLITS)}"
+        )
     if len(classes) < 2:
         faults.append(f"{folders['train']} has {len(classes)} class folders; at least 2 are needed")
     samples: dict[str, list[Sample]] = {}

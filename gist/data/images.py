@@ -15,6 +15,9 @@ from PIL import EpsImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageErr
 
 from gist.data.metadata import without_metadata
 
+MOST_ASPECT = 200
+"""The longer side over the shorter at most. Resized by its shorter side, a line of 60,000 pixels
+would take gigabytes."""
 BACKGROUND = "white"  # where an image is transparent
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,7 +88,8 @@ def decode(data: bytes, least_side: int | None = None) -> Image.Image:
 
     Raises:
         UnidentifiedImageError: no format that Pillow decodes.
-        ValueError: levels without a fixed range: 32-bit integers, or floating point.
+        ValueError: levels without a fixed range: 32-bit integers, or floating point; or a side of
+            more than :data:`MOST_ASPECT` times the other.
         Exception: whatever Pillow raises for damaged pixels.
     """
     _init_pillow()
@@ -109,6 +113,11 @@ def decode(data: bytes, least_side: int | None = None) -> Image.Image:
 
 def _decode(data: bytes, least_side: int | None) -> Image.Image:
     with Image.open(BytesIO(data)) as image:
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise ValueError(
+                f"it has {image.width:,} x {image.height:,} pixels; the longer side may be at most "
+                f"{MOST_ASPECT} times the shorter"
+            )
         if least_side is not None:
             image.draft(None, (least_side, least_side))
         deep = "16B" in str(image.tile[0][3]) if image.format == "PNG" and image.tile else False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,24 +39,28 @@ def load_table(file: Path, *, check: bool = True) -> ImageData:
     """
     rows, faults = read_rows(file, COLUMNS)
     named: dict[str, list[tuple[Path, str]]] = {"train": []}
-    line_of: dict[Path, int] = {}
+    line_of: dict[str, int] = {}
     for line, row in rows:
         where = f"{file}:{line}"
         path, label, split = (cell(row.get(key)) for key in (*COLUMNS, "split"))
         place = file.parent / path
+        is_file = os.path.isfile(place)
+        real = os.path.realpath(place) if is_file else path  # by .. and links, a file has many
         if None in row:
             faults.append(f"{where}: more fields than columns; quote a field that holds a comma")
         elif not path or not label:
             faults.append(f"{where}: no {'label' if path else 'path'}")
+        elif not is_name(row.get("label")):
+            faults.append(f"{where}: {no_name(label)}")
         elif "split" in row and split not in SPLITS:
             faults.append(f"{where}: the split is {split!r}; it must be one of {', '.join(SPLITS)}")
-        elif place in line_of:
-            faults.append(f"{where}: {path} is in line {line_of[place]} too")
-        elif not place.is_file():
+        elif real in line_of:
+            faults.append(f"{where}: {path} is in line {line_of[real]} too")
+        elif not is_file:
             faults.append(f"{where}: {place} does not exist")
         else:
             named.setdefault(split or "train", []).append((place, label))
-        line_of.setdefault(place, line)
+        line_of.setdefault(real, line)
     classes = sorted({label for split in named.values() for _, label in split})
     if len(classes) < 2 and not faults:
         faults.append(f"{file} has {len(classes)} classes; at least 2 are needed")
@@ -72,6 +77,16 @@ def load_table(file: Path, *, check: bool = True) -> ImageData:
 def cell(value: Any) -> str:
     """A row's value as text, without white space around it."""
     return "" if value is None else str(value).strip()
+
+
+def is_name(label: Any) -> bool:
+    """Whether a row's label can name a class: text, or an integer or a Boolean of JSON."""
+    return isinstance(label, str | int)  # bool is an int
+
+
+def no_name(label: str) -> str:
+    """What is wrong with a label that :func:`is_name` refuses."""
+    return f"the label is {label}; it must be a string or an integer"
 
 
 def read_rows(file: Path, columns: Sequence[str]) -> tuple[list[Row], list[str]]:
@@ -122,7 +137,19 @@ def _csv_rows(
     reader = csv.DictReader(stream, strict=True, delimiter=delimiter)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     _check_columns(reader.fieldnames, file, columns)
-    return [(reader.line_num, row) for row in reader]
+    repeated = [name for name in columns if list(reader.fieldnames).count(name) > 1]
+    if repeated:
+        raise DataError(f"{file} has the column {repeated[0]} more than once")
+    rows: list[Row] = []
+    try:
+        rows += ((reader.line_num, row) for row in reader)
+    except csv.Error as error:
+        start = rows[-1][0] + 1 if rows else 2
+        raise DataError(
+            f"{file} can't be read: {error}, in the row that starts in line {start}; a quote may "
+            "not be closed there"
+        ) from error
+    return rows
 
 
 def _json_rows(

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from gist.data.base import DataError, Labelled, LabelledData, fingerprint
 from gist.data.folder import SPLITS
 from gist.data.split import split_off_val, too_few_to_split
-from gist.data.table import cell, read_rows
+from gist.data.table import cell, is_name, no_name, read_rows
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = ("text", "label")
@@ -154,6 +154,8 @@ def _labelled(
             faults.append(f"{where}: the text is empty")
         elif not label:
             faults.append(f"{where}: no label")
+        elif not is_name(row.get("label")):
+            faults.append(f"{where}: {no_name(label)}")
         elif split is None and "split" in row and of_row not in SPLITS:
             known = ", ".join(SPLITS)
             faults.append(f"{where}: the split is {of_row!r}; it must be one of {known}")

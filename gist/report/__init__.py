@@ -9,8 +9,7 @@ from gist.files import write_atomically
 from gist.model.wrapped import GistModel
 from gist.report.collect import collect
 from gist.report.page import report_page
-
-REPORT_FILE = "report.html"
+from gist.runs.run import REPORT_FILE
 
 __all__ = ["REPORT_FILE", "write_report"]
 

@@ -110,8 +110,8 @@ def compare(directories: Sequence[Path]) -> Comparison:
 
     Raises:
         FileNotFoundError: a folder without a finished run, or without predictions.csv.
-        ValueError: fewer than two runs, one twice, or runs that predicted different images; the
-            text says how these differ.
+        ValueError: fewer than two runs, one twice, or runs that predicted different images, or
+            items without names from data that differ; the text says how these differ.
     """
     if len(directories) < 2 or len({path.resolve() for path in directories}) < len(directories):
         raise ValueError("compare takes two or more different runs")
@@ -120,6 +120,7 @@ def compare(directories: Sequence[Path]) -> Comparison:
     names = _short_names(directories)
     for name, other in zip(names[1:], predictions[1:], strict=True):
         _check_same_images(names[0], predictions[0], name, other)
+    _check_named(names, results, predictions[0])
     flattened = [flat(run["config"]) for run in results]
     keys = list(dict.fromkeys(key for settings in flattened for key in settings))
     values = {key: [settings.get(key, NOT_THERE) for settings in flattened] for key in keys}
@@ -130,7 +131,7 @@ def compare(directories: Sequence[Path]) -> Comparison:
         predictions,
         {key: found for key, found in values.items() if len(set(found)) > 1},
         [PairedDifference.of(first.correct, other.correct) for other in predictions[1:]],
-        _notes(first, results),
+        [*_notes(first, results), *_unfinished(names, results)],
     )
 
 
@@ -153,6 +154,14 @@ def _notes(first: Predictions, results: Sequence[dict[str, Any]]) -> list[str]:
             f"changed. The compared {items} have the same names and classes."
         )
     return notes
+
+
+def _unfinished(names: Sequence[str], results: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        f"{name} was not trained to its end: it is the best of its finished epochs."
+        for name, run in zip(names, results, strict=True)
+        if not run["complete"]
+    ]
 
 
 def _predictions(directory: Path) -> Predictions:
@@ -192,6 +201,23 @@ def _check_same_images(name: str, first: Predictions, other_name: str, other: Pr
     relabelled = np.flatnonzero(first.true != other.true)
     if len(relabelled):
         refuse(f"{first.paths[relabelled[0]]} has another class")
+
+
+def _check_named(
+    names: Sequence[str], results: Sequence[dict[str, Any]], first: Predictions
+) -> None:
+    """Raise a ValueError where only the data's fingerprints can tell whether items are the same.
+
+    Texts, and images that are no files, have no names: all that is known is their order.
+    """
+    marks = [run["config"].get("data_fingerprint") for run in results]
+    nameless = any(path.startswith("#") for path in first.paths)
+    for name, mark in zip(names[1:], marks[1:], strict=True):
+        if nameless and mark != marks[0]:
+            raise ValueError(
+                f"{name} and {names[0]} can't be compared: their data fingerprints differ, and "
+                "without names of files nothing shows that they were tested on the same items"
+            )
 
 
 def _method(described: Any) -> str:

@@ -49,13 +49,13 @@ def card_file(
         or a card that was edited, of which a warning tells.
     """
     path = directory / CARD_FILE
-    if not results["complete"] or not _replaceable(path):
+    if not results["complete"] or not replaceable(path):
         return {}
     text = model_card(directory, results, classes)
     return {path: (text + _MARK.format(_digest(text))).encode()}
 
 
-def _replaceable(path: Path) -> bool:
+def replaceable(path: Path) -> bool:
     """Whether a file is missing, or a card as it was written."""
     if not path.exists():
         return True

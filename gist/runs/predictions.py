@@ -16,10 +16,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Dataset
 
-from gist.data.base import Labelled
+from gist.data.base import Labelled, LabelledData
 from gist.data.folder import ImageFiles
 from gist.data.split import Joined, Part
-from gist.files import write_atomically
+from gist.files import CsvTable, write_atomically
 from gist.model.wrapped import GistModel
 from gist.training.evaluation import Evaluation, evaluate, evaluation_order
 
@@ -69,12 +69,12 @@ class Predictions:
             both = zip(self.gist_predicted, self.gist_probability, strict=True)
             gist = [(self.classes[label], f"{probability:.9g}") for label, probability in both]
         text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(COLUMNS)
+        table = CsvTable(text)
+        table.row(*COLUMNS)
         rows = zip(self.paths, self.true, self.predicted, self.probability, gist, strict=True)
         for path, true, predicted, probability, of_gist in rows:
             names = self.classes[true], self.classes[predicted]
-            table.writerow([self.split, path, *names, f"{probability:.9g}", *of_gist])
+            table.row(self.split, path, *names, f"{probability:.9g}", *of_gist)
         write_atomically(directory / PREDICTIONS_FILE, text.getvalue().encode(**_ENCODING))
 
     @classmethod
@@ -189,6 +189,34 @@ def measure(
         predicted[1].astype(np.int64) if gist else None,
         probability[1] if gist else None,
     )
+
+
+def measure_run(
+    model: GistModel,
+    data: LabelledData,
+    prepared: Dataset[Any] | None,
+    source: str,
+    workers: int = 0,
+) -> tuple[Evaluation, Predictions]:
+    """Evaluate a run's model on its test split, or on the validation split without any.
+
+    Args:
+        model: as trained.
+        data: what it was trained on; has test or val.
+        prepared: that split, as the model takes it.
+        source: the run's ``config.data``, to which the images' paths are relative.
+        workers: loader processes.
+    """
+    name, split = measured_split(data)
+    assert prepared is not None
+    return measure(model, name, split, prepared, data.classes, root=Path(source), workers=workers)
+
+
+def measured_split(data: LabelledData) -> tuple[str, Labelled]:
+    """The name of the split on which a run's predictions are made, and the split."""
+    split = data.test if data.test is not None else data.val
+    assert split is not None
+    return ("test" if data.test is not None else "val"), split
 
 
 def paths_of(split: Labelled, root: Path | None = None) -> list[str]:

@@ -14,15 +14,16 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from timm.data import resolve_model_data_config
 from torch import nn
-from torch.utils.data import Dataset
 
 from gist.backbones import create_backbone
 from gist.backbones.create import find_weights, input_size, skeleton
@@ -34,27 +35,26 @@ from gist.data import (
     prepare,
     prepare_training,
 )
-from gist.data.base import Labelled
-from gist.files import to_json, write_together
+from gist.files import locked, to_json, write_together
 from gist.model.config import GistConfig
 from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
 from gist.runs.advice import Advisor
-from gist.runs.card import card_file
+from gist.runs.card import CARD_FILE, card_file, replaceable
 from gist.runs.inputs import (
     Prepared,
     balanced_class_weights,
     balanced_weights,
     check_balances,
 )
-from gist.runs.predictions import Predictions, measure
+from gist.runs.predictions import PREDICTIONS_FILE, measure_run
 from gist.runs.provenance import describe_machine, git_revision, versions
 from gist.runs.text import TextRunConfig, is_text, text_config
 from gist.training.config import TrainConfig
 from gist.training.divergence import DivergedError
-from gist.training.evaluation import Evaluation, processes
+from gist.training.evaluation import processes
 from gist.training.loading import default_workers
 from gist.training.log import Log
 from gist.training.loop import Epoch, fit
@@ -63,6 +63,7 @@ from gist.validate import check_choice
 
 RESULTS_FILE = "results.json"
 RESUME_FILE = "resume.pt"
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ def run(
 
     Raises:
         DivergedError: as :func:`gist.training.loop.fit`. The best finished epoch has been written.
+        BlockingIOError: another process is training in the directory.
         FileExistsError: the directory holds another run, which stays as it is.
         TypeError: ``data`` is of the other kind than ``config``.
         ImportError: a package to log with is missing.
@@ -252,13 +254,34 @@ def run(
     if earlier is not None:
         check_same(described, earlier["config"], directory)
     finished = earlier is not None and earlier["complete"]
-    if main and not finished:
-        resume_file.load()  # raises if the state is another run's
-    if main and (finished or fresh):
-        resume_file.remove()
     if finished and not fresh:
+        if main:
+            resume_file.remove()
         return {**earlier, "reused": True}
+    with locked(directory, "training") if main else nullcontext():
+        if main and not finished:
+            resume_file.load()  # raises if the state is another run's
+        if main and (finished or fresh):
+            resume_file.remove()
+        return _train(
+            config, data, directory, described, resume_file, log, process, where, workers, listener
+        )
 
+
+def _train(
+    config: AnyConfig,
+    data: LabelledData,
+    directory: Path,
+    described: Mapping[str, Any],
+    resume_file: ResumeFile,
+    log: Log,
+    process: PartialState,
+    where: torch.device,
+    workers: int,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Train, test and write, as :func:`run` says."""
+    main = process.is_main_process
     torch.manual_seed(config.train.seed)  # before the head is drawn
     with process.local_main_process_first():  # to fetch weights once
         backbone = config.backbone(len(data.classes))
@@ -332,6 +355,8 @@ def run(
         save(model, directory, classes=list(data.classes))
         if predictions is not None:
             predictions.write(directory)
+        if not results["complete"]:
+            _remove_earlier(directory)
         card = card_file(directory, results, data.classes)
         write_together({directory / RESULTS_FILE: to_json(results), **card})
     if not results["complete"]:
@@ -342,38 +367,18 @@ def run(
     return {**results, "reused": False}
 
 
+def _remove_earlier(directory: Path) -> None:
+    """Remove what an earlier training (``fresh``) left that is not replaced: of other weights."""
+    for name in (PREDICTIONS_FILE, REPORT_FILE):
+        (directory / name).unlink(missing_ok=True)
+    if replaceable(directory / CARD_FILE):
+        (directory / CARD_FILE).unlink(missing_ok=True)
+
+
 def split_sizes(data: LabelledData) -> dict[str, int]:
     """Items of each split that is there."""
     splits = {"train": data.train, "val": data.val, "test": data.test}
     return {name: len(split) for name, split in splits.items() if split is not None}
-
-
-def measure_run(
-    model: GistModel,
-    data: LabelledData,
-    prepared: Dataset[Any] | None,
-    source: str,
-    workers: int = 0,
-) -> tuple[Evaluation, Predictions]:
-    """Evaluate a run's model on its test split, or on the validation split without any.
-
-    Args:
-        model: as trained.
-        data: what it was trained on; has test or val.
-        prepared: that split, as the model takes it.
-        source: the run's ``config.data``, to which the images' paths are relative.
-        workers: loader processes.
-    """
-    name, split = measured_split(data)
-    assert prepared is not None
-    return measure(model, name, split, prepared, data.classes, root=Path(source), workers=workers)
-
-
-def measured_split(data: LabelledData) -> tuple[str, Labelled]:
-    """The name of the split on which a run's predictions are made, and the split."""
-    split = data.test if data.test is not None else data.val
-    assert split is not None
-    return ("test" if data.test is not None else "val"), split
 
 
 def read_results(directory: Path) -> dict[str, Any] | None:

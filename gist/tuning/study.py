@@ -17,7 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from gist.files import naming
+from gist.files import locked, naming
 from gist.training.result import Epoch
 from gist.training.state import check_same
 from gist.tuning.result import Trial
@@ -192,12 +192,11 @@ def open_study(
         OSError: a file can't be written; the text names it.
         ValueError: the journal can't be read.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     identity = json.loads(json.dumps(identity))
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with _locked(directory):
+        with locked(directory, "tuning", LOCK_FILE):
             path = directory / JOURNAL_FILE
             _mend(path)
             pruner = SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=REDUCTION)
@@ -259,22 +258,3 @@ def _mend(path: Path) -> None:
     if whole[2]:
         with naming(path):
             os.truncate(path, len(whole[0]) + len(whole[1]))
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """A lock that ends with its process. Windows has none, and there two processes can clash."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    path = directory / LOCK_FILE
-    with path.open("ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BlockingIOError(
-                error.errno, "another process is tuning in this folder", str(directory)
-            ) from error
-        yield

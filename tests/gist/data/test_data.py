@@ -326,6 +326,22 @@ def test_faults_of_structure(root, tmp_path):
         load_data(str(tmp_path / "few"))
 
 
+def test_a_line_of_pixels_is_reported(root):
+    line = picture(root / "train" / "cat" / "line.png", size=(1, 201))
+    with pytest.raises(DataError, match="it has 1 x 201 pixels; the longer side may be at most"):
+        load_data(str(root))
+    picture(line, size=(200, 1))
+    load_data(str(root))
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation")])
+def test_splits_by_other_names_are_no_classes(names, tmp_path):
+    for split in names:
+        picture(tmp_path / split / "ox" / "1.png")
+    with pytest.raises(DataError, match="which are no classes; name splits train, val, test"):
+        load_data(str(tmp_path))
+
+
 def test_decompression_bombs_are_reported(root, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match="can't be read: Image size .* decompression bomb"):

@@ -103,6 +103,47 @@ def test_every_bad_row_is_named_by_its_line(root, check):
     ]
 
 
+def test_a_file_by_another_path_is_the_same_file(root):
+    (root / "photos" / "link.png").symlink_to("0, a.png")
+    rows = [row(0, "a"), '"photos/../photos/0, a.png",b', "photos/link.png,b", row(1, "b")]
+    file = table(root, *rows)
+    assert faults(file)[1:] == [
+        f"  {file}:3: photos/../photos/0, a.png is in line 2 too",
+        f"  {file}:4: photos/link.png is in line 2 too",
+    ]
+
+
+def test_a_path_that_no_file_can_have_is_named_with_its_line(root):
+    long = "x" * 5000
+    file = table(root, row(0, "a"), f"{long},a", "a\0.png,a")
+    assert faults(file)[1:] == [
+        f"  {file}:3: {root}/{long} does not exist",
+        f"  {file}:4: {root}/a\0.png does not exist",
+    ]
+
+
+def test_a_label_that_names_no_class_is_refused(root):
+    labels = [True, 1, "1.0", float("nan"), 1.0, ["a"]]
+    lines = [{"path": f"photos/{i}, a.png", "label": label} for i, label in enumerate(labels)]
+    (root / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [line.partition("x.jsonl:")[2] for line in faults(str(root / "x.jsonl"))[1:]] == [
+        "4: the label is nan; it must be a string or an integer",
+        "5: the label is 1.0; it must be a string or an integer",
+        "6: the label is ['a']; it must be a string or an integer",
+    ]
+
+
+def test_a_column_that_comes_twice_is_refused(root):
+    file = table(root, row(0, "a", "b"), columns="path,label,label")
+    assert faults(file) == [f"{file} has the column label more than once"]
+
+
+def test_a_quote_that_is_not_closed_is_named_with_its_line(root):
+    file = table(root, row(0, "a"), '"photos/1, a.png,a', row(2, "b"))
+    (found,) = faults(file)
+    assert "in the row that starts in line 3; a quote may not be closed" in found
+
+
 def test_bad_lines_of_json_are_named(root):
     file = root / "x.jsonl"
     good = {"path": "photos/0, a.png", "label": "a"}

@@ -104,6 +104,7 @@ def test_every_fault_is_named_with_its_line(tmp_path):
         ("a.csv", b"text,label\nthe port,sea\nwheat,soil\n", "class 'sea' has one text"),
         ("a.jsonl", b'{"text": ["the"], "label": "sea"}', r"a.jsonl:1: the text is \['the'\], no"),
         ("a.jsonl", b"the port", "a.jsonl:1: no JSON"),
+        ("a.jsonl", b'{"text": "a", "label": NaN}', "a.jsonl:1: the label is nan; it must be"),
         (
             "a.csv",
             b"text,label,split\na,sea,train\nb,soil,val",

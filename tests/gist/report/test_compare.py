@@ -104,6 +104,28 @@ def test_other_classes_and_missing_files_are_refused(a_run, tmp_path):
             compare(runs)
 
 
+def test_items_without_names_need_the_same_data(a_run, tmp_path):
+    runs = [shutil.copytree(a_run, tmp_path / name) for name in ("first", "second")]
+    for run in runs:
+        header, *rows = (run / PREDICTIONS_FILE).read_text().splitlines()
+        cells = [next(csv.reader([row])) for row in rows]
+        with (run / PREDICTIONS_FILE).open("w", newline="") as file:
+            file.write(header + "\n")
+            csv.writer(file).writerows(
+                [split, f"#{i}", *more] for i, (split, _, *more) in enumerate(cells)
+            )
+    assert compare(runs).differences[0].difference == 0
+    results = json.loads((runs[1] / "results.json").read_text())
+    results["config"]["data_fingerprint"] = "another"
+    results["complete"] = False
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="second and first can't be compared: their data"):
+        compare(runs)
+    shutil.copy(a_run / PREDICTIONS_FILE, runs[0])
+    shutil.copy(a_run / PREDICTIONS_FILE, runs[1])
+    assert "second was not trained to its end" in compare(runs).markdown()
+
+
 def test_names_are_as_long_as_they_must_be(a_run, plain_run, tmp_path):
     first, second = (shutil.copytree(a_run, tmp_path / name / "run|1") for name in "ab")
     found = compare([first, second])

@@ -50,7 +50,7 @@ def test_without_a_token_its_columns_are_empty(plain_run):
 
 def test_any_name_survives(tmp_path):
     classes = ('a,"b"', os.fsdecode(b"caf\xe9"), "line\nbreak")
-    paths = (os.fsdecode(b"\xff.png"), "x,y.png", "#2")
+    paths = (os.fsdecode(b"\xff.png"), "x,y.png", "carriage\rreturn.png")
     labels, others = np.array([0, 1, 2]), np.array([2, 1, 0])
     probability = np.array([0.1, 1.0, 0.123456789])
     written = Predictions("val", classes, paths, labels, others, probability, others, probability)
