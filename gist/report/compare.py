@@ -116,7 +116,10 @@ def compare(directories: Sequence[Path]) -> Comparison:
     if len(directories) < 2 or len({path.resolve() for path in directories}) < len(directories):
         raise ValueError("compare takes two or more different runs")
     results = [finished_results(directory) for directory in directories]
-    predictions = [_predictions(directory) for directory in directories]
+    predictions = [
+        _predictions(directory, of_texts=is_text(run["config"]))
+        for directory, run in zip(directories, results, strict=True)
+    ]
     names = _short_names(directories)
     for name, other in zip(names[1:], predictions[1:], strict=True):
         _check_same_images(names[0], predictions[0], name, other)
@@ -146,7 +149,7 @@ def _notes(first: Predictions, results: Sequence[dict[str, Any]]) -> list[str]:
         notes.append(f"The {len(results) - 1} p-values are not corrected for their number.")
     if first.split == "val":
         notes.append(
-            f"There are no test {items}. Each run's best epoch was chosen on the {items} compared."
+            f"No test {items} were predicted. Each run's best epoch was chosen on the {items} compared."
         )
     if len({run["config"].get("data_fingerprint") for run in results}) > 1:
         notes.append(
@@ -164,13 +167,12 @@ def _unfinished(names: Sequence[str], results: Sequence[dict[str, Any]]) -> list
     ]
 
 
-def _predictions(directory: Path) -> Predictions:
+def _predictions(directory: Path, *, of_texts: bool) -> Predictions:
     saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     found = Predictions.read(directory, saved["classes"])
     if found is None:
-        raise FileNotFoundError(
-            f"{directory} has no {PREDICTIONS_FILE}; gist report {directory} writes it"
-        )
+        writes = "its gist train command" if of_texts else f"gist report {directory}"
+        raise FileNotFoundError(f"{directory} has no {PREDICTIONS_FILE}; {writes} writes it")
     return found
 
 

@@ -16,6 +16,7 @@ from gist import cli
 from gist.report.compare import compare
 from gist.report.measures import PairedDifference
 from gist.runs.predictions import PREDICTIONS_FILE
+from gist.runs.text import KIND
 
 
 def changed(run: Path, out: Path, old: str, new: str) -> Path:
@@ -96,6 +97,11 @@ def test_other_classes_and_missing_files_are_refused(a_run, tmp_path):
         compare([a_run, other])
     (other / PREDICTIONS_FILE).unlink()
     with pytest.raises(FileNotFoundError, match="gist report .* writes it"):
+        compare([a_run, other])
+    results = json.loads((other / "results.json").read_text())
+    results["config"]["kind"] = KIND  # gist report writes none of texts
+    (other / "results.json").write_text(json.dumps(results))
+    with pytest.raises(FileNotFoundError, match="its gist train command writes it"):
         compare([a_run, other])
     with pytest.raises(FileNotFoundError, match="no finished run"):
         compare([a_run, tmp_path])
