@@ -115,7 +115,7 @@ release-check: $(VENV)/.installed-release
 lock: $(VENV)/.installed-release
 	mkdir -p build
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --upgrade --no-header --no-annotate \
-	  --no-emit-index-url $(addprefix --extra ,dev docs release) \
+	  --no-emit-index-url $(addprefix --extra ,dev docs) --group release \
 	  $(addprefix --no-emit-package ,torch torchvision triton) | grep -Ev '^(nvidia|cuda)' > build/constraints.txt
 	mv build/constraints.txt .github/constraints.txt
 
@@ -146,6 +146,12 @@ $(VENV)/.installed-%: $(NATIVE) | $(BIN)/python
 	@echo "Installing into $(VENV); PyTorch takes about 6 GB and, the first time, some minutes."
 	$(BIN)/python -m pip install --quiet 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	touch $@
+
+# Neither PyTorch nor a build of the package.
+$(VENV)/.installed-release: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group release
 	touch $@
 
 $(BIN)/python:

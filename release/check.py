@@ -1,6 +1,7 @@
 """Build and check a release: ``make release-check``, and ``TAG=v1.2.3`` for the tag itself.
 
-1. The tag is the version's, and the changelog has a section of that version with a date.
+1. The tag is the version's and HEAD's, the working tree has no change, and the changelog has a
+   section of that version with a date.
 2. The source distribution has every file of the repository. A wheel is built from it.
 3. twine accepts both. The wheel is installed into a fresh environment of each Python and passes
    release/smoke.py. Without a tag, everything else is checked all the same.
@@ -51,6 +52,15 @@ def check_version(tag: str | None, of: str, changelog: str) -> None:
         raise SystemExit(f"the tag {tag} is not v{of}, the version in gist_kernels/__init__.py")
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", date):
         raise SystemExit(f"CHANGELOG.md says {of} ({date}): write the date of the release there")
+
+
+def check_tree(tag: str, root: Path = ROOT) -> None:
+    """The files that get built are those of the tag; git-ignored ones take no part."""
+    changed = run("git", "status", "--porcelain", cwd=root).splitlines()
+    if changed:
+        raise SystemExit(f"{len(changed)} files differ from HEAD, of which {changed[0][3:]}")
+    if tag not in run("git", "tag", "--points-at", "HEAD", cwd=root).split():
+        raise SystemExit(f"HEAD does not have the tag {tag}: git tag {tag}")
 
 
 def check_source(archive: Path, tracked: set[str]) -> None:
@@ -109,6 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(section(changelog, version())[1])
         return
     check_version(given.tag, version(), changelog)
+    if given.tag is not None:
+        check_tree(given.tag)
     given.dist.mkdir(parents=True, exist_ok=True)
     for old in given.dist.iterdir():
         old.unlink()

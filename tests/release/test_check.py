@@ -59,6 +59,31 @@ def test_what_does_not_agree_is_refused(tag, version, said):
         check.check_version(tag, version, CHANGELOG)
 
 
+def test_the_files_of_a_release_are_those_of_its_tag(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=x", "-c", "user.email=x")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    git("init", "--quiet")
+    (tmp_path / ".gitignore").write_text("build\n")
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    with pytest.raises(SystemExit, match=r"HEAD does not have the tag v1\.2\.0"):
+        check.check_tree("v1.2.0", tmp_path)
+    git("tag", "v1.2.0")
+    (tmp_path / "build").touch()
+    check.check_tree("v1.2.0", tmp_path)
+    (tmp_path / "new.py").touch()
+    with pytest.raises(SystemExit, match=r"1 files differ from HEAD, of which new\.py"):
+        check.check_tree("v1.2.0", tmp_path)
+    git("add", ".")
+    with pytest.raises(SystemExit, match=r"1 files differ from HEAD, of which new\.py"):
+        check.check_tree("v1.2.0", tmp_path)
+    git("commit", "--quiet", "--message=second")
+    with pytest.raises(SystemExit, match=r"HEAD does not have the tag v1\.2\.0"):
+        check.check_tree("v1.2.0", tmp_path)
+
+
 def test_a_source_distribution_lacks_no_file(tmp_path):
     path = tmp_path / "a-1.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
