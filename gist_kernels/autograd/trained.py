@@ -179,7 +179,7 @@ class Sublayer:
         last, rows, factors = self.last, rows_of(inner), self.factors
         shape = *inner.shape[:2], last.weight.shape[0]
         if adapted is not None and not factors and last.parts.scale is None:
-            if adapted.dtype is rows.dtype:
+            if adapted.dtype in (rows.dtype, torch.float32):
                 linear = last.kernels
                 out, low = linear.add_linear(adapted, rows, last.weight), None
                 _, _, down, up = last.computed

@@ -264,7 +264,7 @@ class LinearKernels(Protocol):
         """``x weight^T + bias``."""
 
     def add_linear(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``out + x weight^T``; may write over ``out``."""
+        """``out + x weight^T``; may write over ``out``, which is of x's dtype or float32."""
 
 
 class HeadKernels(Protocol):

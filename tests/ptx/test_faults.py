@@ -93,6 +93,18 @@ def test_a_barrier_orders_what_came_before_it_only():
           out=words(64))  # fmt: skip
 
 
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_barrier_that_the_source_does_not_have_orders_shared_memory_only(seed):
+    """Triton put it there, and need not in its next version."""
+    of_tensor = "st.global.b32 [%at_out], %lane; {} xor.b32 %r2, %near, 128; cvt.u64.u32 %rd1, %r2;"
+    of_tensor += "add.u64 %rd1, %rd1, %out; ld.global.b32 %r1, [%rd1];"
+    asked, own = ".loc 1 7 0\n" + BARRIER, ".loc 1 8 0\n" + BARRIER
+    options = {"threads": 64, "seed": seed, "barriers": {"?:7"}}
+    run(OTHER + STORE + own + LOAD_OTHER, **options, out=words(64))
+    run(of_tensor.format(asked), **options, out=words(64))
+    fails("race: byte .* of out is read", of_tensor.format(own), **options, out=words(64))
+
+
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])
 def test_programs_are_in_no_order(seed):
     body = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0;

@@ -18,12 +18,14 @@ import torch
 
 from gist_kernels.kernels import triton as gpu
 from gist_kernels.kernels.protocols import LossOptions
+from gist_kernels.kernels.triton import heuristics
 
 pytest.importorskip("triton.backends.nvidia", exc_type=ImportError)
 from ptx import FaultError
 from ptx.driver import executed
 
 loss = importlib.import_module("gist_kernels.kernels.triton.loss")
+attention_tiles = importlib.import_module("gist_kernels.kernels.triton.attention_tiles")
 pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="TRITON_INTERPRET=1 compiles nothing")
 
 KERNELS = Path(gpu.__file__).parent
@@ -59,21 +61,27 @@ def test_without_a_fault_nothing_is_found(seed):
         check(loss)
 
 
-def with_fault(tmp_path: Path, monkeypatch, old: str, new: str) -> ModuleType:
-    """The loss, of a copy of its sources in which ``old`` is ``new``."""
+def with_fault(
+    tmp_path: Path, monkeypatch, old: str, new: str,
+    names: tuple[str, ...] = ("loss", "loss_rows", "rows"),
+) -> ModuleType:  # fmt: skip
+    """The first of ``names``, of a copy of these files in which ``old`` is ``new``."""
     package = "mutant_" + re.sub(r"\W", "", tmp_path.name)
     (tmp_path / package).mkdir()
     found = 0
-    for name in ("loss", "loss_rows", "rows"):
+    for name in names:
         text = (KERNELS / f"{name}.py").read_text()
         found += text.count(old)
         text = text.replace(old, new)
-        text = re.sub(r"from gist_kernels\.kernels\.triton\.(\w+)", rf"from {package}.\1", text)
-        text = text.replace(f"from {package}.launch", "from gist_kernels.kernels.triton.launch")
+        text = re.sub(
+            rf"from gist_kernels\.kernels\.triton\.({'|'.join(names)}) ",
+            rf"from {package}.\1 ",
+            text,
+        )
         (tmp_path / package / f"{name}.py").write_text(text)
     assert found
     monkeypatch.syspath_prepend(tmp_path)
-    return importlib.import_module(f"{package}.loss")
+    return importlib.import_module(f"{package}.{names[0]}")
 
 
 IN_THE_SOURCE = {
@@ -168,6 +176,30 @@ def test_every_barrier_that_is_dropped_is_found():
         ):
             check(loss)
         loss._counters.clear()
+
+
+def tiles_backward(kernels: ModuleType, queries: int = 40, head_dim: int = 16) -> None:
+    """One head's, unrolled so little that Triton prefetches nothing."""
+    q, k, v, d_out = torch.randn(4, 1, queries, head_dim, dtype=torch.bfloat16)
+    gradients = [torch.full_like(each, torch.nan) for each in (q, k, v)]
+    lse = torch.randn(1, 1, queries)
+    tiles = heuristics.AttentionTiles(head_dim, stages=1)
+    kernels.backward(tiles, d_out, q, k, v, lse, 1, 0.25, *gradients, None)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_the_barrier_between_the_passes_of_attention_is_needed(seed, tmp_path, monkeypatch):
+    """Triton's own barriers, for keys in shared memory, order the passes too, for now."""
+    names = "attention_tiles", "attention_rows"
+    mutant = with_fault(tmp_path, monkeypatch, "tl.debug_barrier()", "pass", names)
+    with executed(80, seed=seed):
+        tiles_backward(attention_tiles)
+    with (
+        pytest.raises(FaultError, match="race: byte .* of means is read, and was written by"),
+        executed(80, seed=seed) as driver,
+    ):
+        tiles_backward(mutant)
+    assert "bar.sync" in driver.texts[0]
 
 
 def test_a_kernel_for_aligned_tensors_on_others_is_found():

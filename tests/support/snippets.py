@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 from ptx import Launch, Memory, parse
 from ptx.memory import Storage, Tensor
@@ -25,7 +27,7 @@ _TEXT = """
 def run(
     body: str, *, threads: int = 32, programs: int = 1, shared: int = 1024,
     seed: int | None = None, written: tuple[str, ...] = ("out",), undefined: tuple[str, ...] = (),
-    **tensors: np.ndarray,
+    barriers: Container[str] | None = None, **tensors: np.ndarray,
 ) -> None:  # fmt: skip
     """Run a kernel's body on tensors, in place.
 
@@ -57,7 +59,8 @@ def run(
         if name in undefined:
             tensor.undefine()
         arguments[name] = memory.add(tensor)
-    Launch(parse(text), (programs, 1, 1), arguments, memory, shared, seed=seed).run()
+    Launch(parse(text), (programs, 1, 1), arguments, memory, shared, seed=seed,
+           barriers=barriers).run()  # fmt: skip
 
 
 def each_thread(body: str, **inputs: np.ndarray) -> np.ndarray:

@@ -145,7 +145,10 @@ def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def add_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``out + x weight^T`` of (M, I) rows onto (M, O) ones, which may be overwritten."""
+    """``out + x weight^T`` of (M, I) rows onto (M, O) ones, of x's dtype or float32, which may be
+    overwritten."""
+    if out.dtype is not x.dtype:
+        return out.add_(F.linear(x, weight))
     if _by_onednn(x, weight, adds=True):
         return add_by_onednn(out, x, weight)
     return out.addmm_(x, weight.t())

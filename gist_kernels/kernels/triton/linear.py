@@ -12,5 +12,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def add_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``out + x weight^T``, for x (M, I). Overwrites ``out`` (M, O)."""
-    return out.addmm_(x, weight.t())
+    """``out + x weight^T``, for x (M, I). Overwrites ``out`` (M, O), of x's dtype or float32."""
+    if out.dtype is x.dtype:
+        return out.addmm_(x, weight.t())
+    if x.is_cuda:  # one kernel, whose product is not rounded to x's dtype
+        return torch.addmm(out, x, weight.t(), out_dtype=out.dtype, out=out)
+    return out.add_(F.linear(x, weight))  # interpreted

@@ -197,6 +197,27 @@ def test_a_pass_under_autocast_converts_each_frozen_weight_once():
 
 
 @pytest.mark.parametrize("name", ["attention", "attention of few", "mlp"])
+def test_under_autocast_the_last_matmul_adds_onto_the_residual(name, monkeypatch):
+    """In float32: its result in a half type is never in memory."""
+    kernels = pytest.importorskip("gist_kernels.kernels.cpu.linear")
+    plain, found = kernels.add_linear, []
+
+    def add_linear(out, x, weight):
+        found.append((out.dtype, x.dtype))
+        return plain(out, x, weight)
+
+    monkeypatch.setattr(kernels, "add_linear", add_linear)
+    x, norm, attention, mlp, adapter = arguments(torch.float32)
+    with gk.use_backend("cpu"), torch.autocast("cpu", torch.bfloat16):
+        if name == "mlp":
+            gk.adapter_mlp(x, norm, mlp, adapter)
+        else:
+            few = {"num_queries": 2} if name == "attention of few" else {}
+            gk.adapter_attention(x, norm, attention, adapter, **few)
+    assert found == [(torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("name", ["attention", "attention of few", "mlp"])
 def test_cached_casts_converts_no_frozen_weight_again(name):
     x, norm, attention, mlp, adapter = arguments(torch.float32, layer_scale=True)
     weights = mlp if name == "mlp" else attention

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -101,7 +102,8 @@ class Driver:
             elif isinstance(value, float):
                 value = int(np.float32(value).view(np.uint32))
             arguments[parameter] = int(value) & ((1 << bits) - 1)
-        launch = Launch(kernel, grid, arguments, memory, metadata.shared, seed=self.seed)
+        launch = Launch(kernel, grid, arguments, memory, metadata.shared, seed=self.seed,
+                        barriers=_barriers(source.fn.fn))  # fmt: skip
         launch.run()
         self.statistics[kernel.name] += launch.statistics["warp instructions"]
 
@@ -113,6 +115,17 @@ def _flat(kinds: Any, values: Any) -> Iterator[tuple[str, Any]]:
             yield from _flat(((f"{name}[{i}]", k) for i, k in enumerate(kind)), value)
         elif kind != "constexpr":
             yield name, value
+
+
+@lru_cache
+def _barriers(function: Callable[..., Any]) -> frozenset[str]:
+    """The lines with a barrier of their own, in the files beside a kernel's."""
+    return frozenset(
+        f"{path.name}:{number}"
+        for path in Path(inspect.getfile(function)).parent.glob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"\btl\.(debug_barrier|atomic_\w+)\(", line)
+    )
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,7 @@ class Block:
                 array.fill(0 if array.dtype == np.bool_ else 0xDEAD)
         self.shared = shared_memory(launch.shared, self.kernel.shared_unit)
         self.clocks = Clocks(number, self.warps, launch.programs)
+        self.shared_clocks = Clocks(number, self.warps, launch.programs)
         self.copies = Copies(self.threads)
         self.counter = np.zeros(self.threads, np.int64)
         self.exited, self.waiting, self.stalled = np.zeros((3, self.threads), np.bool_)
@@ -178,7 +180,9 @@ class Block:
             if (self.counter != self.counter[0]).any():
                 raise FaultError("hang: threads wait at different barriers")
             self.waiting[:] = False
-            self.clocks.barrier()
+            self.shared_clocks.barrier()
+            if self.launch.barriers is None or instruction.source in self.launch.barriers:
+                self.clocks.barrier()
 
     # --- memory
 
@@ -193,11 +197,14 @@ class Block:
     def _active(self, where: Any) -> Array:
         return self.thread if where is True else self.thread[where]
 
+    def _clocks(self, tensor: Tensor) -> Clocks:
+        return self.shared_clocks if tensor is self.shared else self.clocks
+
     def _read(self, tensor: Tensor, at: Array, size: int, threads: Array) -> None:
-        tensor.check_read(at, size, self.clocks, self.warp[threads])
+        tensor.check_read(at, size, self._clocks(tensor), self.warp[threads])
 
     def _write(self, tensor: Tensor, at: Array, values: Array, threads: Array) -> None:
-        tensor.write(at, values, self.clocks, self.warp[threads])
+        tensor.write(at, values, self._clocks(tensor), self.warp[threads])
 
     def load(
         self, space: str, address: Array, offset: int, dtype: np.dtype, destinations: list[Array],
@@ -286,7 +293,7 @@ class Block:
             self._read(tensor, at, size, threads[some])
             data[some] = tensor.storage.words[1][at[:, None] + np.arange(size)]
         _, at = self._locate("shared", to, to_offset, size, threads)
-        self.shared.check_write(at, size, self.clocks, self.warp[threads])
+        self.shared.check_write(at, size, self.shared_clocks, self.warp[threads])
         self.shared.undefine(at, size)  # until it has landed
         self.copies.add(threads, at, data)
 
@@ -307,14 +314,16 @@ class Launch:
         seed: of the order in which programs and their warps run; None runs one program after the
             other, all warps together, which is the fastest.
         resident: how many programs take turns.
+        barriers: lines of the source whose barriers order accesses of tensors too; None: all do.
     """
 
     def __init__(
         self, kernel: Kernel, grid: tuple[int, int, int], arguments: dict[str, int],
         memory: Memory, shared: int = 0, *, seed: int | None = None, resident: int = 8,
+        barriers: Container[str] | None = None,
     ) -> None:  # fmt: skip
         self.kernel, self.grid, self.memory, self.shared = kernel, grid, memory, shared
-        self.arguments, self.resident = arguments, resident
+        self.arguments, self.resident, self.barriers = arguments, resident, barriers
         self.programs = grid[0] * grid[1] * grid[2]
         self.random = None if seed is None else np.random.default_rng(seed)
         self.statistics: Counter[str] = Counter()

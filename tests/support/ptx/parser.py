@@ -24,8 +24,10 @@ class Instruction(NamedTuple):
     """Those in braces or brackets stay together."""
     guard: tuple[str, bool] | None
     """A predicate, and whether it is negated."""
-    place: str
-    """The line of the text, and the line of the source that it comes from."""
+    line: int
+    """Of the text."""
+    source: str
+    """File and line that it comes from, as "loss.py:12"; "" if the text doesn't say."""
 
     @property
     def stem(self) -> str:
@@ -34,6 +36,10 @@ class Instruction(NamedTuple):
     def __str__(self) -> str:
         guard = "" if self.guard is None else f"@{'!' * self.guard[1]}{self.guard[0]} "
         return f"{guard}{self.opcode} {', '.join(self.operands)} ({self.place})"
+
+    @property
+    def place(self) -> str:
+        return f"line {self.line}" + (f", {self.source}" if self.source else "")
 
 
 _SKIPPED = re.compile(r"[\s{}]+")  # braces that open a statement are scopes
@@ -76,17 +82,19 @@ class Kernel:
                 if match[1] != "loc":
                     return
                 number, of_source, *_ = match[2].split()
-                source = f", {files.get(number, '?')}:{of_source}"
+                source = f"{files.get(number, '?')}:{of_source}"
             elif match := _LABEL.match(text, at):
                 self.labels[match[1]] = len(self.instructions)
             elif match := _STATEMENT.match(text, at):
-                self._statement(*match.groups(), place=f"line {line}{source}")
+                self._statement(*match.groups(), line, source)
             else:
                 raise ValueError(f"no statement: {text[at : at + 60]!r}")
             line += text.count("\n", at, match.end())
             at = match.end()
 
-    def _statement(self, negated: str, predicate: str, opcode: str, rest: str, place: str) -> None:
+    def _statement(
+        self, negated: str, predicate: str, opcode: str, rest: str, line: int, source: str
+    ) -> None:
         if opcode == ".reg":
             kind, names = rest.split(None, 1)
             for name in names.split(","):
@@ -95,10 +103,10 @@ class Kernel:
         elif opcode == ".pragma":
             pass
         elif opcode.startswith("."):
-            raise UnsupportedError(f"{opcode} {rest} ({place})")
+            raise UnsupportedError(f"{opcode} {rest} (line {line})")
         else:
             guard = (predicate, negated == "!") if predicate else None
-            self.instructions.append(Instruction(opcode, _split(rest), guard, place))
+            self.instructions.append(Instruction(opcode, _split(rest), guard, line, source))
 
     def width(self, register: str) -> str:
         """'pred', '16', '32' or '64'."""

@@ -2,9 +2,15 @@
 
 Every warp has a clock, which counts its releases and barriers, and knows a time of every other
 warp: what happened there until then happened before anything it does now. A barrier tells the warps
-of a program each other's times. An atomic that releases leaves its warp's times at its address; one
-that acquires learns the times that are left there for its program, if the scope was the program
-("cta"), or for all.
+of a program each other's times.
+
+A program has such clocks for shared memory, and others for tensors. Triton puts barriers wherever
+its own use of shared memory needs them, and needs them elsewhere in the next version. So a barrier
+counts for tensors only if the source has it at its line: ``tl.debug_barrier``, or an atomic, whose
+result reaches all threads by way of one.
+
+An atomic that releases leaves its warp's times at its address; one that acquires learns the times
+that are left there for its program, if the scope was the program ("cta"), or for all.
 """
 
 from __future__ import annotations
