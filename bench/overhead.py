@@ -2,11 +2,14 @@
 
 The kernels of the first contender only allocate what they return, so that what is left is Python
 and the dispatcher: plans, checks, autograd and the few operators of PyTorch around the blocks.
+The loss has two floors: a node that keeps what ours keeps and computes nothing, and our kernel
+without a node.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -20,7 +23,7 @@ import gist_kernels as gk
 from bench.loss import Nothing
 from bench.measure import Case
 from gist_kernels import backend
-from gist_kernels.kernels.protocols import SublayerKernels
+from gist_kernels.kernels.protocols import LossOptions, SublayerKernels
 
 UNIT = "empty autograd.Function"
 NOTHING = "nothing"
@@ -64,16 +67,40 @@ def loss_case(device: torch.device, dtype: torch.dtype) -> Case:
     a, b = torch.randn(2, 32, 100, device=device, dtype=dtype).unbind()
     a, b = a.requires_grad_(), b.requires_grad_()
     target = torch.zeros(32, dtype=torch.long, device=device)
+    x, y = a.detach(), b.detach()
+    kernels = backend.select("loss", x)
+    options = LossOptions(3.0, 1.0, 0.5, 0.75, 0.75, 0.0, -100, "mean")
     return Case(
         sizes={"B": 32, "C": 100},
         dtype=dtype,
         calls={
             "ours": lambda: torch.autograd.grad(gk.gist_loss(a, b, target), (a, b)),
+            "node of ours, no kernel": lambda: torch.autograd.grad(
+                SameNode.apply(a, b, (target, None)), (a, b)
+            ),
+            "kernel of ours, no node": lambda: kernels.forward_backward(x, y, target, options),
             UNIT: unit(device, dtype),
         },
         parity=lambda: None,
         unit=UNIT,
+        clock=time.process_time,  # one thread: the logits are too few for two
     )
+
+
+class SameNode(torch.autograd.Function):
+    """What PyTorch takes for the loss's node: its inputs, its outputs and what it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, cls: torch.Tensor, gist: torch.Tensor, others: Any) -> torch.Tensor:
+        ctx.save_for_backward(cls, gist, *others)
+        ctx.set_materialize_grads(False)
+        ctx.ahead = torch.empty_like(cls), torch.empty_like(gist)
+        return cls.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        ctx.saved_tensors  # noqa: B018  # checks that nobody has written to the inputs
+        return *ctx.ahead, None
 
 
 def unit(device: torch.device, dtype: torch.dtype) -> Any:

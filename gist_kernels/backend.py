@@ -117,7 +117,7 @@ def select(family: str, tensor: torch.Tensor) -> Any:
     """
     requested = _requested()
     if torch.compiler.is_compiling():  # needs no cache, and the tracer would warn of it
-        return _choose(requested, family, tensor.device.type, tensor.dtype)
+        return _choose(requested, family, tensor.device, tensor.dtype)
     if under_transform():
         if requested not in ("auto", REFERENCE):
             raise RuntimeError(
@@ -125,7 +125,7 @@ def select(family: str, tensor: torch.Tensor) -> Any:
                 "transforms and forward-mode differentiation; the backend 'reference' does"
             )
         return None
-    return _cached_choice(requested, family, tensor.device.type, tensor.dtype)
+    return _cached_choice(requested, family, tensor.device, tensor.dtype)
 
 
 def serving(family: str, device_type: str, dtype: torch.dtype) -> str:
@@ -134,8 +134,8 @@ def serving(family: str, device_type: str, dtype: torch.dtype) -> str:
     return REFERENCE if chosen is None else chosen.name
 
 
-def _choose(requested: str, family: str, device_type: str, dtype: torch.dtype) -> Any:
-    chosen = _choose_backend(requested, family, device_type, dtype)
+def _choose(requested: str, family: str, device: torch.device, dtype: torch.dtype) -> Any:
+    chosen = _choose_backend(requested, family, device.type, dtype)
     return None if chosen is None else chosen.kernels(family)
 
 

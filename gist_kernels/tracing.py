@@ -16,7 +16,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
     """Whether a call is traced, or its tensors have no memory to give a kernel."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in _PLAIN:
+        kind = type(tensor)
+        if kind is not torch.Tensor and tensor is not None and kind is not torch.nn.Parameter:
             return True
     return (
         torch.compiler.is_compiling()

@@ -8,6 +8,7 @@ torch.export, and for tensors without memory of their own, the same kernels appe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def gist_loss(
         loss, terms, _ = forward(cls, gist, target, row_scale, *_flat(options))
         return loss, terms
     if torch.is_grad_enabled() and (cls.requires_grad or gist.requires_grad):
-        return _GistLoss.apply(cls, gist, target, row_scale, (kernels, options, want_terms))
+        settings = target, row_scale, kernels, options, want_terms
+        found = _GistLoss.apply(cls, gist, settings)
+        return found if want_terms else (found, None)
     return kernels.forward(cls, gist, target, options, want_terms, row_scale)[:2]
 
 
@@ -64,37 +67,61 @@ def gist_loss_and_grad(
 
 
 class _GistLoss(torch.autograd.Function):
+    """``settings`` are one argument: each further one costs every call time.
+
+    Where the kernels compute both gradients ahead, they are those of an upstream gradient of 1.
+    A call takes them once: its caller may write to what it got.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         cls: torch.Tensor,
         gist: torch.Tensor,
-        target: torch.Tensor | None,
-        row_scale: torch.Tensor | None,
-        settings: tuple[LossKernels, LossOptions, bool],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        kernels, options, want_terms = ctx.settings = settings
-        loss, terms, ctx.stats = kernels.forward(cls, gist, target, options, want_terms, row_scale)
+        settings: tuple[torch.Tensor | None, torch.Tensor | None, LossKernels, LossOptions, bool],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        target, row_scale, kernels, options, want_terms = settings
         ctx.save_for_backward(cls, gist, target, row_scale)
-        if terms is not None:
-            ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
-        return loss, terms
+        if want_terms:
+            loss, terms, stats = kernels.forward(cls, gist, target, options, True, row_scale)
+            ctx.settings, ctx.ahead = (kernels, options, stats), None
+            ctx.mark_non_differentiable(terms)
+            return loss, terms
+        need_cls, need_gist, _ = ctx.needs_input_grad
+        both = need_cls and need_gist and options.reduction != "none"
+        if both and cls.numel() < kernels.AHEAD:
+            loss, *ctx.ahead = kernels.forward_backward(cls, gist, target, options, row_scale)
+            ctx.settings = kernels, options, None
+        else:
+            loss, _, stats = kernels.forward(cls, gist, target, options, False, row_scale)
+            ctx.settings, ctx.ahead = (kernels, options, stats), None
+        return loss
 
     @staticmethod
     @once_differentiable("the loss")
     def backward(
-        ctx: Any, saved: tuple[torch.Tensor, ...], grad: torch.Tensor | None, _: None
+        ctx: Any, saved: tuple[torch.Tensor, ...], grad: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
-        kernels, options, _ = ctx.settings
+            return None, None, None
+        ahead, ctx.ahead = ctx.ahead, None
+        if ahead is not None:
+            upstream = grad.item()
+            if upstream == 1:
+                return *ahead, None
+            # In a half type, a number too small for it would have been lost already.
+            if upstream and math.isfinite(upstream) and grad.dtype is ahead[0].dtype:
+                return ahead[0].mul_(upstream), ahead[1].mul_(upstream), None
         cls, gist, target, row_scale = saved
-        needs = ctx.needs_input_grad
+        kernels, options, stats = ctx.settings
+        if stats is None:
+            _, _, stats = kernels.forward(cls, gist, target, options, False, row_scale)
+        need_cls, need_gist, _ = ctx.needs_input_grad
         gradients = kernels.backward(
-            grad.resolve_neg(), cls, gist, target, ctx.stats, options, needs[0], needs[1], row_scale
+            grad.resolve_neg(), cls, gist, target, stats, options, need_cls, need_gist, row_scale
         )
-        return *gradients, None, None, None
+        return *gradients, None
 
 
 def _flat(options: LossOptions) -> tuple[list[float], int, str, str]:

@@ -47,7 +47,7 @@ def dense_rows(tensor: _T) -> _T:
         return tensor
     if not torch.compiler.is_compiling() and tensor.is_neg():
         tensor = tensor.resolve_neg()
-    if tensor.ndim == 1 or tensor.stride(1) == 1 or tensor.shape[1] == 1:
+    if tensor.is_contiguous() or tensor.ndim == 1 or tensor.stride(1) == 1 or tensor.shape[1] == 1:
         return tensor
     return tensor.contiguous()
 

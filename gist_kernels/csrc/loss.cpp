@@ -2,6 +2,8 @@
 
 #include "loss.h"
 
+#include <vector>
+
 #include "dispatch.h"
 
 namespace gist {
@@ -104,6 +106,11 @@ int64_t forward(LossCall &call, Pass pass, int threads) {
 int64_t loss_forward(LossCall call, int threads) { return forward(call, Pass::forward, threads); }
 
 int64_t loss_forward_backward(LossCall call, int threads) {
+  std::vector<double> unread;
+  if (call.stats == nullptr) {
+    unread.resize(std::size_t(call.rows * kRowStats));  // doubles, for either type of number
+    call.stats = unread.data();
+  }
   return forward(call, Pass::forward_backward, threads);
 }
 

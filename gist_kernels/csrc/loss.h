@@ -72,7 +72,8 @@ extern const RowKernel GIST_EVERY_SET(loss_rows);
 // Writes statistics, loss and terms. Returns the first row whose class index is out of range, or
 // -1. The loss of such a row is NaN.
 std::int64_t loss_forward(LossCall call, int threads);
-// The same. Also writes the gradients of the loss's sum into call.d_logits.
+// The same. Also writes the gradients of the loss's sum into call.d_logits. If call.stats is null,
+// the statistics are dropped.
 std::int64_t loss_forward_backward(LossCall call, int threads);
 // Writes gradients into call.d_logits. Reads call.stats, which loss_forward has written.
 void loss_backward(LossCall call, int threads);

@@ -438,8 +438,8 @@ void define_loss(nb::module_ &m) {
             .c_str());
   m.def("loss_forward_backward", &loss_forward_backward, "logits"_a, "target"_a, "options"_a,
         "row_scales"_a, "stats"_a, "loss"_a, "gradients"_a, "threads"_a,
-        doc("Writes stats, loss and the gradients of the loss's sum. Returns what loss_forward "
-            "returns.",
+        doc("Writes stats unless 0, loss and the gradients of the loss's sum. Returns what "
+            "loss_forward returns.",
             gradients.c_str())
             .c_str());
 }

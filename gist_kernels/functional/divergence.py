@@ -19,7 +19,7 @@ from gist_kernels.functional.logits import (
     evaluate,
     plainly_valid,
 )
-from gist_kernels.functional.rows import RowOptions, check_rows, flat_rows, row_scale
+from gist_kernels.functional.rows import check_rows, flat_rows, row_options, row_scale
 
 for _backend in BACKENDS:
     if _backend.divergence is not None:
@@ -89,7 +89,7 @@ def bidirectional_kl(
     )  # fmt: skip
     if not plainly_valid(logits_a, logits_b):
         check_logits("logits_a", logits_a, "logits_b", logits_b)
-    rows = RowOptions(mask, row_weight, divisor)
+    rows = row_options(mask, row_weight, divisor)
     check_rows(rows, logits_a, reduction)
     logits_a = logits_a.detach() if stop_gradient == "a" else logits_a
     logits_b = logits_b.detach() if stop_gradient == "b" else logits_b
@@ -151,7 +151,7 @@ def jensen_shannon(
     for name, side in zip(names[1:], sides[1:], strict=True):
         if not plainly_valid(logits_a, side):
             check_logits("logits_a", logits_a, name, side)
-    options = RowOptions(mask, row_weight, divisor)
+    options = row_options(mask, row_weight, divisor)
     check_rows(options, logits_a, reduction)
 
     leading = logits_a.shape[:-1]

@@ -148,16 +148,15 @@ def plainly_valid(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether both logits are what :func:`check_logits` asks for: the common case, told fast."""
     if type(a) is not torch.Tensor or type(b) is not torch.Tensor:
         return False
-    shape = a.shape
+    shape, dtype = a.shape, a.dtype
     return (
         len(shape) > 0
         and shape[-1] > 0
         and b.shape == shape
-        and a.dtype in check.FLOATING
-        and b.dtype in check.FLOATING
+        and dtype in check.FLOATING
+        and (b.dtype is dtype or b.dtype in check.FLOATING)
         and b.device == a.device
-        and a.layout is torch.strided
-        and b.layout is torch.strided
+        and a.layout is b.layout is torch.strided
     )
 
 
@@ -191,7 +190,7 @@ def evaluate(
     want_terms: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The loss and its terms of checked arguments, by the kernels that serve them."""
-    leading = cls.shape[:-1]
+    shape = cls.shape
     cls, gist, kernels = _served(cls, gist)
     cls, gist, target, options, scale = in_rows(cls, gist, target, options, rows)
     if kernels is None:
@@ -200,7 +199,8 @@ def evaluate(
         loss, terms = reference.gist_loss(cls, gist, target, options, want_terms, scale)
     else:
         loss, terms = autograd.gist_loss(kernels, cls, gist, target, options, want_terms, scale)
-    if options.reduction == "none" and len(leading) != 1:
+    if options.reduction == "none" and len(shape) != 2:
+        leading = shape[:-1]
         loss = loss.reshape(leading)
         terms = None if terms is None else terms.reshape(4, *leading)
     return loss, terms

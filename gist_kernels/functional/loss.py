@@ -18,7 +18,7 @@ from gist_kernels.functional.logits import (
     evaluate_with_gradients,
     plainly_valid,
 )
-from gist_kernels.functional.rows import RowOptions, check_rows
+from gist_kernels.functional.rows import RowOptions, check_rows, row_options
 from gist_kernels.kernels.protocols import LossOptions
 from gist_kernels.tracing import batched
 
@@ -163,7 +163,7 @@ def gist_loss(
         temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction,
         scale_by_temperature_squared, stop_gradient,
     )  # fmt: skip
-    rows = RowOptions(mask, row_weight, divisor)
+    rows = row_options(mask, row_weight, divisor)
     _check_tensors(cls_logits, gist_logits, target, options, rows)
     loss, terms = evaluate(cls_logits, gist_logits, target, options, rows, return_terms)
     return loss if terms is None or not return_terms else (loss, GistLossTerms(*terms.unbind()))
@@ -201,7 +201,7 @@ def gist_loss_and_grad(
         temperature, cls_weight, gist_weight, kl_weights, label_smoothing, ignore_index, reduction,
         scale_by_temperature_squared, stop_gradient,
     )  # fmt: skip
-    rows = RowOptions(mask, row_weight, divisor)
+    rows = row_options(mask, row_weight, divisor)
     _check_tensors(cls_logits, gist_logits, target, options, rows)
     return evaluate_with_gradients(cls_logits, gist_logits, target, options, rows)
 
@@ -224,8 +224,10 @@ def _check_tensors(
     if not plain:
         check_logits("cls_logits", cls, "gist_logits", gist)
         check_target(target, cls)
-    check_rows(rows, cls, options.reduction)
-    check_indices_if_asked(target, cls.shape[-1], options, rows)
+    if not rows.absent:
+        check_rows(rows, cls, options.reduction)
+    if _CHECK_TARGETS:
+        check_indices_if_asked(target, cls.shape[-1], options, rows)
 
 
 def check_indices_if_asked(

@@ -20,7 +20,21 @@ class RowOptions(NamedTuple):
 
     @property
     def absent(self) -> bool:
-        return self.mask is None and self.row_weight is None and self.divisor is None
+        return self.mask is self.row_weight is self.divisor is None
+
+
+_EVERY_ROW = RowOptions(None, None, None)
+
+
+def row_options(
+    mask: torch.Tensor | None,
+    row_weight: torch.Tensor | None,
+    divisor: float | torch.Tensor | None,
+) -> RowOptions:
+    """``RowOptions`` of a call, without building one for the common case."""
+    if mask is row_weight is divisor is None:
+        return _EVERY_ROW
+    return RowOptions(mask, row_weight, divisor)
 
 
 def check_rows(rows: RowOptions, logits: torch.Tensor, reduction: str) -> None:

@@ -63,6 +63,11 @@ class LossKernels(Protocol):
     MIXED_DTYPES: bool
     """Whether the sides may differ in dtype."""
 
+    AHEAD: int
+    """A differentiated loss of fewer logits than this a side calls ``forward_backward`` in its
+    forward pass, and keeps both gradients. Then the upstream gradient is read on the host: 0 where
+    that would wait for a device."""
+
     @property
     def NAME(self) -> str:  # noqa: N802
         """The backend's name, for the names of registered operators."""

@@ -25,12 +25,17 @@ GradientsGroup: TypeAlias = tuple[int, int, int]
 
 NAME = "cpu"
 MIXED_DTYPES = False
+# What one thread computes; larger gradients would take memory until the backward pass.
+AHEAD = 16 * 1024
 
 _DTYPE_CODES = {getattr(torch, name): code for name, code in _native.LOSS_DTYPES.items()}
 _TARGET_CODES = _DTYPE_CODES | {torch.int64: _native.DTYPES["int64"]}
 _NO_TARGET: TargetGroup = (_native.DTYPES["none"], 0, 0)
 _NOTHING = 0
 _STATS_PER_ROW: int = _native.LOSS_STATS_PER_ROW
+_CPU = torch.device("cpu")  # not the default one
+# A copy of a scalar's shape is allocated in half the time of torch.empty(()).
+_SCALARS = {d: torch.empty((), dtype=d, device=_CPU) for d in (torch.float32, torch.float64)}
 
 DTYPES: tuple[torch.dtype, ...] = tuple(_DTYPE_CODES)
 
@@ -50,8 +55,12 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The loss, its four unweighted terms, and each row's statistics for :func:`backward`. Every
     call is ``stateless``."""
-    loss, terms, stats = _outputs(cls, options, want_terms)
     logits_group, target_group = _inputs(cls, gist, target)
+    loss = _loss(cls, options)
+    stats = torch.empty(*stats_shape(cls.shape[0]), dtype=loss.dtype, device=_CPU)
+    terms = None
+    if want_terms:
+        terms = torch.empty(4, *loss.shape, dtype=loss.dtype, device=_CPU)
     invalid_row = _native.loss_forward(
         logits_group,
         target_group,
@@ -86,7 +95,7 @@ def backward(
         raise ValueError("stats must be what forward returned for these logits")
     if grad.dtype is not stats.dtype or (grad.ndim and grad.shape != (rows,)):
         raise ValueError(f"grad must be {stats.dtype}, of the loss's shape")
-    d_cls, d_gist, gradients = _gradients(cls, gist, need_cls, need_gist, in_place)
+    d_cls, d_gist, gradients = _gradients(cls, gist, logits_group, need_cls, need_gist, in_place)
     _native.loss_backward(
         logits_group,
         target_group,
@@ -109,15 +118,15 @@ def forward_backward(
     in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The loss and both gradients of its sum, each row read from memory once."""
-    loss, _, stats = _outputs(cls, options, False)
-    d_cls, d_gist, gradients = _gradients(cls, gist, True, True, in_place)
     logits_group, target_group = _inputs(cls, gist, target)
+    loss = _loss(cls, options)
+    d_cls, d_gist, gradients = _gradients(cls, gist, logits_group, True, True, in_place)
     invalid_row = _native.loss_forward_backward(
         logits_group,
         target_group,
         options,
         _row_scales(row_scale, cls),
-        stats.data_ptr(),
+        _NOTHING,
         loss.data_ptr(),
         gradients,
         torch.get_num_threads(),
@@ -141,24 +150,26 @@ def _accumulate(logits: torch.Tensor) -> torch.dtype:
 def _inputs(
     cls: torch.Tensor, gist: torch.Tensor, target: torch.Tensor | None
 ) -> tuple[LogitsGroup, TargetGroup]:
-    rows, classes = cls.shape
+    shape, dtype = cls.shape, cls.dtype
+    rows, classes = shape
     cls_stride, cls_step = cls.stride()
     gist_stride, gist_step = gist.stride()
-    if gist.shape != cls.shape or gist.dtype is not cls.dtype:
+    if gist.shape != shape or gist.dtype is not dtype:
         raise ValueError("both logits must have the same shape and dtype")
     if rows and classes != 1 and (cls_step != 1 or gist_step != 1):
         raise ValueError("the logits' last dimension must be contiguous")
     if target is None:
         target_group = _NO_TARGET
     else:
-        target_group = (_TARGET_CODES[target.dtype], target.data_ptr(), target.stride(0))
-        if target.dtype is torch.int64:
+        kind, strides = target.dtype, target.stride()
+        if kind is torch.int64:
             if target.shape != (rows,):
                 raise ValueError("class indices must have shape (B,)")
-        elif target.shape != cls.shape or (rows and classes != 1 and target.stride(1) != 1):
+        elif target.shape != shape or (rows and classes != 1 and strides[1] != 1):
             raise ValueError("class probabilities must be (B, C), contiguous in C")
+        target_group = _TARGET_CODES[kind], target.data_ptr(), strides[0]
     logits_group = (
-        _DTYPE_CODES[cls.dtype],
+        _DTYPE_CODES[dtype],
         rows,
         classes,
         cls.data_ptr(),
@@ -177,43 +188,46 @@ def _row_scales(row_scale: torch.Tensor | None, cls: torch.Tensor) -> tuple[int,
     return row_scale.data_ptr(), row_scale.stride(0)
 
 
-def _outputs(
-    cls: torch.Tensor, options: LossOptions, want_terms: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    rows, dtype = cls.shape[0], _accumulate(cls)
-    per_row = (rows,) if options.reduction == "none" else ()
-    device = cls.device  # not the default one
-    loss = torch.empty(per_row, dtype=dtype, device=device)
-    terms = torch.empty((4, *per_row), dtype=dtype, device=device) if want_terms else None
-    return loss, terms, torch.empty(stats_shape(rows), dtype=dtype, device=device)
+def _loss(cls: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    dtype = _accumulate(cls)
+    if options.reduction == "none":
+        return torch.empty(cls.shape[0], dtype=dtype, device=_CPU)
+    return torch.empty_like(_SCALARS[dtype])
 
 
 def _gradients(
-    cls: torch.Tensor, gist: torch.Tensor, need_cls: bool, need_gist: bool, in_place: bool
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    logits_group: LogitsGroup,
+    need_cls: bool,
+    need_gist: bool,
+    in_place: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, GradientsGroup]:
     """Tensors for the gradients: the logits themselves, or new ones. Halves of one (B, 2, C) tensor
     get the halves of another."""
-    rows, classes = cls.shape
+    _, rows, classes, at_cls, cls_stride, at_gist, gist_stride = logits_group
     if in_place:
-        if cls.stride(0) != gist.stride(0) or (rows > 1 and cls.stride(0) < classes):
+        if cls_stride != gist_stride or (rows > 1 and cls_stride < classes):
             raise ValueError("gradients in place need one stride for both logits, of C at least")
-        sides = cls if need_cls else None, gist if need_gist else None
-        at_cls, at_gist = (_NOTHING if side is None else side.data_ptr() for side in sides)
-        return *sides, (at_cls, at_gist, cls.stride(0))
-    if need_cls and need_gist and _stacked(cls, gist):
-        halves = memory.empty((rows, 2, classes), cls.dtype).unbind(1)
-        at_cls, at_gist = halves[0].data_ptr(), halves[1].data_ptr()
-        return halves[0], halves[1], (at_cls, at_gist, 2 * classes)
-    d_cls = memory.empty((rows, classes), cls.dtype) if need_cls else None
-    d_gist = memory.empty((rows, classes), cls.dtype) if need_gist else None
-    at_cls = _NOTHING if d_cls is None else d_cls.data_ptr()
-    at_gist = _NOTHING if d_gist is None else d_gist.data_ptr()
-    return d_cls, d_gist, (at_cls, at_gist, classes)
+        group = at_cls if need_cls else _NOTHING, at_gist if need_gist else _NOTHING, cls_stride
+        return cls if need_cls else None, gist if need_gist else None, group
+    dtype = cls.dtype
+    stacked = cls_stride == gist_stride == 2 * classes
+    if stacked and need_cls and need_gist and at_gist - at_cls == classes * dtype.itemsize:
+        d_cls, d_gist = memory.empty((rows, 2, classes), dtype).unbind(1)
+        return d_cls, d_gist, (d_cls.data_ptr(), d_gist.data_ptr(), 2 * classes)
+    at_cls = at_gist = _NOTHING
+    to_cls = to_gist = None
+    if need_cls:
+        to_cls = _contiguous_like(cls)
+        at_cls = to_cls.data_ptr()
+    if need_gist:
+        to_gist = _contiguous_like(gist)
+        at_gist = to_gist.data_ptr()
+    return to_cls, to_gist, (at_cls, at_gist, classes)
 
 
-def _stacked(cls: torch.Tensor, gist: torch.Tensor) -> bool:
-    classes = cls.shape[1]
-    return (
-        cls.stride(0) == gist.stride(0) == 2 * classes
-        and gist.data_ptr() - cls.data_ptr() == classes * cls.element_size()
-    )
+def _contiguous_like(logits: torch.Tensor) -> torch.Tensor:
+    if logits.is_contiguous():
+        return memory.empty_like(logits)
+    return memory.empty(tuple(logits.shape), logits.dtype)

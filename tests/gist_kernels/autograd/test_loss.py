@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import backends
 import pytest
 import torch
@@ -255,3 +257,35 @@ def test_empty_batches_of_any_stride():
     none = torch.empty(0, dtype=torch.int64)
     assert gk.gist_loss(wide, wide, none, reduction="sum").item() == 0
     assert gk.gist_loss(wide, wide, wide, reduction="sum").item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0, math.inf])
+def test_gradients_computed_ahead_are_those_of_the_backward_pass(monkeypatch, dtype, upstream):
+    kernels = pytest.importorskip("gist_kernels.kernels.cpu.loss")
+    cls, gist = (torch.randn(6, 11, dtype=dtype, requires_grad=True) for _ in range(2))
+    target = torch.tensor([0, 3, -100, 10, 5, 5])
+
+    def gradients():
+        loss = gk.gist_loss(cls, gist, target)
+        given = torch.full_like(loss, upstream)
+        found = torch.autograd.grad(loss, (cls, gist), given, retain_graph=True)
+        kept = [d.clone() for d in found]
+        for d in found:
+            d.fill_(7)  # what the caller got is the caller's
+        again = torch.autograd.grad(loss, (cls, gist), given)
+        return *kept, *again
+
+    ahead = gradients()
+    monkeypatch.setattr(kernels, "AHEAD", 0)
+    for ours, theirs in zip(ahead, gradients(), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_gradients_computed_ahead_refuse_logits_written_to_since():
+    cls, gist = (torch.randn(4, 7, requires_grad=True) for _ in range(2))
+    loss = gk.gist_loss(cls, gist, torch.zeros(4, dtype=torch.long))
+    with torch.no_grad():
+        cls.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
