@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "divergence.h"
 #include "loss.h"
+#include "peak.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -524,6 +525,8 @@ NB_MODULE(_native, m) {
   m.def("processor_has_avx512", &gist::processor_has_avx512, "Whatever instruction set is in use.");
   m.def("max_threads", &max_threads,
         "Threads an OpenMP region would use: torch.get_num_threads() once torch is loaded.");
+  m.def("multiply_adds", &gist::multiply_adds, "count"_a, "threads"_a,
+        "At least `count` multiply-adds of floats in registers, for benchmarks.");
   m.attr("DTYPES") = codes_of(gist::kDtypes);
   define_loss(m);
   define_divergence(m);

@@ -59,6 +59,18 @@ constexpr int64_t kBlockQueries = kVectorBytes == 64 ? 144 : 72;
 // Keys whose scores are taken at once, from the matmul on while they are in the L1 cache.
 constexpr int64_t kChunkKeys = 24;
 
+// Exponentials are powers of 2, which take fewer operations. Without a fused multiply-add they are
+// powers of e: scores times log2(e) would be rounded, while a usual scale is a power of 2 itself.
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+constexpr double kLogOfBase = 0.69314718055994530942;
+using Power = Exp2;
+#else
+constexpr double kLogOfBase = 1;
+struct Power : Exp<float> {
+  Power() : Exp<float>(1) {}
+};
+#endif
+
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // The stride of rows of n floats in scratch memory. If a tile takes only a part of each row, an odd
@@ -332,9 +344,9 @@ void raise_tops(Scores s, float scale, float *top) {
   }
 }
 
-// Replaces s by exp(scale s - shift) and adds each query's to its total. A large scale s is never
+// Replaces s by base^(scale s - shift) and adds each query's to its total. A large scale s is never
 // rounded: one fused operation subtracts the shift.
-void exponentials(Scores s, float scale, const float *shift, float *total, const Exp<float> &exp) {
+void exponentials(Scores s, float scale, const float *shift, float *total, const Power &power) {
   for (int64_t lane = 0; lane < s.lanes; lane += kWide) {
     const Floats below = -load(shift + lane, Whole{});
     Floats sums[kSideBySide] = {};
@@ -343,7 +355,7 @@ void exponentials(Scores s, float scale, const float *shift, float *total, const
       Floats x[count], e[count];
       for (int i = 0; i < count; ++i)
         x[i] = fma(load(s.at(key + i, lane), Whole{}), broadcast(scale), below);
-      exp(x, e);
+      power(x, e);
       for (int i = 0; i < count; ++i) {
         store(s.at(key + i, lane), Whole{}, e[i]);
         sums[i] += e[i];
@@ -434,12 +446,11 @@ class Head {
         sizes_(sizes),
         image_(image),
         head_(head),
-        at_(call.head_dim, direction, sizes, memory),
-        exp_(1) {}
+        at_(call.head_dim, direction, sizes, memory) {}
 
   void forward() {
     const int64_t n = sizes_.keys, columns = call_.head_dim;
-    const float scale = float(call_.scale);
+    const float scale = power_scale();
     pack(rows(call_.k, 0, n), columns, at_.keys);
     rotate<false>(at_.keys, 0, n);
     pack(rows(call_.v, 0, n), columns, at_.values);
@@ -451,7 +462,7 @@ class Head {
       });
       fill(at_.total, lanes, 0);
       for_each_chunk([&](int64_t key, int64_t keys) {
-        exponentials(part(at_.p, key, keys, lanes), scale, at_.shift, at_.total, exp_);
+        exponentials(part(at_.p, key, keys, lanes), scale, at_.shift, at_.total, power_);
       });
       product(count, columns, n, by_columns(at_.p), at_.values, at_.result, false);
       finish(first, count);
@@ -471,12 +482,12 @@ class Head {
       pack(rows(call_.d_out, first, count), columns, at_.d_out);
       transpose_rows(at_.d_out, count, lanes, at_.d_out_t);
       fill(at_.shift, lanes, 0);
-      std::memcpy(at_.shift, lse() + first, count * sizeof(float));
+      for (int64_t i = 0; i < count; ++i) at_.shift[i] = float(lse()[first + i] / kLogOfBase);
       fill(at_.total, lanes, 0);
       fill(at_.delta, lanes, 0);
       for_each_chunk([&](int64_t key, int64_t keys) {
         const Scores p = scores(key, keys, lanes), d_p = part(at_.d_s, key, keys, lanes);
-        exponentials(p, scale, at_.shift, at_.total, exp_);
+        exponentials(p, power_scale(), at_.shift, at_.total, power_);
         const Left values = {at_.values.at(key), at_.values.row, 1};
         product(keys, lanes, columns, values, at_.d_out_t, d_p.of, false);
         add_products(p, d_p, at_.delta);
@@ -513,6 +524,8 @@ class Head {
   Rows<S> rows(const AttentionTensor &tensor, int64_t first, int64_t count) const {
     return {row(tensor, first), tensor.row_stride, count};
   }
+  // The scale of exponents.
+  float power_scale() const { return float(call_.scale / kLogOfBase); }
   float *lse() const { return call_.lse + (image_ * call_.heads + head_) * call_.queries; }
 
   // Calls body(first, count, lanes) for each block of queries.
@@ -583,7 +596,7 @@ class Head {
       for (int64_t lane = 0; lane < group; ++lane) total[lane] = at_.total[i + lane];
       const Vec<double> logarithm = log(total), inverse = 1 / total;
       for (int64_t lane = 0; lane < group && i + lane < count; ++lane) {
-        lse()[first + i + lane] = float(at_.shift[i + lane] + logarithm[lane]);
+        lse()[first + i + lane] = float(kLogOfBase * at_.shift[i + lane] + logarithm[lane]);
         at_.total[i + lane] = float(inverse[lane]);
       }
     }
@@ -593,7 +606,7 @@ class Head {
   const AttentionSizes sizes_;
   const int64_t image_, head_;
   const Scratch at_;
-  const Exp<float> exp_;
+  const Power power_{};
 };
 
 template <class S>

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,19 @@ def test_threads_follow_torch(set_threads):
     for threads in (1, 2):
         set_threads(threads)
         assert native.max_threads() == threads
+
+
+def test_multiply_adds_take_time_in_proportion_to_their_number():
+    """And as much as a processor needs: at most 2 x 16 of them at once, at up to 8 GHz."""
+
+    def seconds(count):
+        start = time.process_time()
+        native.multiply_adds(count, 1)
+        return time.process_time() - start
+
+    few, many = (min(seconds(count) for _ in range(5)) for count in (10**7, 10**8))
+    assert 5 < many / few < 20
+    assert many > 10**8 / (2 * 16 * 8e9)
 
 
 def test_codes_name_the_dtypes_and_activations_that_python_has():
