@@ -79,7 +79,7 @@ class _GistLoss(torch.autograd.Function):
         cls: torch.Tensor,
         gist: torch.Tensor,
         settings: tuple[torch.Tensor | None, torch.Tensor | None, LossKernels, LossOptions, bool],
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         target, row_scale, kernels, options, want_terms = settings
         ctx.save_for_backward(cls, gist, target, row_scale)
         ctx.set_materialize_grads(False)
