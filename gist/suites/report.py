@@ -325,7 +325,7 @@ def variant(config: Mapping[str, Any]) -> str:
         titles.append(method["name"] + _changed(method, {**default, "name": method["name"]}))
     title = " + ".join(titles) or "linear probe"
     if "augment" in config:  # left out at its default
-        title = f"{config['augment']} augmentation: {title}"
+        title = f"augment {config['augment']}: {title}"
     if not with_gist:
         return title
     # None stands for the default of the kind of model: of images, here.

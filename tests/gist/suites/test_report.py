@@ -243,10 +243,10 @@ def test_augmentation_is_a_column_with_gains_of_its_own():
     (row,) = Report(both).rows()
     assert {title: gain.mean for title, gain in row.gains.items()} == {
         "adapter: GIST - plain": pytest.approx(0.1),
-        "light augmentation: adapter: GIST - plain": pytest.approx(0.15),
+        "augment light: adapter: GIST - plain": pytest.approx(0.15),
     }
     (row,) = Report(both, baseline="adapter + GIST").rows()
-    gain = row.gains["light augmentation: adapter + GIST - adapter + GIST"]
+    gain = row.gains["augment light: adapter + GIST - adapter + GIST"]
     assert gain.mean == pytest.approx(0.1)
 
 
