@@ -149,7 +149,8 @@ def _notes(first: Predictions, results: Sequence[dict[str, Any]]) -> list[str]:
         notes.append(f"The {len(results) - 1} p-values are not corrected for their number.")
     if first.split == "val":
         notes.append(
-            f"No test {items} were predicted. Each run's best epoch was chosen on the {items} compared."
+            f"No test {items} were predicted. Each run's best epoch was chosen on the {items} "
+            "compared."
         )
     if len({run["config"].get("data_fingerprint") for run in results}) > 1:
         notes.append(
