@@ -108,7 +108,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def locked(folder: Path, doing: str, name: str = LOCK_FILE) -> Iterator[None]:
     """Lock a folder, which is made if missing, until the block or this process ends.
 
-    Windows, and file systems without locks, have none: there two processes can clash.
+    Windows, and file systems without locks, have none: there two processes can clash, and on
+    Windows the file stays.
 
     Args:
         folder: gets a file for the lock, which only a killed process leaves behind.
@@ -132,7 +133,8 @@ def locked(folder: Path, doing: str, name: str = LOCK_FILE) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):  # Windows deletes no open file
+                    path.unlink(missing_ok=True)
                 if is_new:
                     with suppress(OSError):  # not empty
                         folder.rmdir()
