@@ -29,6 +29,9 @@ constexpr int64_t kBlock = 64 * kLanes<float>, kRun = 8 * kLanes<float>;
 // Rows up to this size are prefetched a row ahead: two rows of both heads fit into an L2 cache.
 constexpr int64_t kFetchedBytes = 128 << 10;
 constexpr double kInfinity = __builtin_inf();
+// Rows up to this size keep their exponentials from the forward pass to the backward pass of one
+// call: those of a group of rows then stay in the L1 cache, or nearly.
+constexpr int64_t kKeptClasses = 1024;
 
 // How e^x, for the cross-entropies, comes from e^(x/T): as its power where T is 1, 2, 3 or 4, by
 // a second exponential for any other T, by one of each head's for two T, or not at all.
@@ -133,10 +136,11 @@ struct Sums {
   double plain[2] = {};       // sum of exp(x)
 };
 
-// `next` is the row that follows. It is prefetched while `row` keeps the arithmetic busy.
+// `next` is the row that follows. It is prefetched while `row` keeps the arithmetic busy. The
+// tempered exponentials are written to `kept`, if not null: vectors of both heads in turn.
 template <class S, int kPower, class A = Arithmetic<S>>
 Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
-              Exponentials<A, kPower> exponentials) {
+              Exponentials<A, kPower> exponentials, A *kept) {
   Sums sums;
   for_each_run<kBlock>(n, [&](int64_t begin, int64_t count) {
     Vec<A> tempered[2] = {}, difference[2] = {}, plain[2] = {};
@@ -148,6 +152,10 @@ Sums row_sums(Pair<S> row, Pair<S> next, int64_t n, Peaks<A> peaks,
         Vec<A> x[2 * count], e[2 * count];
         load_shifted(logits.at(j), lanes, peaks.max, peaks.gist_scale, x);
         exponentials.tempered(x, e);
+        if (kept != nullptr) {
+          A *const to = kept + 2 * (begin + run + j);
+          for (int i = 0; i < 2 * count; ++i) store(to + i * kLanes<A>, Whole{}, e[i]);
+        }
         for (int i = 0; i < 2 * count; i += 2) {
           __builtin_prefetch(ahead.cls + j + i / 2 * kLanes<A>);
           __builtin_prefetch(ahead.gist + j + i / 2 * kLanes<A>);
@@ -466,13 +474,18 @@ struct Gradient {
 };
 
 // `y` holds probabilities. If it is null, `index` is the target's place in this run, or outside it.
+// `kept` holds this run's exponentials as row_sums wrote them, or is null.
 template <bool kPastCache, class S, int kPower, class A = Arithmetic<S>>
 void gradient_block(Pair<S> logits, int64_t n, Exponentials<A, kPower> exponentials, Gradient<A> k,
-                    const A *y, int64_t index, S *to_cls, S *to_gist) {
+                    const A *kept, const A *y, int64_t index, S *to_cls, S *to_gist) {
   for_each_vectors<A>(n, [&](int64_t j, auto lanes, auto count) GIST_LAMBDA {
     Vec<A> x[2 * count], e[2 * count], plain[2 * count];
     load_shifted(logits.at(j), lanes, k.max, k.gist_scale, x);
-    exponentials.tempered(x, e);
+    if (kept == nullptr) {
+      exponentials.tempered(x, e);
+    } else {
+      for (int i = 0; i < 2 * count; ++i) e[i] = load(kept + 2 * j + i * kLanes<A>, Whole{});
+    }
     if constexpr (kPower != kNoPlain) exponentials.untemper(x, e, plain);
     for (int i = 0; i < 2 * count; i += 2, j += kLanes<A>) {
       const Vec<A> p[2] = {e[i + kCls] * k.tempered[kCls], e[i + kGist] * k.tempered[kGist]};
@@ -514,8 +527,8 @@ int64_t before_lines(const S *cls, const S *gist, int64_t n) {
 
 template <class S, int kPower, class A = Arithmetic<S>>
 void row_gradient(const LossCall &call, const RowTarget &target, Pair<S> x, double upstream,
-                  const RowStats<A> &stats, const Exponentials<A, kPower> &exponentials, S *to_cls,
-                  S *to_gist) {
+                  const RowStats<A> &stats, const Exponentials<A, kPower> &exponentials,
+                  const A *kept, S *to_cls, S *to_gist) {
   const Gradient<A> gradient(call, stats, upstream * double(stats.scale));
   const auto write = [&](auto past_cache, int64_t from, int64_t to) {
     for_each_run<kBlock>(to - from, [&](int64_t run, int64_t count) {
@@ -524,8 +537,9 @@ void row_gradient(const LossCall &call, const RowTarget &target, Pair<S> x, doub
       const A *y = target.probabilities == nullptr
                        ? nullptr
                        : probabilities(call, target.probabilities, begin, count, buffer);
-      gradient_block<past_cache>(x.at(begin), count, exponentials, gradient, y,
-                                 target.index - begin, to_cls ? to_cls + begin : nullptr,
+      gradient_block<past_cache>(x.at(begin), count, exponentials, gradient,
+                                 kept ? kept + 2 * begin : nullptr, y, target.index - begin,
+                                 to_cls ? to_cls + begin : nullptr,
                                  to_gist ? to_gist + begin : nullptr);
     });
   };
@@ -554,10 +568,29 @@ Pair<S> row_of(const LossCall &call, int64_t row) {
           static_cast<const S *>(call.logits[kGist]) + row * call.logit_stride[kGist]};
 }
 
+// Exponentials of a group's rows. Nothing is kept, nor memory touched, where `row` gives null.
+template <class A>
+class Kept {
+ public:
+  Kept(const LossCall &call, Pass pass)
+      : row_(round_up(call.classes)),
+        // Past the cache, runs do not start at whole vectors.
+        some_(pass == Pass::forward_backward && call.classes <= kKeptClasses && !call.stream) {}
+
+  A *row(int64_t i) { return some_ ? numbers_ + 2 * i * row_ : nullptr; }
+
+ private:
+  static int64_t round_up(int64_t n) { return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+
+  alignas(64) A numbers_[2 * kKeptClasses * kGroup];
+  const int64_t row_;
+  const bool some_;
+};
+
 // Statistics and terms of rows [begin, end), at most a group.
 template <class S, int kPower, class A = Arithmetic<S>>
 void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_ahead,
-                   const Exponentials<A, kPower> &exponentials) {
+                   const Exponentials<A, kPower> &exponentials, Kept<A> &kept) {
   RowStats<A> *const stats = static_cast<RowStats<A> *>(call.stats);
   GroupSums<A> sums;
   RowTarget targets[kGroup];
@@ -572,7 +605,7 @@ void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_
     if (targets[i].state != RowTarget::kept) continue;
     const Pair<S> x = row_of<S>(call, begin + i);
     const Pair<S> next = fetch_ahead ? row_of<S>(call, next_kept<A>(call, begin + i)) : x;
-    sums.put(i, peaks[i], row_sums(x, next, call.classes, peaks[i], exponentials),
+    sums.put(i, peaks[i], row_sums(x, next, call.classes, peaks[i], exponentials, kept.row(i)),
              call.target_dtype == Dtype::none ? TargetSums()
                                               : target_sums(call, targets[i], x, peaks[i]));
   }
@@ -590,7 +623,8 @@ void forward_group(const LossCall &call, int64_t begin, int64_t end, bool fetch_
 }
 
 template <class S, int kPower, class A = Arithmetic<S>>
-void backward_row(const LossCall &call, int64_t row, const Exponentials<A, kPower> &exponentials) {
+void backward_row(const LossCall &call, int64_t row, const Exponentials<A, kPower> &exponentials,
+                  const A *kept) {
   const RowStats<A> &stats = static_cast<const RowStats<A> *>(call.stats)[row];
   const RowTarget target = row_target<A>(call, row);
   S *to[2];
@@ -601,8 +635,8 @@ void backward_row(const LossCall &call, int64_t row, const Exponentials<A, kPowe
   if (target.state == RowTarget::kept) {
     const A *grad = static_cast<const A *>(call.grad);
     row_gradient(call, target, row_of<S>(call, row),
-                 grad ? double(grad[row * call.grad_stride]) : 1, stats, exponentials, to[kCls],
-                 to[kGist]);
+                 grad ? double(grad[row * call.grad_stride]) : 1, stats, exponentials, kept,
+                 to[kCls], to[kGist]);
   } else {
     const A value = target.state == RowTarget::ignored ? A(0) : A(__builtin_nan(""));
     for (S *row_to : to) fill(call, row_to, value);
@@ -615,14 +649,15 @@ constexpr int64_t kGroupBytes = 128 << 10;
 template <class S, int kPower>
 void rows_as(const LossCall &call, Pass pass, int64_t begin, int64_t end) {
   const Exponentials<Arithmetic<S>, kPower> exponentials(call);
+  Kept<Arithmetic<S>> kept(call, pass);
   const int64_t bytes = call.classes * int64_t(sizeof(S));
   const bool fetch_ahead = bytes <= kFetchedBytes;
   const int64_t group = 2 * bytes * kGroup <= kGroupBytes ? kGroup : 1;
   for (int64_t row = begin; row < end; row += group) {
     const int64_t last = row + group < end ? row + group : end;
-    if (pass != Pass::backward) forward_group<S>(call, row, last, fetch_ahead, exponentials);
+    if (pass != Pass::backward) forward_group<S>(call, row, last, fetch_ahead, exponentials, kept);
     for (int64_t i = row; i < last && pass != Pass::forward; ++i)
-      backward_row<S>(call, i, exponentials);
+      backward_row<S>(call, i, exponentials, kept.row(i - row));
   }
 }
 

@@ -83,8 +83,34 @@ struct Part {
   int lanes;  // at least one
 #if defined(__AVX512F__)
   std::uint16_t mask() const { return std::uint16_t((1u << lanes) - 1); }
+#elif defined(__AVX2__)
+  __m256i mask(float) const {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  __m256i mask(double) const {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
 #endif
 };
+
+// Copies some bytes, an even number and fewer than kBytes: a call of memcpy takes longer.
+template <int kBytes>
+GIST_INLINE void copy_part(void *to, const void *from, int bytes) {
+  char *t = static_cast<char *>(to);
+  const char *f = static_cast<const char *>(from);
+  const auto copy = [&](auto size) GIST_LAMBDA {
+    if constexpr (size < kBytes) {
+      if ((bytes & size) == 0) return;
+      std::memcpy(t, f, size);
+      t += size;
+      f += size;
+    }
+  };
+  copy(std::integral_constant<int, 16>());
+  copy(std::integral_constant<int, 8>());
+  copy(std::integral_constant<int, 4>());
+  copy(std::integral_constant<int, 2>());
+}
 
 template <class S>
 GIST_INLINE Vec<Arithmetic<S>> load(const S *from, Whole) {
@@ -146,9 +172,20 @@ GIST_INLINE Vec<Arithmetic<S>> load(const S *from, Part part, Arithmetic<S> miss
     return widen(S{}, bit_cast<Halves>(_mm256_mask_loadu_epi16(halves, part.mask(), from)));
   }
 #else
+#if defined(__AVX2__)
+  const Vec<Arithmetic<S>> rest = broadcast(missing);
+  if constexpr (sizeof(S) == 8) {
+    const __m256i mask = part.mask(missing);
+    return _mm256_blendv_pd(rest, _mm256_maskload_pd(from, mask), __m256d(mask));
+  }
+  if constexpr (sizeof(S) == 4) {
+    const __m256i mask = part.mask(missing);
+    return _mm256_blendv_ps(rest, _mm256_maskload_ps(from, mask), __m256(mask));
+  }
+#endif
   S padded[kLanes<Arithmetic<S>>];
   store(padded, Whole{}, broadcast(missing));
-  std::memcpy(padded, from, part.lanes * sizeof(S));
+  copy_part<sizeof padded>(padded, from, part.lanes * int(sizeof(S)));
   return load(padded, Whole{});
 #endif
 }
@@ -167,7 +204,7 @@ GIST_INLINE void store(S *to, Part part, Vec<Arithmetic<S>> v) {
 #else
   S padded[kLanes<Arithmetic<S>>];
   store(padded, Whole{}, v);
-  std::memcpy(to, padded, part.lanes * sizeof(S));
+  copy_part<sizeof padded>(to, padded, part.lanes * int(sizeof(S)));
 #endif
 }
 

@@ -506,6 +506,26 @@ def test_layouts_do_not_matter(dtype, classes):
             assert classes == 1 or gradient.stride(1) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_classes_beyond_a_rows_end_are_neither_read_nor_written(dtype):
+    for classes in range(1, 34):  # every number of lanes in the last vector
+        x, y = torch.full((2, 3, classes + 40), NAN, dtype=dtype).unbind()
+        a, b, target = draw("random", 3, classes, dtype)
+        x[:, :classes], y[:, :classes] = a, b
+        longer = torch.full((2, 3, classes + 40), -INF, dtype=dtype)  # no class with probability
+        longer[:, :, :classes] = torch.stack((a, b))
+        expected = ours(*longer.unbind(), target, options())
+        assert (expected.d_cls[:, classes:] == 0).all()
+        expected = expected._replace(
+            d_cls=expected.d_cls[:, :classes], d_gist=expected.d_gist[:, :classes]
+        )
+        assert_same(ours(x[:, :classes], y[:, :classes], target, options()), expected)
+        # Written over the logits, gradients leave what lies beyond as it was.
+        loss.forward_backward(x[:, :classes], y[:, :classes], target, options(), None, True)
+        assert_same(expected._replace(d_cls=x[:, :classes], d_gist=y[:, :classes]), expected)
+        assert x[:, classes:].isnan().all() and y[:, classes:].isnan().all()
+
+
 def test_stacked_logits_get_one_stacked_gradient():
     stacked = torch.randn(4, 2, 100)
     d_cls, d_gist = ours(stacked[:, 0], stacked[:, 1], torch.arange(4), options())[2:]
