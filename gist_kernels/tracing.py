@@ -11,6 +11,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from gist_kernels.quantised import QuantisedWeight
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Looked up once: calls of a few microseconds ask these.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
@@ -19,11 +24,7 @@ def needs_dispatcher(*tensors: torch.Tensor | None) -> bool:
         kind = type(tensor)
         if kind is not torch.Tensor and tensor is not None and kind is not torch.nn.Parameter:
             return True
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _tracing_state() is not None
 
 
 def watched() -> bool:
@@ -74,7 +75,7 @@ def _known_kinds(arguments: tuple[Any, ...]) -> bool:
 
 def under_transform() -> bool:
     """Whether a call is within a torch.func transform or forward-mode differentiation."""
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return bool(_transforms_active()) or forward_ad._current_level >= 0
 
 
 def batched(tensor: torch.Tensor) -> bool:
@@ -91,7 +92,7 @@ def transformed(gradient: torch.Tensor | None) -> bool:
     """Whether an upstream gradient is batched, or has a tangent or a graph of torch.func."""
     if gradient is None:
         return False
-    if torch._C._functorch.is_legacy_batchedtensor(gradient):  # autograd.grad(is_grads_batched=)
+    if _is_legacy_batched(gradient):  # autograd.grad(is_grads_batched=)
         return True
     return under_transform() and (
         torch._C._functorch.is_functorch_wrapped_tensor(gradient)

@@ -26,8 +26,9 @@ def once_differentiable(
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @wraps(backward)
         def refusing(ctx: Any, *upstream: torch.Tensor | None) -> Gradients:
-            if any(map(transformed, upstream)):
-                raise second_derivative(operation)
+            for gradient in upstream:
+                if transformed(gradient):
+                    raise second_derivative(operation)
             saved = ctx.saved_tensors  # once: checkpointing recomputes them once
             if not torch.is_grad_enabled():
                 return backward(ctx, saved, *upstream)

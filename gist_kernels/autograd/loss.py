@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gist_kernels.autograd.derivatives import once_differentiable, second_derivative
-from gist_kernels.autograd.tensors import dense_rows
+from gist_kernels.autograd.tensors import dense_rows, in_memory
 from gist_kernels.kernels.protocols import LossKernels, LossOptions
 from gist_kernels.tracing import needs_dispatcher
 
@@ -35,6 +35,19 @@ def gist_loss(
         forward, _ = _OPERATORS[kernels.NAME]
         loss, terms, _ = forward(cls, gist, target, row_scale, *_flat(options))
         return loss, terms
+    return eager_gist_loss(kernels, cls, gist, target, options, want_terms, row_scale)
+
+
+def eager_gist_loss(
+    kernels: LossKernels,
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor | None,
+    options: LossOptions,
+    want_terms: bool,
+    row_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`gist_loss` of dense rows, where nothing is traced."""
     if torch.is_grad_enabled() and (cls.requires_grad or gist.requires_grad):
         settings = target, row_scale, kernels, options, want_terms
         found = _GistLoss.apply(cls, gist, settings)
@@ -119,7 +132,7 @@ class _GistLoss(torch.autograd.Function):
             _, _, stats = kernels.forward(cls, gist, target, options, False, row_scale)
         need_cls, need_gist, _ = ctx.needs_input_grad
         gradients = kernels.backward(
-            grad.resolve_neg(), cls, gist, target, stats, options, need_cls, need_gist, row_scale
+            in_memory(grad), cls, gist, target, stats, options, need_cls, need_gist, row_scale
         )
         return *gradients, None
 

@@ -282,6 +282,14 @@ def test_gradients_computed_ahead_are_those_of_the_backward_pass(monkeypatch, dt
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_upstream_gradient_of_zeros_without_memory(reduction):
+    cls, gist = (torch.randn(4, 7, requires_grad=True) for _ in range(2))
+    loss = gk.gist_loss(cls, gist, torch.zeros(4, dtype=torch.long), reduction=reduction)
+    for gradient in torch.autograd.grad(loss, (cls, gist), torch._efficientzerotensor(loss.shape)):
+        assert (gradient == 0).all()
+
+
 def test_gradients_computed_ahead_refuse_logits_written_to_since():
     cls, gist = (torch.randn(4, 7, requires_grad=True) for _ in range(2))
     loss = gk.gist_loss(cls, gist, torch.zeros(4, dtype=torch.long))
