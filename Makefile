@@ -9,6 +9,7 @@
 # make test-launches  their launches, on a stub of the CUDA driver
 # make lint       ruff, mypy and clang-format
 # make docs       the documentation site, into build/docs; fails on a broken link or name
+# make docs-version VERSION=1.2 ALIAS=latest   the same, committed to the branch gh-pages as that version's
 # make bench      every benchmark, against peers in the same run; to runs/bench
 # make bench-all OUT=bench/results/MACHINE   the same into that folder, then the documentation's tables
 # make tables     the documentation's tables of benchmarks, from bench/results, and their history, from git
@@ -35,7 +36,7 @@ AVX2 := GIST_KERNELS_INSTRUCTIONS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRU
 .PHONY: demo test test-all test-avx2 test-portable test-tutorial test-ptx test-binaries
 .PHONY: test-launches lint bench bench-all bench-quick tables release-check lock
 .PHONY: gpu gpu-cache sanitize aarch64 clean
-.PHONY: docs hub  # folders have these names too
+.PHONY: docs docs-version hub  # folders have names of these too
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gist demo $(ARGS)
@@ -79,6 +80,12 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Nothing is pushed, unless ARGS=--push asks for it.
+docs-version: docs
+	$(if $(VERSION),,$(error name the version: make docs-version VERSION=1.2))
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" mike deploy --update-aliases $(ARGS) $(VERSION) $(ALIAS)
+	$(if $(filter latest,$(ALIAS)),NO_MKDOCS_2_WARNING=1 $(BIN)/mike set-default $(ARGS) latest)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/gist bench $(ARGS)
