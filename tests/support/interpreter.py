@@ -1,7 +1,8 @@
-"""Triton's interpreter, where it differs from a GPU."""
+"""Triton's interpreter: where it differs from a GPU, and what it does without need."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,3 +26,19 @@ def round_to_bfloat16() -> None:
         )
 
     builder.cast_impl = cast
+
+
+def patch_once() -> None:
+    """Patch the language once a process, not at each call of a kernel or of a device function.
+
+    A call patches what an outer one has patched already: most of the time of a small kernel. Nor
+    are tensors copied back from the host, on which they are.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    seen = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(seen)
+    patched = SimpleNamespace(restore=lambda: None)
+    interpreter._patch_lang = lambda fn: patched
+    interpreter.GridExecutor._restore_args_dev = lambda *args: None

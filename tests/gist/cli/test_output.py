@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,11 +110,13 @@ def closed_pipe() -> io.TextIOWrapper:
     return open(writing, "w")
 
 
-@pytest.fixture
-def a_run(folder, tmp_path) -> Path:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """Images, and a run on them."""
+    folder = images(tmp_path_factory.mktemp("data") / "photos", "a", "b")
+    out = folder.parent / "out"
     assert cli.main(["train", "--data", str(folder), "--out", str(out), *TRAIN, "--no-gist"]) == 0
-    return out
+    return folder, out
 
 
 @pytest.mark.parametrize(
@@ -131,10 +134,12 @@ def a_run(folder, tmp_path) -> Path:
 )
 @pytest.mark.parametrize("error_too", [False, True])
 def test_a_reader_that_has_gone_ends_a_command_quietly(
-    command, error_too, a_run, folder, monkeypatch, capsys
+    command, error_too, trained, tmp_path, monkeypatch, capsys
 ):
+    folder, out = trained
+    run = shutil.copytree(out, tmp_path / "out")
     capsys.readouterr()
-    command = [{"RUN": str(a_run), "FOLDER": str(folder)}.get(word, word) for word in command]
+    command = [{"RUN": str(run), "FOLDER": str(folder)}.get(word, word) for word in command]
     with monkeypatch.context() as patch, closed_pipe() as gone, closed_pipe() as gone_too:
         patch.setattr(sys, "stdout", gone)
         if error_too:
