@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import slow_where
 from PIL import Image
 
 from gist import cli
@@ -163,7 +164,7 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
     assert "Broken pipe: 'a socket'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", slow_where(bool, ["", "1"]))
 def test_the_interpreter_ends_quietly_too(unbuffered):
     with closed_pipe() as gone:
         found = subprocess.run(
