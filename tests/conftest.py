@@ -26,10 +26,10 @@ if PTX:
 from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED  # noqa: E402
 
 if INTERPRETED:
-    from interpreter import patch_once, round_to_bfloat16
+    from interpreter import round_to_bfloat16, save_time
 
     round_to_bfloat16()
-    patch_once()
+    save_time()
 
 # PyTorch remembers which functions torch.device("meta") applies to: those as they are before
 # _poisoned_empty replaces some of them.
