@@ -149,10 +149,11 @@ FORCE:
 
 # One stamp an extra; made again when the build's inputs change, so the native module stays current.
 # Built by the environment's own tools, in build/: only what has changed is compiled again.
+# Bytecode is left to a module's first import: pip would compile 19,000 files, on one core.
 $(VENV)/.installed-%: $(NATIVE) | $(BIN)/python
 	@echo "Installing into $(VENV); PyTorch takes about 6 GB and, the first time, some minutes."
-	$(BIN)/python -m pip install --quiet 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' ninja
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[$*]'
 	touch $@
 
 # Neither PyTorch nor a build of the package.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,9 +26,10 @@ if PTX:
 from gist_kernels.kernels.triton import DEVICE_TYPES, INTERPRETED  # noqa: E402
 
 if INTERPRETED:
-    from interpreter import round_to_bfloat16
+    from interpreter import round_to_bfloat16, save_time
 
     round_to_bfloat16()
+    save_time()
 
 # PyTorch remembers which functions torch.device("meta") applies to: those as they are before
 # _poisoned_empty replaces some of them.
@@ -49,6 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
 
 
+def pytest_collection_finish() -> None:
+    """Garbage collections, of which a test may ask for many, skip what is there before the tests:
+    a million objects of libraries and of the tests themselves."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
     """A kernel for sm_90 may need instructions that are not interpreted; one for sm_80 none."""
@@ -64,7 +73,10 @@ def pytest_runtest_call() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # the same without a trace of the stack, which PyTorch keeps until a GPU is used
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

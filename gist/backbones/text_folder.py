@@ -10,6 +10,7 @@ from torch import nn
 
 from gist.backbones.families import family_of
 from gist.backbones.hf_folder import PREFIX, quiet
+from gist.backbones.meta import structure_only
 from gist.data.packages import package_folder
 from gist.data.text import padding_of
 
@@ -106,7 +107,7 @@ def text_skeleton(model: str, *, num_classes: int) -> nn.Module:
             f"model: {folder} has no tokenizer; write it there: tokenizer.save_pretrained"
         )
     config, kind = _config(folder, num_classes, None)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with structure_only():
         backbone: nn.Module = kind(config)
     try:
         family_of(backbone)

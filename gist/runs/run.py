@@ -27,6 +27,7 @@ from torch import nn
 
 from gist.backbones import create_backbone
 from gist.backbones.create import find_weights, input_size, skeleton
+from gist.backbones.meta import structure_only
 from gist.data import (
     PRESETS,
     ImageData,
@@ -172,7 +173,7 @@ def check_model(config: AnyConfig) -> None:
             :func:`gist.backbones.text_folder.create_text_backbone`.
         ValueError: as :func:`gist.wrap`.
     """
-    with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with structure_only(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns
         wrap(config.skeleton(), config.gist)
 

@@ -30,19 +30,33 @@ MODEL = "vit_tiny_patch16_224"
 COLOURS = {"red ones": 0, "green": 1, "blue": 2}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A small image folder, blanks in its path, with train, val and test."""
+def images(root: Path) -> Path:
+    """A small image folder with train, val and test."""
     random = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3), ("test", 2)):
         for name, channel in COLOURS.items():
-            place = tmp_path / "my images" / split / name
+            place = root / split / name
             place.mkdir(parents=True)
             for index in range(count):
                 pixels = random.integers(0, 90, (20, 24, 3), dtype=np.uint8)
                 pixels[..., channel] += 120
                 Image.fromarray(pixels).save(place / f"picture {index}.png")
-    return tmp_path / "my images"
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a name with blanks."""
+    return images(tmp_path / "my images")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """Images, and a run on them."""
+    folder = images(tmp_path_factory.mktemp("data") / "my images")
+    out = folder.parent / "out"
+    assert train(folder, out, "--method", "none", "--lr", "0.01") == 0
+    return folder, out
 
 
 def train(folder: Path, out: Path, *more: str) -> int:
@@ -105,9 +119,8 @@ def test_a_merged_run_is_a_plain_model(drop, folder, tmp_path, capsys):
     assert "holds no finished run" in said(capsys)
 
 
-def test_a_run_predicts_images(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert train(folder, out, "--method", "none", "--lr", "0.01") == 0
+def test_a_run_predicts_images(trained, tmp_path, capsys):
+    folder, out = trained
     results = json.loads((out / "results.json").read_text())
     damaged, single = tmp_path / "damaged.png", folder / "train" / "blue" / "picture 0.png"
     damaged.write_bytes(b"no image")
@@ -139,12 +152,12 @@ def test_a_run_predicts_images(folder, tmp_path, capsys):
     [("absent", "test", "no finished run"), ("out", "absent", "no such image"),
      ("out", "empty", "no image in"), ("out", "damaged.png", "can't be read")],
 )  # fmt: skip
-def test_what_can_not_be_predicted_is_said(run, image, message, folder, tmp_path, capsys):
-    assert train(folder, tmp_path / "out", "--method", "none") == 0
+def test_what_can_not_be_predicted_is_said(run, image, message, trained, folder, capsys):
+    runs = trained[1].parent
     (folder / "empty").mkdir()
     (folder / "damaged.png").write_bytes(b"no image")
     capsys.readouterr()
-    assert cli.main(["predict", str(tmp_path / run), str(folder / image), "--device", "cpu"]) == 2
+    assert cli.main(["predict", str(runs / run), str(folder / image), "--device", "cpu"]) == 2
     printed = capsys.readouterr()
     assert message in " ".join(printed.err.split())
     assert printed.out == ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import slow_where
 from PIL import Image
 
 from gist import cli
@@ -109,11 +111,13 @@ def closed_pipe() -> io.TextIOWrapper:
     return open(writing, "w")
 
 
-@pytest.fixture
-def a_run(folder, tmp_path) -> Path:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """Images, and a run on them."""
+    folder = images(tmp_path_factory.mktemp("data") / "photos", "a", "b")
+    out = folder.parent / "out"
     assert cli.main(["train", "--data", str(folder), "--out", str(out), *TRAIN, "--no-gist"]) == 0
-    return out
+    return folder, out
 
 
 @pytest.mark.parametrize(
@@ -131,10 +135,12 @@ def a_run(folder, tmp_path) -> Path:
 )
 @pytest.mark.parametrize("error_too", [False, True])
 def test_a_reader_that_has_gone_ends_a_command_quietly(
-    command, error_too, a_run, folder, monkeypatch, capsys
+    command, error_too, trained, tmp_path, monkeypatch, capsys
 ):
+    folder, out = trained
+    run = shutil.copytree(out, tmp_path / "out")
     capsys.readouterr()
-    command = [{"RUN": str(a_run), "FOLDER": str(folder)}.get(word, word) for word in command]
+    command = [{"RUN": str(run), "FOLDER": str(folder)}.get(word, word) for word in command]
     with monkeypatch.context() as patch, closed_pipe() as gone, closed_pipe() as gone_too:
         patch.setattr(sys, "stdout", gone)
         if error_too:
@@ -158,7 +164,7 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
     assert "Broken pipe: 'a socket'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", slow_where(bool, ["", "1"]))
 def test_the_interpreter_ends_quietly_too(unbuffered):
     with closed_pipe() as gone:
         found = subprocess.run(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import slow_where
 from PIL import Image
 
 from gist import cli
@@ -56,7 +57,7 @@ def check_splits(data: ImageData, sizes: tuple[int, int, int, int | None]) -> No
         assert split.labels == same.labels
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", slow_where(lambda name: name == "openclipart-1k", SIZES))
 def test_a_data_set_that_is_here(name):
     if SOURCES[name].find() is None:
         pytest.skip(f"{name} is not here: {SOURCES[name].get}")

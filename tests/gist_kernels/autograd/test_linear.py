@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import Counter
 
 import backends
 import pytest
 import torch
+from marks import slow_where
 from sublayer_cases import (
     DROPPED,
     MLPS,
@@ -119,10 +121,20 @@ def draw(name, kind, options, dtype, backend="auto", device="cpu", **shape):
     return results(public(backend), dtype), results(public("reference"), dtype), truth
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [{}, {"layer_scale": True, "with_adapter": False}])
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype"),
+    slow_where(  # whatever is rounded, float64 shows that each kind is computed
+        lambda kind, shape, dtype: (
+            dtype is not torch.float64 and bool(shape) and kind != "scale and low rank"
+        ),
+        itertools.product(
+            KINDS,
+            [{}, {"layer_scale": True, "with_adapter": False}],
+            [torch.float32, torch.bfloat16, torch.float64],
+        ),
+    ),
+)
 def test_value_and_every_gradient(name, options, kind, shape, dtype):
     compare(name, kind, options, dtype, **shape)
 

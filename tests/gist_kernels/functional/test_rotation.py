@@ -235,7 +235,8 @@ def test_gradcheck(options, half):
     assert torch.autograd.gradcheck(attended, qkv)
     with gk.use_backend("reference"):
         assert torch.autograd.gradcheck(attended, qkv, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(attended, qkv)
+        # Of fewer numbers: it takes a pass for each pair of them.
+        assert torch.autograd.gradgradcheck(attended, normal(1, 4, 24).requires_grad_())
 
 
 def test_transforms_take_it():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 import mmap
-from types import SimpleNamespace
 
 import oracles
 import pytest
@@ -39,25 +38,16 @@ NAMES = ("loss", "cls CE", "gist CE", "KL(cls || gist)", "KL(gist || cls)", "d_c
 
 
 @pytest.fixture(autouse=True)
-def _fast_and_quiet_interpreter(monkeypatch):
+def _quiet_interpreter():
     if not INTERPRETED:
         yield
         return
     import numpy as np
-    from triton.runtime import interpreter
 
     loss._counters.clear()  # of a kernel that an error stopped half-way
-    # It remaps the language at each call of a device function, and copies tensors to the host,
-    # where they are, and back. Remapping once and copying nothing saves two thirds of the time.
-    scopes = [interpreter._patch_lang(function.fn) for function in (loss.row_targets, tl.sum)]
-    nothing = SimpleNamespace(restore=lambda: None)
-    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: nothing)
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
     # numpy warns where a GPU silently makes the inf or nan that the kernels then leave out.
     with np.errstate(all="ignore"):
         yield
-    for scope in reversed(scopes):
-        scope.restore()
 
 
 @pytest.fixture(params=REGIMES)
