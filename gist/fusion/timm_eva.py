@@ -28,6 +28,7 @@ from gist.fusion.timm_vit import (
     mlp_norm,
     mlp_refusal,
 )
+from gist.fusion.sharding import class_of
 from gist.methods.base import Refusal
 from gist.untouched import written_forward
 
@@ -138,7 +139,7 @@ class FusedTimmEva(FusedBackbone):
 
 
 def _block_refusal(block: Any) -> str | None:
-    if type(block) is not EvaBlock:
+    if class_of(block) is not EvaBlock:
         return f"it is a {type(block).__name__}"
     return (
         common_refusal(block.norm1, block.norm2, block.drop_path1, block.drop_path2)

@@ -16,6 +16,7 @@ from gist.fusion import block as fused_block
 from gist.fusion.backbone import Embedded, FusedBackbone
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
+from gist.fusion.sharding import class_of
 from gist.methods.base import Refusal
 from gist.untouched import is_own, written_forward
 
@@ -110,7 +111,7 @@ def methods_refusal(model: Any, written: Mapping[str, Any]) -> str | None:
 
 
 def _block_refusal(block: Any) -> str | None:
-    if type(block) is not Block:
+    if class_of(block) is not Block:
         return f"it is a {type(block).__name__}"
     for part in (block.ls1, block.ls2):
         if type(part) not in (nn.Identity, LayerScale):

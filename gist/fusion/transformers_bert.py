@@ -15,6 +15,7 @@ from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 from gist.fusion.backbone import Embedded
 from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.sharding import class_of
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.fusion.transformers_parts import (
     ACTIVATION_FORWARDS,
@@ -132,7 +133,7 @@ def _pads_on_the_right(mask: torch.Tensor) -> bool:
 
 
 def _block_refusal(block: Any) -> str | None:
-    classes = _OF_LAYER.get(type(block))
+    classes = _OF_LAYER.get(class_of(block))
     if classes is None:
         return f"it is a {type(block).__name__}"
     if block.is_decoder:

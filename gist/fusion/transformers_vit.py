@@ -25,6 +25,7 @@ from gist.fusion.transformers_parts import (
     activation_name,
     library_forward,
 )
+from gist.fusion.sharding import class_of
 from gist.methods.base import Refusal
 
 
@@ -130,7 +131,7 @@ class FusedTransformersViT(FusedTransformers):
     def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
         block = self.blocks[index]
         # SigLIP's has no default for its mask.
-        output: torch.Tensor = block(x, None) if type(block) is _SIGLIP.layer else block(x)
+        output: torch.Tensor = block(x, None) if class_of(block) is _SIGLIP.layer else block(x)
         return output
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -205,7 +206,7 @@ def _attention_layers(attention: Any) -> _AttentionLayers:
 
 
 def _block_refusal(block: Any) -> str | None:
-    classes = _OF_LAYER.get(type(block))
+    classes = _OF_LAYER.get(class_of(block))
     if classes is None:
         return f"it is a {type(block).__name__}"
     earlier = not hasattr(_attention(block), "q_proj") or hasattr(block.mlp, "weights_in")

@@ -15,6 +15,7 @@ from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
 from gist.fusion import backbone as fusion
 from gist.fusion.families import fused_backbone
+from gist.fusion.sharding import has_shards
 from gist.fusion.snapshot import Snapshot
 from gist.methods import AttachedMethod, hooks
 from gist.methods.hooks import FreeHook
@@ -296,8 +297,11 @@ class GistModel(TimmInterface):
             )
         logits = family.classify(torch.stack((pooled, token_pooled), dim=1))
         both = gist_kernels.split_heads(logits)
-        if torch.compiler.is_compiling() and any(map(is_quantised, self.backbone.parameters())):
-            # Beside tensor subclasses PyTorch compiles no outputs that share memory.
+        # Beside tensor subclasses PyTorch compiles no outputs that share memory, and fully_shard
+        # warns of them.
+        if has_shards(self) or (
+            torch.compiler.is_compiling() and any(map(is_quantised, self.backbone.parameters()))
+        ):
             return GistOutput(*(each.clone() for each in both))
         return GistOutput(*both)
 
