@@ -15,6 +15,7 @@ import gist_kernels as gk
 from gist.fusion.backbone import Embedded, FusedBackbone
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
+from gist.fusion.sharding import class_of
 from gist.fusion.timm_vit import (
     COMMON_FORWARDS,
     LATER,
@@ -28,7 +29,6 @@ from gist.fusion.timm_vit import (
     mlp_norm,
     mlp_refusal,
 )
-from gist.fusion.sharding import class_of
 from gist.methods.base import Refusal
 from gist.untouched import written_forward
 

@@ -18,6 +18,7 @@ import gist_kernels as gk
 from gist.fusion import block as fused_block
 from gist.fusion.backbone import Embedded
 from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.sharding import class_of
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.fusion.transformers_parts import (
     ACTIVATION_FORWARDS,
@@ -25,7 +26,6 @@ from gist.fusion.transformers_parts import (
     activation_name,
     library_forward,
 )
-from gist.fusion.sharding import class_of
 from gist.methods.base import Refusal
 
 

@@ -47,7 +47,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are sharded over processes, as by ``fully_shard``."""
     # Parameters that FSDP2 holds gathered after a forward are plain tensors.
     by_fsdp = any(has_shards(part) for part in model.modules())
-    return by_fsdp or any(_is_part(parameter) for parameter in model.parameters())
+    return by_fsdp or any(is_part(parameter) for parameter in model.parameters())
 
 
 @contextmanager
@@ -67,11 +67,12 @@ def gathered_root(model: nn.Module) -> Iterator[None]:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU. A sharded one is gathered: every process has to call this."""
     gathered: Any = tensor.detach()
-    if _is_part(gathered):
+    if is_part(gathered):
         gathered = gathered.full_tensor()
     result: torch.Tensor = gathered.cpu().contiguous()
     return result
 
 
-def _is_part(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor
+def is_part(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this process may hold a part only."""
+    return hasattr(tensor, "full_tensor")
