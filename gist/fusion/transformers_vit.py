@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -12,6 +13,7 @@ from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.siglip import modeling_siglip
+from transformers.models.siglip2 import modeling_siglip2
 from transformers.models.vit import modeling_vit
 
 import gist_kernels as gk
@@ -24,9 +26,12 @@ from gist.fusion.transformers_parts import (
     ACTIVATION_FORWARDS,
     FusedTransformers,
     activation_name,
+    lengths_of,
     library_forward,
+    mask_refusal,
 )
 from gist.methods.base import Refusal
+from gist_kernels.tracing import needs_dispatcher
 
 
 class _Classes(NamedTuple):
@@ -57,19 +62,30 @@ class _Classes(NamedTuple):
 
 _VIT = _Classes.of(modeling_vit, "ViT")
 _DINOV3 = _Classes.of(modeling_dinov3_vit, "DINOv3ViT")
-_SIGLIP = _Classes(
-    modeling_siglip.SiglipEncoderLayer, modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP,
-    None, None, None,
-    (
-        modeling_siglip.SiglipForImageClassification,
-        # Earlier releases have a transformer, and a model around it that classification is without.
-        getattr(modeling_siglip, "SiglipVisionTransformer", modeling_siglip.SiglipVisionModel),
-        modeling_siglip.SiglipEncoder,
-    ),
-)  # fmt: skip
+
+
+def _siglip(module: Any, prefix: str) -> _Classes:
+    def found(name: str) -> Any:
+        return getattr(module, prefix + name, None)
+
+    return _Classes(
+        found("EncoderLayer"), found("Attention"), found("MLP"), None, None, None,
+        (
+            found("ForImageClassification"),
+            # Earlier releases have a transformer, and a model around it that classification is
+            # without.
+            found("VisionTransformer") or found("VisionModel"),
+            found("Encoder"),
+        ),
+    )  # fmt: skip
+
+
+_SIGLIP = _siglip(modeling_siglip, "Siglip")
+_SIGLIP2 = _siglip(modeling_siglip2, "Siglip2")
 _FAMILIES = (
     _VIT,
     _SIGLIP,
+    _SIGLIP2,
     _DINOV3,
     _Classes.of(modeling_dinov2, "Dinov2"),
     _Classes.of(modeling_dinov2_with_registers, "Dinov2WithRegisters"),
@@ -137,6 +153,25 @@ class FusedTransformersViT(FusedTransformers):
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.family.output_norm(x)
         return features
+
+
+class FusedTransformersSiglip2(FusedTransformersViT):
+    """transformers' SigLIP 2, whose images are rows of patches with padding."""
+
+    # A block's own forward takes a mask that the model's makes.
+    ALL_BLOCKS = True
+
+    def call_refusal(self, images: torch.Tensor, others: Mapping[str, Any]) -> Refusal | None:
+        mask = others.get("pixel_attention_mask")
+        if needs_dispatcher(*(value for value in others.values() if value is not None)):
+            return Refusal("it is traced, and an image's padding is a matter of its values")
+        return None if mask is None else mask_refusal(mask, images.shape[:2], "patches")
+
+    def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
+        mask, shapes = others.get("pixel_attention_mask"), others.get("spatial_shapes")
+        # Past the hook by which the Gist token joins where the library's own forward runs.
+        tokens = self.family.encoder.embeddings.forward(images, shapes)
+        return Embedded(tokens, lengths=lengths_of(mask))
 
 
 class FusedTransformersDINOv3(FusedTransformersViT):
@@ -226,7 +261,7 @@ def _branch_refusal(block: Any, classes: _Classes) -> str | None:
     """Why what a block does with its sublayers' outputs can't be fused, or None."""
     if classes is _VIT:
         return dropout_refusal("block", block, block.dropout)
-    if classes is _SIGLIP:
+    if classes in (_SIGLIP, _SIGLIP2):
         return None
     for part in (block.layer_scale1, block.layer_scale2):
         if type(part) is not classes.layer_scale:
