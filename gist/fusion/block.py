@@ -103,11 +103,19 @@ class BlockLayers(NamedTuple):
     """A name in :data:`gist_kernels.activations.Activation`."""
     gated: bool = False
     """Whether the first half of fc1's outputs, activated, multiplies the second half."""
+    attention_norm: Any = None
+    """A LayerNorm of what proj reads, or None."""
     mlp_norm: Any = None
     """A LayerNorm of what fc2 reads, or None."""
     layer_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
     post_norm: bool = False
+
+    @property
+    def inner_norms(self) -> dict[str, Any]:
+        """The frozen norms within the sublayers."""
+        found = {"attention": self.attention_norm, "MLP": self.mlp_norm}
+        return {name: norm for name, norm in found.items() if norm is not None}
 
     @property
     def matrices(self) -> list[torch.Tensor]:
@@ -284,7 +292,14 @@ def _sublayers(layers: BlockLayers, parts: FusedParts, gathered: bool) -> Sublay
         PreparedAttention(
             None if layers.post_norm else _norm(norm1, updates.get("norm1"), dtype),
             gk.AttentionWeights(
-                *qkv, *proj, layers.num_heads, layers.scale, scale1, qkv_update, proj_update
+                *qkv,
+                *proj,
+                layers.num_heads,
+                layers.scale,
+                scale1,
+                qkv_update,
+                proj_update,
+                norm=_inner_norm(layers.attention_norm, dtype),
             ),
             parts.attention,
         ),
@@ -298,7 +313,7 @@ def _sublayers(layers: BlockLayers, parts: FusedParts, gathered: bool) -> Sublay
                 fc1_update,
                 fc2_update,
                 layers.gated,
-                None if layers.mlp_norm is None else _norm(layers.mlp_norm, None, dtype),
+                _inner_norm(layers.mlp_norm, dtype),
             ),
             parts.mlp,
         ),
@@ -327,8 +342,9 @@ def _weights_refusal(
     frozen, like = layers.frozen, layers.qkv.weights[0]
     if any(weight.requires_grad for weight in frozen):
         return "it has trainable matrices of its own"
-    if layers.mlp_norm is not None and any(p.requires_grad for p in layers.mlp_norm.parameters()):
-        return "its MLP's norm is trained"
+    for name, norm in layers.inner_norms.items():
+        if any(p.requires_grad for p in norm.parameters()):
+            return f"its {name}'s norm is trained"
     matrices = {id(weight) for weight in layers.matrices}
     for weight in block.parameters():
         if type(weight) is not nn.Parameter and not (sharding is not None and is_shard(weight)):
@@ -343,8 +359,7 @@ def _weights_refusal(
             return f"its weights are {weight.dtype}"
     if any(weight.dtype is not like.dtype for weight in frozen):
         return "its matrices are of several dtypes"
-    inner = () if layers.mlp_norm is None else (layers.mlp_norm,)
-    if any(norm.eps <= 0 for norm in (*layers.norms, *inner)):
+    if any(norm.eps <= 0 for norm in (*layers.norms, *layers.inner_norms.values())):
         return "its norm has no positive eps"
     return None
 
@@ -378,6 +393,10 @@ def _norm(norm: Any, update: LayerUpdate | None, dtype: torch.dtype) -> gk.NormW
             scale = update.scale.to(dtype)
             weight = scale if weight is None else scale * weight
     return gk.NormWeights(weight, bias, norm.eps)
+
+
+def _inner_norm(norm: Any, dtype: torch.dtype) -> gk.NormWeights | None:
+    return None if norm is None else _norm(norm, None, dtype)
 
 
 def _shifted(

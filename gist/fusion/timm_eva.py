@@ -24,9 +24,9 @@ from gist.fusion.timm_vit import (
     common_refusal,
     drop_path,
     dropout_refusal,
+    inner_norm,
     is_layer_norm,
     methods_refusal,
-    mlp_norm,
     mlp_refusal,
 )
 from gist.methods.base import Refusal
@@ -86,7 +86,8 @@ class FusedTimmEva(FusedBackbone):
             fc2=Linears.of(mlp.fc2),
             activation=activation,
             gated=type(mlp) is not Mlp,
-            mlp_norm=mlp_norm(mlp),
+            attention_norm=inner_norm(attn),
+            mlp_norm=inner_norm(mlp),
             layer_scales=(block.gamma_1, block.gamma_2),
             drop_paths=(drop_path(block.drop_path1), drop_path(block.drop_path2)),
         )

@@ -174,3 +174,30 @@ def test_positions_of_another_shape_are_left_to_the_backbone(change, own_forward
         assert ours == found()
     else:
         assert torch.equal(ours, found())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", ["gist", "lora"])
+@pytest.mark.parametrize("name", ["vit", "eva02"])
+def test_a_norm_of_attentions_output_is_fused(name, config, training, own_forward):
+    """BEiT-3 is such a VisionTransformer, and EVA-02's CLIP such an Eva."""
+    inside = {"vit": ("scale_attn_norm", "scale_mlp_norm"), "eva02": ("scale_attn_inner",)}[name]
+    options = dict.fromkeys(inside, True)
+    model = wrapped(name, CONFIGS[config], **options).double().train(training)
+    assert isinstance(model.backbone.blocks[0].attn.norm, nn.LayerNorm)
+    assert "own forward" not in gist.explain(model)
+    pixels = images(2).double()
+    found = results(model, pixels)
+    with own_forward():
+        expected = results(model, pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_trained_norm_of_attentions_output_is_left_to_the_backbone():
+    config = gist.GistConfig(gist.LayerNormTuning())
+    model = wrapped("vit", config, scale_attn_norm=True)
+    assert "its attention's norm is trained" in gist.explain(model)
+    model.backbone.blocks[1].attn.norm = nn.BatchNorm1d(48)
+    assert "block 1: the block's own forward, for its attention's norm is a BatchNorm1d" in (
+        gist.explain(model)
+    )
