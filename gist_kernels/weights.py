@@ -79,7 +79,9 @@ class Rotation(NamedTuple):
 
 
 class AttentionWeights(NamedTuple):
-    """Multi-head self-attention on D features, with H heads of Dh features each.
+    """Multi-head self-attention on D features, with H heads of Dh features each::
+
+        proj(norm(attention(qkv(x))))
 
     Only biases and updates are trained.
     """
@@ -101,6 +103,9 @@ class AttentionWeights(NamedTuple):
     proj_update: LinearUpdate | None = None
     rotation: Rotation | None = None
     """Of queries and keys, or None for none."""
+    norm: NormWeights | None = None
+    """A frozen LayerNorm over the H Dh features that the projection reads (EVA-02's CLIP, BEiT-3);
+    None for none."""
 
 
 class MlpWeights(NamedTuple):

@@ -22,6 +22,8 @@ class Projection(NamedTuple):
     layer: nn.Linear
     start: int
     stop: int
+    bias_apart: bool = False
+    """Whether the layer is without bias, and what calls it adds one to its output."""
 
     @property
     def in_features(self) -> int:
@@ -30,6 +32,19 @@ class Projection(NamedTuple):
     @property
     def out_features(self) -> int:
         return self.stop - self.start
+
+    def with_own_bias(self, method: str) -> Projection:
+        """This one, for a method that changes the layer's bias.
+
+        Raises:
+            ValueError: the bias is not the layer's.
+        """
+        if self.bias_apart:
+            raise ValueError(
+                f"{method} changes the biases of queries, keys and values, which this backbone "
+                "adds apart from the layer; take LoRA, FacT or an adapter"
+            )
+        return self
 
 
 PLAIN_MLP = ("fc1", "fc2")
@@ -68,7 +83,8 @@ class BackboneFamily(ABC):
     """transformers' name of the input."""
     token_place: ClassVar[str] = "prefix"
     """"prefix": Gist tokens join the tokens before an image's patches. "second": they follow a
-    text's first token. "last": they follow the token that the classifier reads."""
+    text's first token. "last": they follow the token that the classifier reads. "masked": they
+    precede an image's patches, which have a mask."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -101,6 +117,10 @@ class BackboneFamily(ABC):
                 f"those that are: {', '.join(projections) or 'none'}"
             )
         return projections[name]
+
+    def call_hooked_layers(self) -> None:  # noqa: B027
+        """Let every layer that carries hooks be called, where the model may read its weight only.
+        :func:`gist.unwrap` undoes it."""
 
     def last_layers(self, index: int) -> tuple[nn.Linear, nn.Linear]:
         """The last layers of a block's attention and MLP: proj, and fc2 or down.
@@ -280,6 +300,10 @@ class BackboneFamily(ABC):
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, D) tokens, without added ones, to the classifier's (B, F) input."""
 
+    def pool_call(self, features: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """:meth:`pool` for a call with inputs beside the main one."""
+        return self.pool(features)
+
     def pool_token(self, token: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The classifier's input with ``token``, (B, D), in place of the pooled tokens."""
         return token
@@ -353,9 +377,14 @@ def projections(by_name: dict[str, Any], **others: Any) -> dict[str, Projection]
     return found
 
 
-def packed(layer: Any, names: Sequence[str] = "qkv") -> dict[str, Projection]:
+def packed(
+    layer: Any, names: Sequence[str] = "qkv", *, bias_apart: bool = False
+) -> dict[str, Projection]:
     """The projections that one linear layer holds, of the same width each."""
     if type(layer) is not nn.Linear:
         return {}
     width = layer.out_features // len(names)
-    return {name: Projection(layer, i * width, (i + 1) * width) for i, name in enumerate(names)}
+    return {
+        name: Projection(layer, i * width, (i + 1) * width, bias_apart)
+        for i, name in enumerate(names)
+    }

@@ -66,6 +66,7 @@ def family_of(backbone: nn.Module) -> BackboneFamily:
     raise TypeError(
         "backbone must be a vision transformer for classification: timm's VisionTransformer or "
         "Eva, such as timm.create_model('vit_base_patch16_224'), or one of transformers' "
-        f"{', '.join(TRANSFORMERS_MODELS)}, SiglipForImageClassification, DINOv3ViTModel, or a "
+        f"{', '.join(TRANSFORMERS_MODELS)}, SiglipForImageClassification, "
+        "Siglip2ForImageClassification, DINOv3ViTModel, or a "
         f"text classifier, such as BertForSequenceClassification; it is a {kind}, {reason}"
     )

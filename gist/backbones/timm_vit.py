@@ -179,8 +179,10 @@ class TimmEva(TimmViT):
         if attn.qkv is None:
             by_name = {name: getattr(attn, f"{name}_proj") for name in "qkv"}
         else:
-            # With separate biases, timm reads qkv's weight directly: hooks on qkv would not run.
-            by_name = packed(None if getattr(attn, "q_bias", None) is not None else attn.qkv)
+            apart = getattr(attn, "q_bias", None) is not None
+            # timm may read or leave out a bias of qkv's own beside the separate ones.
+            readable = not (apart and attn.qkv.bias is not None)
+            by_name = packed(attn.qkv if readable else None, bias_apart=apart)
         return BlockParts(
             (block.norm1, block.norm2),
             (block.drop_path1, block.drop_path2),
@@ -191,6 +193,14 @@ class TimmEva(TimmViT):
                 fc2=getattr(block.mlp, "fc2", None),
             ),
         )
+
+    def call_hooked_layers(self) -> None:
+        # With biases of queries and values apart, timm reads qkv's weight, unless told to add them
+        # to what a call of qkv gives.
+        for block in self.blocks:
+            attn: Any = block.attn
+            if getattr(attn, "q_bias", None) is not None and attn.qkv._forward_hooks:
+                attn.qkv_bias_separate = True
 
     @property
     def prefix_counters(self) -> Sequence[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
@@ -198,6 +198,69 @@ class TransformersSiglip(TransformersViT):
         return token
 
 
+class TransformersSiglip2(TransformersSiglip):
+    """transformers' SigLIP 2 for image classification, which takes images as patches.
+
+    A batch is (B, N, 3 * P * P) patches with padding at the rows' ends, ``spatial_shapes``, (B, 2)
+    rows and columns, and ``pixel_attention_mask``, (B, N): 1 for patches and 0 for padding. The
+    logits are of the patches' average.
+    """
+
+    token_place: ClassVar[str] = "masked"
+
+    def attach_token(self, hook: Callable[[str], Callable[..., Any]]) -> None:
+        self.encoder.register_forward_pre_hook(hook("extend_mask"), with_kwargs=True)
+        self.encoder.embeddings.register_forward_hook(hook("enter_embedding"))
+        self.encoder.register_forward_hook(hook("leave_encoder"))
+
+    def hooked_parts(self) -> Iterator[nn.Module]:
+        yield self.encoder
+        yield from super().hooked_parts()
+
+    def check_inputs(self, others: Mapping[str, Any]) -> None:
+        unknown = others.keys() - {"pixel_attention_mask", "spatial_shapes"}
+        if unknown or others.get("spatial_shapes") is None:
+            raise TypeError(
+                f"a {type(self.model).__name__} takes pixel_values, pixel_attention_mask and "
+                f"spatial_shapes, as its image processor gives them; got {', '.join(others)}"
+            )
+        mask = others.get("pixel_attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                "pixel_attention_mask must be (B, N), 1 for patches and 0 for padding; it is "
+                f"{tuple(mask.shape)}"
+            )
+
+    def features(self, images: torch.Tensor, **others: Any) -> torch.Tensor:
+        return self.encoder(images, **{"pixel_attention_mask": None, **others}).last_hidden_state
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        raise ValueError("patches are pooled by their mask; call the model with the batch")
+
+    def pool_call(self, features: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        if not inputs:
+            return self.pool(features)
+        mask = inputs.get("pixel_attention_mask")
+        if mask is None:
+            return features.mean(1)
+        counted = mask[..., None].to(features.device)
+        return (features * counted).sum(1) / counted.sum(1)
+
+    @property
+    def patch_projection(self) -> nn.Conv2d:
+        self._refuse(
+            "no grid of patches that the method could read, for its images come in many shapes, "
+            "with padding; take another method"
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        self._refuse("no image size, so that torch.jit.script does not take it")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"a {type(self.model).__name__} has {what}")
+
+
 class TransformersDINOv3(TransformersViT):
     """transformers' DINOv3, which has no class for classification: the classifier is ours.
 
@@ -281,6 +344,7 @@ def _linears(block: Any) -> tuple[dict[str, Any], tuple[nn.Module, nn.Module]]:
 _FAMILIES = {
     **dict.fromkeys(TRANSFORMERS_MODELS, TransformersViT),
     "SiglipForImageClassification": TransformersSiglip,
+    "Siglip2ForImageClassification": TransformersSiglip2,
     "DINOv3ViTModel": TransformersDINOv3,
 }
 

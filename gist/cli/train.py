@@ -42,6 +42,8 @@ from gist.runs.inputs import BALANCES
 from gist.runs.run import AnyConfig, RunConfig, check_model, run
 from gist.runs.text import TextRunConfig
 from gist.training.config import PRECISIONS, TrainConfig
+from gist.training.evaluation import processes
+from gist.training.sharding import check_shards
 
 FOLDS_FILE = "folds.json"
 IMAGE_MODEL = "vit_base_patch16_224"
@@ -56,6 +58,8 @@ def register(commands: Any) -> None:
     add_options(train)
     train.add_argument("--folds", type=int, metavar="K",
                        help="cross-validate: K runs, each tested on another part")  # fmt: skip
+    train.add_argument("--fsdp", action="store_true",
+                       help="shard the frozen weights over torchrun's processes")  # fmt: skip
     _add_run_options(train)
     train.add_argument("--log-every", type=int, default=1, metavar="STEPS",
                        help="steps between rows of log.csv; default: %(default)s")  # fmt: skip
@@ -248,6 +252,8 @@ def _read_images(config: RunConfig, *, check: bool) -> ImageData:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    if arguments.fsdp:
+        check_shards(arguments.device, processes(arguments.device).num_processes)
     config = config_of(arguments)
     data = read_data(config, check=not arguments.no_check)
     model = model_label(config.model)
@@ -266,6 +272,7 @@ def _train(arguments: argparse.Namespace) -> None:
                 directory,
                 device=arguments.device,
                 workers=arguments.workers,
+                fsdp=arguments.fsdp,
                 fresh=arguments.fresh,
                 save_every=arguments.save_every,
                 log_every=arguments.log_every,

@@ -182,7 +182,7 @@ def plan(
         _EXPORTED
         if exporting()
         else fused_block.plan(
-            block, backbone.layers(block), index, methods, hook_owners, backbone.FORWARDS
+            block, backbone.layers, index, methods, hook_owners, backbone.FORWARDS
         )
         for index, block in enumerate(backbone.blocks)
     ]

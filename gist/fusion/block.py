@@ -7,6 +7,7 @@ A family of backbones says what a block consists of, by :class:`BlockLayers`. It
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gist_kernels as gk
+from gist.fusion.sharding import Sharding, class_of, is_shard
 from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of, is_plain
@@ -51,17 +53,19 @@ class Linears(NamedTuple):
         """Whether weight and bias are the layer's own tensors, not joined by each call."""
         return len(self.weights) == len(self.biases) == 1
 
-    @property
-    def weight(self) -> Any:
-        """(all out, in): joined in the dtype of matmuls, or a QuantisedWeight."""
+    def matrix(self, gathered: bool) -> Any:
+        """(all out, in): joined in the dtype of matmuls, or a QuantisedWeight.
+
+        ``gathered`` weights are freed after forward. Each matmul then joins and converts them for
+        itself: what is made once would live until the backward pass.
+        """
         first = self.weights[0]
-        if any(is_quantised(weight) for weight in self.weights):
-            return QuantisedWeight(self.weights)
-        if len(self.weights) == 1:
-            return first
         # An operator that is traced converts by itself.
         dtype = first.dtype if needs_dispatcher() else matmul_dtype(first)
-        return frozen_joined(self.weights, dtype)
+        in_place = len(self.weights) == 1 and dtype is first.dtype
+        if any(is_quantised(weight) for weight in self.weights) or (gathered and not in_place):
+            return QuantisedWeight(self.weights)
+        return first if len(self.weights) == 1 else frozen_joined(self.weights, dtype)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -99,11 +103,19 @@ class BlockLayers(NamedTuple):
     """A name in :data:`gist_kernels.activations.Activation`."""
     gated: bool = False
     """Whether the first half of fc1's outputs, activated, multiplies the second half."""
+    attention_norm: Any = None
+    """A LayerNorm of what proj reads, or None."""
     mlp_norm: Any = None
     """A LayerNorm of what fc2 reads, or None."""
     layer_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
     post_norm: bool = False
+
+    @property
+    def inner_norms(self) -> dict[str, Any]:
+        """The frozen norms within the sublayers."""
+        found = {"attention": self.attention_norm, "MLP": self.mlp_norm}
+        return {name: norm for name, norm in found.items() if norm is not None}
 
     @property
     def matrices(self) -> list[torch.Tensor]:
@@ -131,11 +143,13 @@ class Plan(NamedTuple):
     drop_paths: tuple[DropPath | None, DropPath | None]
     norms_after: tuple[Any, Any] | None = None
     """The LayerNorms behind a post-norm block's sublayers."""
+    sharding: Sharding | None = None
+    """What gathers the block's weights for a call."""
 
 
 def plan(
     block: nn.Module,
-    layers: BlockLayers | Refusal,
+    layers_of: Callable[[nn.Module], BlockLayers | Refusal],
     index: int,
     methods: Sequence[AttachedMethod],
     hook_owners: Collection[int],
@@ -145,16 +159,21 @@ def plan(
 
     Args:
         block: the block.
-        layers: what it consists of, or why it can't be said.
+        layers_of: gives what it consists of, or why it can't be said.
         index: its number in the backbone.
         methods: the modules attached to the backbone.
         hook_owners: the ids of the modules, methods and token, whose hooks the fused sublayers
             replace. A hook of any other module runs only in the block's own forward.
         forwards: those of the classes that the block may consist of.
     """
+    layers = layers_of(block)
     if isinstance(layers, Refusal):
         return layers
-    reason = _modules_refusal(block, hook_owners, forwards) or _weights_refusal(block, layers)
+    sharding = Sharding.of(block)
+    reason = (
+        _modules_refusal(block, sharding, hook_owners, forwards)
+        or _weights_refusal(block, layers, sharding)
+    )  # fmt: skip
     if reason is not None:
         return Refusal(reason)
     parts = _joined(methods, index)
@@ -168,18 +187,21 @@ def plan(
     in_place = all(each.read_in_place for each in (layers.qkv, layers.fc1))
     if (
         in_place
+        and sharding is None
         and not parts.updates
         and all(type(tensor) is nn.Parameter for tensor in _tensors(parts))
     ):
-        sublayers = _sublayers(layers, parts)
+        sublayers = _sublayers(layers, parts, gathered=False)
         return Plan(lambda: sublayers, layers.drop_paths, norms_after)
 
     def computed() -> Sublayers:
-        parts = _joined(methods, index)
+        # A sharded block has other tensors once they are gathered.
+        now, parts = layers if sharding is None else layers_of(block), _joined(methods, index)
+        assert not isinstance(now, Refusal)
         assert not isinstance(parts, Refusal)
-        return _sublayers(layers, parts)
+        return _sublayers(now, parts, gathered=sharding is not None)
 
-    return Plan(computed, layers.drop_paths, norms_after)
+    return Plan(computed, layers.drop_paths, norms_after, sharding)
 
 
 def run(
@@ -200,6 +222,23 @@ def run(
         rotation: the rotary positions of queries and keys.
         lengths: (B,), each row's number of tokens before its padding; None without padding.
     """
+    forward = partial(
+        _run, plan,
+        num_queries=num_queries, grad_tokens=grad_tokens, rotation=rotation, lengths=lengths,
+    )  # fmt: skip
+    output: torch.Tensor = forward(x) if plan.sharding is None else plan.sharding.call(forward, x)
+    return output
+
+
+def _run(
+    plan: Plan,
+    x: torch.Tensor,
+    *,
+    num_queries: int | None,
+    grad_tokens: tuple[int, int] | None,
+    rotation: gk.Rotation | None,
+    lengths: torch.Tensor | None,
+) -> torch.Tensor:
     sublayers, norms = plan.sublayers(), plan.norms_after
     of_attention, of_mlp = plan.drop_paths
     x = sublayers.attention.run(
@@ -240,20 +279,27 @@ def _joined(methods: Sequence[AttachedMethod], index: int) -> FusedParts | Refus
     return FusedParts(attention, mlp, updates)
 
 
-def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
+def _sublayers(layers: BlockLayers, parts: FusedParts, gathered: bool) -> Sublayers:
     updates = parts.updates or {}
     dtype = layers.qkv.weights[0].dtype
-    qkv, qkv_update = _linear(layers.qkv, updates.get("qkv"))
-    proj, proj_update = _linear(layers.proj, updates.get("proj"))
-    fc1, fc1_update = _linear(layers.fc1, updates.get("fc1"))
-    fc2, fc2_update = _linear(layers.fc2, updates.get("fc2"))
+    qkv, qkv_update = _linear(layers.qkv, updates.get("qkv"), gathered)
+    proj, proj_update = _linear(layers.proj, updates.get("proj"), gathered)
+    fc1, fc1_update = _linear(layers.fc1, updates.get("fc1"), gathered)
+    fc2, fc2_update = _linear(layers.fc2, updates.get("fc2"), gathered)
     scale1, scale2 = layers.layer_scales
     norm1, norm2 = layers.norms
     return Sublayers(
         PreparedAttention(
             None if layers.post_norm else _norm(norm1, updates.get("norm1"), dtype),
             gk.AttentionWeights(
-                *qkv, *proj, layers.num_heads, layers.scale, scale1, qkv_update, proj_update
+                *qkv,
+                *proj,
+                layers.num_heads,
+                layers.scale,
+                scale1,
+                qkv_update,
+                proj_update,
+                norm=_inner_norm(layers.attention_norm, dtype),
             ),
             parts.attention,
         ),
@@ -267,7 +313,7 @@ def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
                 fc1_update,
                 fc2_update,
                 layers.gated,
-                None if layers.mlp_norm is None else _norm(layers.mlp_norm, None, dtype),
+                _inner_norm(layers.mlp_norm, dtype),
             ),
             parts.mlp,
         ),
@@ -275,27 +321,33 @@ def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
 
 
 def _modules_refusal(
-    block: nn.Module, hook_owners: Collection[int], forwards: Forwards
+    block: nn.Module, sharding: Sharding | None, hook_owners: Collection[int], forwards: Forwards
 ) -> str | None:
+    if sharding is not None and torch.compiler.is_compiling():
+        return "it is sharded and traced"
+    known = () if sharding is None else sharding.hooks
     part: nn.Module
     for part in block.modules():
-        kind = type(part)
+        kind = class_of(part)
         if not calls_own_forward(part) or kind.forward is not forwards.get(kind, kind.forward):
             return f"its {kind.__name__} has a forward of its own"
-        if not all(is_owned(hook, hook_owners) for hook in hooks_of(part)):
+        if not all(hook in known or is_owned(hook, hook_owners) for hook in hooks_of(part)):
             return "it carries hooks that are not gist's"
     return None
 
 
-def _weights_refusal(block: nn.Module, layers: BlockLayers) -> str | None:
+def _weights_refusal(
+    block: nn.Module, layers: BlockLayers, sharding: Sharding | None
+) -> str | None:
     frozen, like = layers.frozen, layers.qkv.weights[0]
     if any(weight.requires_grad for weight in frozen):
         return "it has trainable matrices of its own"
-    if layers.mlp_norm is not None and any(p.requires_grad for p in layers.mlp_norm.parameters()):
-        return "its MLP's norm is trained"
+    for name, norm in layers.inner_norms.items():
+        if any(p.requires_grad for p in norm.parameters()):
+            return f"its {name}'s norm is trained"
     matrices = {id(weight) for weight in layers.matrices}
     for weight in block.parameters():
-        if type(weight) is not nn.Parameter:
+        if type(weight) is not nn.Parameter and not (sharding is not None and is_shard(weight)):
             if id(weight) not in matrices or not is_quantised(weight):
                 return f"its weights are {type(weight).__name__}s"
             reason = quantised_refusal(weight)
@@ -307,8 +359,7 @@ def _weights_refusal(block: nn.Module, layers: BlockLayers) -> str | None:
             return f"its weights are {weight.dtype}"
     if any(weight.dtype is not like.dtype for weight in frozen):
         return "its matrices are of several dtypes"
-    inner = () if layers.mlp_norm is None else (layers.mlp_norm,)
-    if any(norm.eps <= 0 for norm in (*layers.norms, *inner)):
+    if any(norm.eps <= 0 for norm in (*layers.norms, *layers.inner_norms.values())):
         return "its norm has no positive eps"
     return None
 
@@ -324,13 +375,14 @@ def _fits(parts: FusedParts, like: torch.Tensor) -> bool:
 
 
 def _linear(
-    layer: Linears, update: LayerUpdate | None
+    layer: Linears, update: LayerUpdate | None, gathered: bool
 ) -> tuple[tuple[Any, torch.Tensor | None], gk.LinearUpdate | None]:
     """A layer's weight and bias, and the trained update beside them."""
+    weight = layer.matrix(gathered)
     if update is None:
-        return (layer.weight, layer.bias), None
+        return (weight, layer.bias), None
     bias = _shifted(layer.bias, update, layer.weights[0].dtype)
-    return (layer.weight, bias), gk.LinearUpdate(update.scale, update.down, update.up)
+    return (weight, bias), gk.LinearUpdate(update.scale, update.down, update.up)
 
 
 def _norm(norm: Any, update: LayerUpdate | None, dtype: torch.dtype) -> gk.NormWeights:
@@ -341,6 +393,10 @@ def _norm(norm: Any, update: LayerUpdate | None, dtype: torch.dtype) -> gk.NormW
             scale = update.scale.to(dtype)
             weight = scale if weight is None else scale * weight
     return gk.NormWeights(weight, bias, norm.eps)
+
+
+def _inner_norm(norm: Any, dtype: torch.dtype) -> gk.NormWeights | None:
+    return None if norm is None else _norm(norm, None, dtype)
 
 
 def _shifted(

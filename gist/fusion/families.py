@@ -9,7 +9,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from gist.backbones.text_models import text_family
 from gist.backbones.transformers_encoders import TransformersBert, TransformersRoberta
-from gist.backbones.transformers_vit import TransformersDINOv3, transformers_family
+from gist.backbones.transformers_vit import (
+    TransformersDINOv3,
+    TransformersSiglip2,
+    transformers_family,
+)
 from gist.fusion.backbone import FusedBackbone
 from gist.fusion.timm_eva import FusedTimmEva
 from gist.fusion.timm_vit import FusedTimmViT
@@ -25,10 +29,12 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
     family = transformers_family(model)
     if family is not None:
         # Which imports transformers, as the model's maker has.
-        from gist.fusion.transformers_vit import FusedTransformersDINOv3, FusedTransformersViT
+        from gist.fusion import transformers_vit as fused
 
+        if isinstance(family, TransformersSiglip2):
+            return fused.FusedTransformersSiglip2(family)
         rotary = isinstance(family, TransformersDINOv3)
-        return (FusedTransformersDINOv3 if rotary else FusedTransformersViT)(family)
+        return (fused.FusedTransformersDINOv3 if rotary else fused.FusedTransformersViT)(family)
     text = text_family(model)
     # Not of a subclass: MPNet's attention adds a bias.
     if isinstance(text, TransformersBert) and type(text) in (TransformersBert, TransformersRoberta):

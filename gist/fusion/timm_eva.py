@@ -15,6 +15,7 @@ import gist_kernels as gk
 from gist.fusion.backbone import Embedded, FusedBackbone
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
+from gist.fusion.sharding import class_of
 from gist.fusion.timm_vit import (
     COMMON_FORWARDS,
     LATER,
@@ -23,9 +24,9 @@ from gist.fusion.timm_vit import (
     common_refusal,
     drop_path,
     dropout_refusal,
+    inner_norm,
     is_layer_norm,
     methods_refusal,
-    mlp_norm,
     mlp_refusal,
 )
 from gist.methods.base import Refusal
@@ -85,7 +86,8 @@ class FusedTimmEva(FusedBackbone):
             fc2=Linears.of(mlp.fc2),
             activation=activation,
             gated=type(mlp) is not Mlp,
-            mlp_norm=mlp_norm(mlp),
+            attention_norm=inner_norm(attn),
+            mlp_norm=inner_norm(mlp),
             layer_scales=(block.gamma_1, block.gamma_2),
             drop_paths=(drop_path(block.drop_path1), drop_path(block.drop_path2)),
         )
@@ -138,7 +140,7 @@ class FusedTimmEva(FusedBackbone):
 
 
 def _block_refusal(block: Any) -> str | None:
-    if type(block) is not EvaBlock:
+    if class_of(block) is not EvaBlock:
         return f"it is a {type(block).__name__}"
     return (
         common_refusal(block.norm1, block.norm2, block.drop_path1, block.drop_path2)

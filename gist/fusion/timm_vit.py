@@ -16,6 +16,7 @@ from gist.fusion import block as fused_block
 from gist.fusion.backbone import Embedded, FusedBackbone
 from gist.fusion.block import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
+from gist.fusion.sharding import class_of
 from gist.methods.base import Refusal
 from gist.untouched import is_own, written_forward
 
@@ -77,7 +78,8 @@ class FusedTimmViT(FusedBackbone):
             fc1=Linears.of(mlp.fc1),
             fc2=Linears.of(mlp.fc2),
             activation=activation,
-            mlp_norm=mlp_norm(mlp),
+            attention_norm=inner_norm(attn),
+            mlp_norm=inner_norm(mlp),
             layer_scales=(_layer_scale(block.ls1), _layer_scale(block.ls2)),
             drop_paths=(drop_path(block.drop_path1), drop_path(block.drop_path2)),
         )
@@ -110,7 +112,7 @@ def methods_refusal(model: Any, written: Mapping[str, Any]) -> str | None:
 
 
 def _block_refusal(block: Any) -> str | None:
-    if type(block) is not Block:
+    if class_of(block) is not Block:
         return f"it is a {type(block).__name__}"
     for part in (block.ls1, block.ls2):
         if type(part) not in (nn.Identity, LayerScale):
@@ -147,9 +149,11 @@ def attention_refusal(attn: Any, *layers: Any) -> str | None:
     """Why an attention of timm's, with these projections of its input, can't be fused, or None."""
     if getattr(attn, "gate", None) is not None:
         return "its attention is gated"
-    for part, name in ((attn.q_norm, "queries"), (attn.k_norm, "keys"), (attn.norm, "output")):
+    for part, name in ((attn.q_norm, "queries"), (attn.k_norm, "keys")):
         if type(part) is not nn.Identity:
             return f"its attention normalises its {name}"
+    if type(attn.norm) is not nn.Identity and not is_layer_norm(attn.norm):
+        return f"its attention's norm is a {type(attn.norm).__name__}"
     if any(type(layer) is not nn.Linear for layer in (*layers, attn.proj)):
         return "its attention's projections are not plain linears"
     if sum(layer.out_features for layer in layers) != 3 * attn.num_heads * attn.head_dim:
@@ -183,9 +187,9 @@ def dropout_refusal(name: str, owner: nn.Module, *parts: Any) -> str | None:
     return None
 
 
-def mlp_norm(mlp: Any) -> nn.Module | None:
-    """The norm of what timm's MLPs' second layer reads, or None."""
-    norm: nn.Module = mlp.norm
+def inner_norm(sublayer: Any) -> nn.Module | None:
+    """The norm of what the last layer of timm's attention or MLP reads, or None."""
+    norm: nn.Module = sublayer.norm
     return None if isinstance(norm, nn.Identity) else norm
 
 

@@ -15,12 +15,15 @@ from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 from gist.fusion.backbone import Embedded
 from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.sharding import class_of
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.fusion.transformers_parts import (
     ACTIVATION_FORWARDS,
     FusedTransformers,
     activation_name,
+    lengths_of,
     library_forward,
+    mask_refusal,
 )
 from gist.methods.base import Refusal
 from gist_kernels.tracing import needs_dispatcher
@@ -82,11 +85,7 @@ class FusedTransformersBert(FusedTransformers):
         mask = given.get("attention_mask")
         if needs_dispatcher(*given.values()):
             return Refusal("it is traced, and a text's padding is a matter of its values")
-        if mask is not None and mask.shape != images.shape:  # which transformers refuses
-            return Refusal("its attention mask has another shape than its words")
-        if mask is not None and not _pads_on_the_right(mask):
-            return Refusal("its attention mask is not 1 for a row's first words and 0 for others")
-        return None
+        return None if mask is None else mask_refusal(mask, images.shape, "words")
 
     def layers(self, block: Any) -> BlockLayers | Refusal:
         reason = _block_refusal(block)
@@ -118,21 +117,14 @@ class FusedTransformersBert(FusedTransformers):
         tokens = encoder.embeddings.forward(input_ids=images, **others)
         if last is not encoder.embeddings:
             tokens = last.forward(tokens)
-        lengths = None if mask is None or bool(mask.all()) else mask.bool().sum(1)
-        return Embedded(tokens, lengths=lengths)
+        return Embedded(tokens, lengths=lengths_of(mask))
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         return x  # which each block has normed
 
 
-def _pads_on_the_right(mask: torch.Tensor) -> bool:
-    """Whether each row of a (B, N) mask has words and then padding. Waits for the device."""
-    words = mask.bool()
-    return bool((words[:, :1].all() & (words[:, 1:] <= words[:, :-1]).all()).item())
-
-
 def _block_refusal(block: Any) -> str | None:
-    classes = _OF_LAYER.get(type(block))
+    classes = _OF_LAYER.get(class_of(block))
     if classes is None:
         return f"it is a {type(block).__name__}"
     if block.is_decoder:

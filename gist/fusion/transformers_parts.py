@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import activations
@@ -71,6 +72,22 @@ ACTIVATION_FORWARDS = {
     kind: library_forward(kind)
     for kind in (activations.GELUActivation, activations.GELUTanh, *ACTIVATIONS)
 }
+
+
+def mask_refusal(mask: torch.Tensor, shape: torch.Size, what: str) -> Refusal | None:
+    """Why a padding mask, 1 for ``what`` of this shape, can't be told by each row's length, or
+    None. Waits for the device."""
+    if mask.shape != shape:  # which transformers refuses
+        return Refusal(f"its attention mask has another shape than its {what}")
+    kept = mask.bool()
+    if not bool((kept[:, :1].all() & (kept[:, 1:] <= kept[:, :-1]).all()).item()):
+        return Refusal(f"its attention mask is not 1 for a row's first {what} and 0 for others")
+    return None
+
+
+def lengths_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Each row's length by a mask that :func:`mask_refusal` has not refused; None: all whole."""
+    return None if mask is None or bool(mask.all()) else mask.bool().sum(1)
 
 
 class FusedTransformers(FusedBackbone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -12,20 +13,25 @@ from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.siglip import modeling_siglip
+from transformers.models.siglip2 import modeling_siglip2
 from transformers.models.vit import modeling_vit
 
 import gist_kernels as gk
 from gist.fusion import block as fused_block
 from gist.fusion.backbone import Embedded
 from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.sharding import class_of
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.fusion.transformers_parts import (
     ACTIVATION_FORWARDS,
     FusedTransformers,
     activation_name,
+    lengths_of,
     library_forward,
+    mask_refusal,
 )
 from gist.methods.base import Refusal
+from gist_kernels.tracing import needs_dispatcher
 
 
 class _Classes(NamedTuple):
@@ -56,19 +62,30 @@ class _Classes(NamedTuple):
 
 _VIT = _Classes.of(modeling_vit, "ViT")
 _DINOV3 = _Classes.of(modeling_dinov3_vit, "DINOv3ViT")
-_SIGLIP = _Classes(
-    modeling_siglip.SiglipEncoderLayer, modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP,
-    None, None, None,
-    (
-        modeling_siglip.SiglipForImageClassification,
-        # Earlier releases have a transformer, and a model around it that classification is without.
-        getattr(modeling_siglip, "SiglipVisionTransformer", modeling_siglip.SiglipVisionModel),
-        modeling_siglip.SiglipEncoder,
-    ),
-)  # fmt: skip
+
+
+def _siglip(module: Any, prefix: str) -> _Classes:
+    def found(name: str) -> Any:
+        return getattr(module, prefix + name, None)
+
+    return _Classes(
+        found("EncoderLayer"), found("Attention"), found("MLP"), None, None, None,
+        (
+            found("ForImageClassification"),
+            # Earlier releases have a transformer, and a model around it that classification is
+            # without.
+            found("VisionTransformer") or found("VisionModel"),
+            found("Encoder"),
+        ),
+    )  # fmt: skip
+
+
+_SIGLIP = _siglip(modeling_siglip, "Siglip")
+_SIGLIP2 = _siglip(modeling_siglip2, "Siglip2")
 _FAMILIES = (
     _VIT,
     _SIGLIP,
+    _SIGLIP2,
     _DINOV3,
     _Classes.of(modeling_dinov2, "Dinov2"),
     _Classes.of(modeling_dinov2_with_registers, "Dinov2WithRegisters"),
@@ -130,12 +147,31 @@ class FusedTransformersViT(FusedTransformers):
     def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
         block = self.blocks[index]
         # SigLIP's has no default for its mask.
-        output: torch.Tensor = block(x, None) if type(block) is _SIGLIP.layer else block(x)
+        output: torch.Tensor = block(x, None) if class_of(block) is _SIGLIP.layer else block(x)
         return output
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.family.output_norm(x)
         return features
+
+
+class FusedTransformersSiglip2(FusedTransformersViT):
+    """transformers' SigLIP 2, whose images are rows of patches with padding."""
+
+    # A block's own forward takes a mask that the model's makes.
+    ALL_BLOCKS = True
+
+    def call_refusal(self, images: torch.Tensor, others: Mapping[str, Any]) -> Refusal | None:
+        mask = others.get("pixel_attention_mask")
+        if needs_dispatcher(*(value for value in others.values() if value is not None)):
+            return Refusal("it is traced, and an image's padding is a matter of its values")
+        return None if mask is None else mask_refusal(mask, images.shape[:2], "patches")
+
+    def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
+        mask, shapes = others.get("pixel_attention_mask"), others.get("spatial_shapes")
+        # Past the hook by which the Gist token joins where the library's own forward runs.
+        tokens = self.family.encoder.embeddings.forward(images, shapes)
+        return Embedded(tokens, lengths=lengths_of(mask))
 
 
 class FusedTransformersDINOv3(FusedTransformersViT):
@@ -205,7 +241,7 @@ def _attention_layers(attention: Any) -> _AttentionLayers:
 
 
 def _block_refusal(block: Any) -> str | None:
-    classes = _OF_LAYER.get(type(block))
+    classes = _OF_LAYER.get(class_of(block))
     if classes is None:
         return f"it is a {type(block).__name__}"
     earlier = not hasattr(_attention(block), "q_proj") or hasattr(block.mlp, "weights_in")
@@ -225,7 +261,7 @@ def _branch_refusal(block: Any, classes: _Classes) -> str | None:
     """Why what a block does with its sublayers' outputs can't be fused, or None."""
     if classes is _VIT:
         return dropout_refusal("block", block, block.dropout)
-    if classes is _SIGLIP:
+    if classes in (_SIGLIP, _SIGLIP2):
         return None
     for part in (block.layer_scale1, block.layer_scale2):
         if type(part) is not classes.layer_scale:

@@ -152,7 +152,7 @@ class LowRankUpdates(nn.ModuleList, AttachedMethod):
     def merge(self, family: BackboneFamily) -> None:
         for index, of_block in enumerate(self):
             for target, factors in of_block.items():  # type: ignore[operator]
-                layer, start, stop = family.projection(index, target)
+                layer, start, stop, _ = family.projection(index, target)
                 weight = layer.weight
                 update = self.scale * (widened(factors.up) @ widened(factors.down))
                 weight[start:stop] = (widened(weight[start:stop]) + update).to(weight.dtype)

@@ -143,7 +143,9 @@ class LinearAdapters(nn.ModuleList, AttachedMethod):
                 matrix = matrix + self.scale * up @ down
                 shift = self.scale * (up @ bias + widened(adapter.up_bias))
                 for name in names:
-                    layer, start, stop = family.projection(index, name)
+                    layer, start, stop, _ = family.projection(index, name).with_own_bias(
+                        "RepAdapter, merged,"
+                    )
                     if layer.bias is None:
                         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
                     weight = widened(layer.weight[start:stop])

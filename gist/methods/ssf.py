@@ -64,7 +64,7 @@ def _places(family: BackboneFamily) -> Iterator[tuple[str, nn.Module, int]]:
             yield f"{index}_{name}", norm, width
         seen: set[int] = set()
         for name in ("q", "k", "v", "proj", "fc1", "fc2"):
-            layer = family.projection(index, name).layer
+            layer = family.projection(index, name).with_own_bias("SSF").layer
             if id(layer) not in seen:
                 seen.add(id(layer))
                 packed = name == "q" and layer is family.projection(index, "v").layer

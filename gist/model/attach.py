@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +17,19 @@ class Before(NamedTuple):
 
     parameters: dict[str, tuple[bool, torch.dtype]]
     """By name: whether it was trained, and its dtype."""
+    calls: dict[str, bool]
+    """By name of timm's attention: whether it calls its packed projection, or reads the weight."""
 
     @classmethod
     def of(cls, backbone: nn.Module) -> Before:
-        return cls({n: (p.requires_grad, p.dtype) for n, p in backbone.named_parameters()})
+        return cls(
+            {n: (p.requires_grad, p.dtype) for n, p in backbone.named_parameters()},
+            {n: m.qkv_bias_separate for n, m in _with_separate_biases(backbone)},
+        )
 
     def restore(self, backbone: nn.Module) -> None:
-        """Put back which parameters are trained, and the dtype of those that wrap trained.
+        """Put back which parameters are trained, the dtype of those that wrap trained, and how
+        biases are added.
 
         Parameters that have joined since stay as they are. Dtypes stay where a frozen parameter has
         another one than before: then the whole model was cast since.
@@ -35,6 +42,12 @@ class Before(NamedTuple):
                 parameter.data = parameter.data.to(dtype)
                 parameter.grad = None
             parameter.requires_grad_(requires_grad)
+        for name, attention in _with_separate_biases(backbone):
+            attention.qkv_bias_separate = self.calls.get(name, attention.qkv_bias_separate)
+
+
+def _with_separate_biases(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((n, m) for n, m in backbone.named_modules() if hasattr(m, "qkv_bias_separate"))
 
 
 def attach_methods(config: GistConfig, family: BackboneFamily) -> nn.Module | None:
@@ -44,6 +57,7 @@ def attach_methods(config: GistConfig, family: BackboneFamily) -> nn.Module | No
     appended = sum(module.appended_tokens for module in modules.values())
     for module in modules.values():
         module.added_tokens = config.num_tokens if config.gist else 0, appended
+    family.call_hooked_layers()
     if len(config.methods) > 1:
         return nn.ModuleDict(modules)
     return next(iter(modules.values()), None)

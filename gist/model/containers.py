@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gist.fusion.sharding import has_shards
 from gist.model.wrapped import GistModel
 
 
@@ -42,23 +45,34 @@ def is_replicated(model: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are sharded over processes, as by ``fully_shard``."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
     # Parameters that FSDP2 holds gathered after a forward are plain tensors.
-    by_fsdp = any(isinstance(part, FSDPModule) for part in model.modules())
-    return by_fsdp or any(_is_part(parameter) for parameter in model.parameters())
+    by_fsdp = any(has_shards(part) for part in model.modules())
+    return by_fsdp or any(is_part(parameter) for parameter in model.parameters())
+
+
+@contextmanager
+def gathered_root(model: nn.Module) -> Iterator[None]:
+    """Inside, what ``fully_shard(model)`` itself shards is whole, as in a call of the model. What
+    is within sharded blocks stays sharded. Every process has to enter."""
+    root: Any = model if has_shards(model) else None
+    if root is not None:
+        root.unshard()
+    try:
+        yield
+    finally:
+        if root is not None:
+            root.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU. A sharded one is gathered: every process has to call this."""
     gathered: Any = tensor.detach()
-    if _is_part(gathered):
+    if is_part(gathered):
         gathered = gathered.full_tensor()
     result: torch.Tensor = gathered.cpu().contiguous()
     return result
 
 
-def _is_part(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor
+def is_part(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this process may hold a part only."""
+    return hasattr(tensor, "full_tensor")

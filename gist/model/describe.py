@@ -10,7 +10,7 @@ import gist_kernels
 from gist.backbones.families import family_of
 from gist.methods import METHODS
 from gist.methods.base import Refusal
-from gist.model.containers import gist_model_of
+from gist.model.containers import gathered_root, gist_model_of
 from gist.model.wrapped import GistModel, ParameterCount
 
 
@@ -46,7 +46,8 @@ def explain(model: nn.Module) -> str:
     """Which blocks run as fused sublayers and which by their own forward, and why: a line each.
 
     The answer holds for the state at the call: training or evaluation mode, inside or outside
-    autocast. It holds under ``torch.compile`` too.
+    autocast. It holds under ``torch.compile`` too. Of a model sharded by ``fully_shard``, what is
+    outside of the blocks is gathered: call this in every process.
 
     >>> import gist, timm
     >>> model = gist.wrap(timm.create_model("vit_tiny_patch16_224"))
@@ -59,7 +60,8 @@ def explain(model: nn.Module) -> str:
     lost = model.lost_hook
     if lost is not None:
         return f"blocks 0 to {last}: none, a call raises an error, for {lost}"
-    plan = model.plan()
+    with gathered_root(model):
+        plan = model.plan()
     whole = plan.refusal
     if whole is not None:
         return f"blocks 0 to {last}: the backbone's own forward, for {whole.reason}"

@@ -1,8 +1,8 @@
-"""The Gist token among a text's words."""
+"""The Gist token among a text's words, or the patches of images of many shapes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,16 +21,19 @@ class EncoderToken(GistToken):
     has positions, they have the first token's.
     """
 
+    mask: ClassVar[str] = "attention_mask"
+    by_position: ClassVar[tuple[str, ...]] = _BY_POSITION
+
     def extend_mask(
         self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook before the model without its classifier: let all words see the Gist tokens."""
-        inputs = _named(args, kwargs)
-        mask = inputs.get("attention_mask")
+        inputs = _named(args, kwargs, self.by_position)
+        mask = inputs.get(self.mask)
         if mask is not None:
             seen = mask.new_ones(len(mask), self.count)
             before, after = mask.tensor_split((self.index,), dim=1)
-            inputs["attention_mask"] = torch.cat((before, seen, after), dim=1)
+            inputs[self.mask] = torch.cat((before, seen, after), dim=1)
         return (), inputs
 
     def extend_positions(
@@ -71,6 +74,13 @@ class EncoderToken(GistToken):
         features = output[0]
         answer[:] = [self.pick(features), self.remove(features)]
         return _with_features(output, answer[1])
+
+
+class PatchToken(EncoderToken):
+    """Gist tokens before the patches of images of many shapes, which a mask tells from padding."""
+
+    mask: ClassVar[str] = "pixel_attention_mask"
+    by_position: ClassVar[tuple[str, ...]] = ("pixel_values", mask, "spatial_shapes")
 
 
 class DecoderToken(GistToken):
@@ -166,12 +176,15 @@ TOKENS: dict[str, type[GistToken]] = {
     "prefix": GistToken,
     "second": EncoderToken,
     "last": DecoderToken,
+    "masked": PatchToken,
 }
 """The class of the Gist token by the place that a family gives it."""
 
 
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_BY_POSITION, args, strict=False)), **kwargs}
+def _named(
+    args: tuple[Any, ...], kwargs: dict[str, Any], by_position: tuple[str, ...] = _BY_POSITION
+) -> dict[str, Any]:
+    return {**dict(zip(by_position, args, strict=False)), **kwargs}
 
 
 def _columns(tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from gist.backbones.base import BackboneFamily
 from gist.backbones.families import family_of
 from gist.fusion import backbone as fusion
 from gist.fusion.families import fused_backbone
+from gist.fusion.sharding import has_shards
 from gist.fusion.snapshot import Snapshot
 from gist.methods import AttachedMethod, hooks
 from gist.methods.hooks import FreeHook
@@ -153,7 +154,7 @@ class GistModel(TimmInterface):
         if family.reads_only_prefix:
             num_read = 1 if self.token is None else 1 + self.token.count
         with self._at_use(images):
-            return self.forward_head(self._features(plan, images, num_read, **inputs))
+            return self._head(self._features(plan, images, num_read, **inputs), inputs)
 
     def _by_backbone(
         self, images: torch.Tensor, inputs: dict[str, Any]
@@ -278,12 +279,18 @@ class GistModel(TimmInterface):
 
         With ``pre_logits``, to the classifier's (B, F) input instead, of both tokens in training.
         """
+        return self._head(features, {}, pre_logits)
+
+    def _head(
+        self, features: torch.Tensor, inputs: dict[str, Any], pre_logits: bool = False
+    ) -> torch.Tensor | GistOutput:
+        """:meth:`forward_head` for a call with inputs beside the main one."""
         family, token = self.family, self.token
         classify = family.pre_logits if pre_logits else family.classify
         if token is None:
-            return classify(family.pool(features))
+            return classify(family.pool_call(features, **inputs))
         own_tokens = features if family.reads_only_prefix else token.remove(features)
-        pooled = family.pool(own_tokens)
+        pooled = family.pool_call(own_tokens, **inputs)
         if not self.training:
             return classify(pooled)
         self._check_pooling()
@@ -296,8 +303,11 @@ class GistModel(TimmInterface):
             )
         logits = family.classify(torch.stack((pooled, token_pooled), dim=1))
         both = gist_kernels.split_heads(logits)
-        if torch.compiler.is_compiling() and any(map(is_quantised, self.backbone.parameters())):
-            # Beside tensor subclasses PyTorch compiles no outputs that share memory.
+        # Beside tensor subclasses PyTorch compiles no outputs that share memory, and fully_shard
+        # warns of them.
+        if has_shards(self) or (
+            torch.compiler.is_compiling() and any(map(is_quantised, self.backbone.parameters()))
+        ):
             return GistOutput(*(each.clone() for each in both))
         return GistOutput(*both)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from gist.data import LabelledData
 from gist.validate import check_choice
 
 BALANCES = ("uniform", "balanced")
@@ -53,3 +54,9 @@ def balanced_class_weights(labels: Sequence[int], classes: int) -> list[float]:
     """
     items = Counter(labels)
     return [len(labels) / (len(items) * max(1, items[label])) for label in range(classes)]
+
+
+def split_sizes(data: LabelledData) -> dict[str, int]:
+    """Items of each split that is there."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return {name: len(split) for name, split in splits.items() if split is not None}

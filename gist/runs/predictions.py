@@ -21,7 +21,13 @@ from gist.data.folder import ImageFiles
 from gist.data.split import Joined, Part
 from gist.files import CsvTable, write_atomically
 from gist.model.wrapped import GistModel
-from gist.training.evaluation import Evaluation, evaluate, evaluation_order
+from gist.training.evaluation import (
+    Evaluation,
+    evaluate,
+    evaluation_order,
+    processes,
+    share_of,
+)
 
 PREDICTIONS_FILE = "predictions.csv"
 COLUMNS = (
@@ -137,12 +143,14 @@ class Recorded(nn.Module):
         self._kept.append(torch.stack([torch.stack((p, c.to(p.dtype))) for p, c in best]))
         return both[0]
 
-    def kept(self) -> np.ndarray[Any, Any]:
-        """(tokens, 2, N) probabilities and classes of all processes' images, in order."""
+    def kept(self, count: int) -> np.ndarray[Any, Any]:
+        """(tokens, 2, N) probabilities and classes of all processes' ``count`` images, in order."""
         tokens = 1 if self.model.token is None else 2
         own = torch.cat(self._kept, dim=2).cpu().numpy() if self._kept else np.empty((tokens, 2, 0))
+        state = processes(next(self.model.parameters()).device)
+        own = own[:, :, : len(share_of(count, state))]  # without evaluate's filler
         shares = gather_object([own.astype(np.float64)])
-        kept = np.empty((tokens, 2, sum(share.shape[2] for share in shares)))
+        kept = np.empty((tokens, 2, count))
         for rank, share in enumerate(shares):  # as evaluate shares images out
             kept[:, :, rank :: len(shares)] = share
         return kept
@@ -174,7 +182,7 @@ def measure(
     """
     recorded = Recorded(model)
     measured = evaluate(recorded, prepared, workers=workers)
-    kept, order = recorded.kept(), evaluation_order(prepared)
+    kept, order = recorded.kept(len(split)), evaluation_order(prepared)
     if order is not None:
         kept[:, :, order] = kept.copy()
     probability, predicted = zip(*kept, strict=True)

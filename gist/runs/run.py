@@ -42,14 +42,9 @@ from gist.model.describe import count_parameters
 from gist.model.loss import GistLoss
 from gist.model.saving import CONFIG_FILE, load, save
 from gist.model.wrapped import GistModel, wrap
+from gist.runs import inputs
 from gist.runs.advice import Advisor
 from gist.runs.card import CARD_FILE, card_file, replaceable
-from gist.runs.inputs import (
-    Prepared,
-    balanced_class_weights,
-    balanced_weights,
-    check_balances,
-)
 from gist.runs.predictions import PREDICTIONS_FILE, measure_run
 from gist.runs.provenance import describe_machine, git_revision, versions
 from gist.runs.text import TextRunConfig, is_text, text_config
@@ -59,6 +54,7 @@ from gist.training.evaluation import processes
 from gist.training.loading import default_workers
 from gist.training.log import Log
 from gist.training.loop import Epoch, fit
+from gist.training.sharding import check_shards, shard_frozen
 from gist.training.state import ResumeFile, check_same
 from gist.validate import check_choice
 
@@ -103,7 +99,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choice("augment", self.augment, PRESETS)
-        check_balances(self.sampling, self.class_weights)
+        inputs.check_balances(self.sampling, self.class_weights)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values. A setting that earlier versions did not have is left out at its default."""
@@ -135,7 +131,7 @@ class RunConfig:
             drop_path_rate=self.drop_path,
         )
 
-    def prepared(self, data: LabelledData, backbone: nn.Module) -> Prepared:
+    def prepared(self, data: LabelledData, backbone: nn.Module) -> inputs.Prepared:
         """The images by the transforms of ``augment`` for the backbone.
 
         Raises:
@@ -147,7 +143,7 @@ class RunConfig:
         img_size = input_size(backbone)
         transforms = Transforms.of(self.augment, normalisation, img_size)
         test = data.test
-        return Prepared(
+        return inputs.Prepared(
             prepare_training(data.train, transforms, self.train.seed),
             prepare(data.val, transforms) if data.val is not None else None,
             None if test is None else lambda: prepare(test, transforms),
@@ -204,6 +200,7 @@ def run(
     *,
     device: str = "cpu",
     workers: int | None = 0,
+    fsdp: bool = False,
     fresh: bool = False,
     save_every: int = 0,
     log_every: int = 1,
@@ -228,6 +225,8 @@ def run(
         device: where to train; with several processes, "cuda" is each process's own device.
         workers: loader processes of each process; None for
             :func:`gist.training.loading.default_workers`. Images in memory and texts need none.
+        fsdp: shard the frozen weights over the processes, by
+            :func:`gist.training.sharding.shard_frozen`.
         fresh: train again from the beginning, even if the run is finished.
         save_every: steps between saves of the training's state, beside each epoch's end.
         log_every: steps between rows of log.csv.
@@ -238,12 +237,15 @@ def run(
         BlockingIOError: another process is training in the directory.
         FileExistsError: the directory holds another run, which stays as it is.
         TypeError: ``data`` is of the other kind than ``config``.
+        ValueError: ``fsdp`` in one process, or on another device than "cpu" and "cuda".
         ImportError: a package to log with is missing.
         KeyboardInterrupt: Ctrl-C, after the best finished epoch has been written.
     """
     listener = listener or Listener()
     process = processes(device)
     main = process.is_main_process
+    if fsdp:
+        check_shards(device, process.num_processes)
     if workers is None:
         workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     where = process.device if process.num_processes > 1 else torch.device(device)
@@ -265,8 +267,9 @@ def run(
         if main and (finished or fresh):
             resume_file.remove()
         return _train(
-            config, data, directory, described, resume_file, log, process, where, workers, listener
-        )
+            config, data, directory, described, resume_file, log, process, where, workers, fsdp,
+            listener,
+        )  # fmt: skip
 
 
 def _train(
@@ -279,6 +282,7 @@ def _train(
     process: PartialState,
     where: torch.device,
     workers: int,
+    fsdp: bool,
     listener: Listener,
 ) -> dict[str, Any]:
     """Train, test and write, as :func:`run` says."""
@@ -286,13 +290,16 @@ def _train(
     torch.manual_seed(config.train.seed)  # before the head is drawn
     with process.local_main_process_first():  # to fetch weights once
         backbone = config.backbone(len(data.classes))
-    model = wrap(backbone, config.gist).to(where)
+    model = wrap(backbone, config.gist)
+    shard_frozen(model, where) if fsdp else model.to(where)
     prepared = config.prepared(data, backbone)
     for note in prepared.notes:
         listener.notes(note)
     options = dict(config.loss)
     if config.class_weights == "balanced":
-        options["class_weights"] = balanced_class_weights(data.train.labels, len(data.classes))
+        options["class_weights"] = inputs.balanced_class_weights(
+            data.train.labels, len(data.classes)
+        )
     loss = GistLoss(**options) if options else None
     batches = -(-len(data.train) // config.train.batch_size)  # rounded up
     listener.starts(model, (config.train.stop_after or config.train.epochs) * batches)
@@ -315,7 +322,7 @@ def _train(
             prepared.val,
             config.train,
             loss=loss,
-            sample_weights=balanced_weights(data.train.labels)
+            sample_weights=inputs.balanced_weights(data.train.labels)
             if config.sampling == "balanced"
             else None,
             workers=workers,
@@ -337,8 +344,8 @@ def _train(
         "fit": fitted.to_dict(),
         "seconds": fitted.seconds,
         **prepared.recorded,
-        "splits": split_sizes(data),
-        "machine": {**describe_machine(where), "processes": process.num_processes},
+        "splits": inputs.split_sizes(data),
+        "machine": describe_machine(where) | {"processes": process.num_processes, "fsdp": fsdp},
         "versions": versions(),
         "git": git_revision(),
     }
@@ -352,8 +359,9 @@ def _train(
         if data.test is not None:
             results["test"] = asdict(measured)
         results["seconds"] += time.perf_counter() - started
-    if main:
+    if main or fsdp:
         save(model, directory, classes=list(data.classes))
+    if main:
         if predictions is not None:
             predictions.write(directory)
         if not results["complete"]:
@@ -364,7 +372,7 @@ def _train(
         raise diverged or KeyboardInterrupt
     if main:
         resume_file.remove()
-        listener.finishes(model, data, directory)
+        listener.finishes(load_run(directory) if fsdp else model, data, directory)
     return {**results, "reused": False}
 
 
@@ -374,12 +382,6 @@ def _remove_earlier(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     if replaceable(directory / CARD_FILE):
         (directory / CARD_FILE).unlink(missing_ok=True)
-
-
-def split_sizes(data: LabelledData) -> dict[str, int]:
-    """Items of each split that is there."""
-    splits = {"train": data.train, "val": data.val, "test": data.test}
-    return {name: len(split) for name, split in splits.items() if split is not None}
 
 
 def read_results(directory: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -14,6 +14,16 @@ from gist.data.base import Draw
 # Batches' worth of items that are sorted by length together: enough for little padding, and few
 # enough for batches that differ from epoch to epoch.
 WINDOW = 50
+
+
+class Step(NamedTuple):
+    """What one process computes of a batch."""
+
+    images: int
+    """Of the whole batch."""
+    parts: int
+    fillers: int = 0
+    """The last parts, which another process computes too: they don't count."""
 
 
 class BatchSampler(Sampler[list[int] | list[Draw]]):
@@ -33,6 +43,7 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
         lengths: of each text. A batch then takes texts of similar length: within each
             :data:`WINDOW` batches of the random order, texts are sorted by length, and the batches
             come in another random order. The last, smaller batch is left as drawn.
+        fill: give every process as many parts, the missing ones with the batch's first image.
 
     Raises:
         ValueError: another number of weights or lengths than images.
@@ -50,6 +61,7 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
         draws: bool = False,
         weights: Sequence[float] | None = None,
         lengths: Sequence[int] | None = None,
+        fill: bool = False,
     ) -> None:
         for name, given in (("weights", weights), ("lengths", lengths)):
             if given is not None and len(given) != count:
@@ -58,7 +70,7 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
                 )
         self.count, self.batch_size = count, batch_size
         self.accumulate, self.process, self.processes = accumulate, process, processes
-        self.draws = draws
+        self.draws, self.fill = draws, fill
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self._lengths = None if lengths is None else torch.tensor(lengths)
         self._generator = torch.Generator().manual_seed(seed)
@@ -69,11 +81,10 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
         """Number of steps in an epoch."""
         return -(-self.count // self.batch_size)
 
-    def start(self, epoch: int, step: int = 0) -> list[tuple[int, int]]:
+    def start(self, epoch: int, step: int = 0) -> list[Step]:
         """Go to an epoch, later than any before, and past its first ``step`` steps.
 
-        Iterating then gives the images of each part. Returned is, for each step left, how many
-        images its batch has and how many parts this process."""
+        Iterating then gives the images of each part of the steps that are returned."""
         while self._drawn < epoch:
             self._drawn += 1
             order = self._next_order()
@@ -89,8 +100,10 @@ class BatchSampler(Sampler[list[int] | list[Draw]]):
                 for part in cut[self.process :: self.processes]
                 if len(part)
             ]
-            self._parts += own
-            steps.append((len(batch), len(own)))
+            most = -(-min(len(cut), len(batch)) // self.processes)  # the first process's
+            fillers = most - len(own) if self.fill else 0
+            self._parts += own + [batch[:1]] * fillers
+            steps.append(Step(len(batch), len(own) + fillers, fillers))
         return steps
 
     def _next_order(self) -> torch.Tensor:

@@ -33,6 +33,11 @@ def processes(device: torch.device | str) -> PartialState:
     return PartialState(cpu=torch.device(device).type == "cpu")
 
 
+def share_of(count: int, state: PartialState) -> range:
+    """The items, of ``count``, that a process of :func:`evaluate` measures."""
+    return range(state.process_index, count, state.num_processes)
+
+
 def evaluation_order(data: Dataset[Any]) -> list[int] | None:
     """The order in which :func:`evaluate` takes the items; None for their own."""
     lengths = lengths_of(data)
@@ -46,7 +51,7 @@ def evaluate(
     """Accuracy and cross-entropy over every item of ``data``; leaves ``model`` in evaluation mode.
 
     Texts are taken from the shortest to the longest. With several processes, each measures its
-    share, without padding, and all return the total.
+    share, and all return the total.
 
     Raises:
         ValueError: ``data`` is empty.
@@ -57,9 +62,13 @@ def evaluate(
     collate, order = collate_of(data), evaluation_order(data)
     if order is not None:
         data = Subset(data, order)
+    items = len(data)  # type: ignore[arg-type]
+    share = share_of(items, state)
+    left = len(share)
     if state.num_processes > 1:
-        share = range(state.process_index, len(data), state.num_processes)  # type: ignore[arg-type]
-        data = Subset(data, share)
+        # A sharded model is called by all processes as often: one with fewer items gets a filler.
+        fillers = [0] * (-(-items // state.num_processes) - left)
+        data = Subset(data, [*share, *fillers])
     batches: list[torch.Tensor] = []  # correct, loss, images
     start = time.perf_counter()
     loader = DataLoader(
@@ -72,7 +81,9 @@ def evaluate(
     )
     for inputs, target in loaded(loader):
         target = target.to(device)
-        logits = call(model, to_device(inputs, device)).float()
+        logits = call(model, to_device(inputs, device)).float()[:left]
+        target = target[:left]
+        left -= len(target)
         right = (logits.argmax(1) == target).sum()
         loss = F.cross_entropy(logits, target, reduction="sum")
         batches.append(torch.stack((right.float(), loss, loss.new_full((), len(target)))))

@@ -20,9 +20,10 @@ from torch.utils.data import Dataset
 import gist_kernels as gk
 from gist.data.base import Augmented
 from gist.data.text import Tokenised
+from gist.model.containers import is_sharded
 from gist.model.loss import GistLoss
 from gist.model.wrapped import GistModel
-from gist.training.batches import BatchSampler
+from gist.training.batches import BatchSampler, Step
 from gist.training.config import PRECISIONS, TrainConfig
 from gist.training.cuda_graph import graphed
 from gist.training.divergence import DivergedError, LossWatch
@@ -34,6 +35,7 @@ from gist.training.log import Log
 from gist.training.mixup import Mixup
 from gist.training.optimizer import create_optimizer
 from gist.training.result import Epoch, FitResult
+from gist.training.sharding import check_whole
 from gist.training.state import ResumeFile, rng_state, seed_all, set_rng_state
 from gist_kernels.kernels.cpu import memory
 
@@ -61,7 +63,7 @@ def fit(
     Seeds the global generators of Python, NumPy and PyTorch.
 
     Args:
-        model: on the device to train on.
+        model: on the device to train on, also by :func:`gist.training.sharding.shard_frozen`.
         train, val: items are a float (3, H, W) image, normalised, and an int class; or a
             :class:`gist.data.Tokenised` each, whose batches are of similar lengths. Without
             ``val``, epochs are not evaluated. A :class:`gist.data.Augmented` ``train`` gets each
@@ -182,6 +184,7 @@ class _Training:
         rank, world = self.processes.process_index, self.processes.num_processes
         seed_all(config.seed + rank)
         self.trainables = [p for p in model.parameters() if p.requires_grad]
+        check_whole(self.trainables)
         if world > 1:
             broadcast([p.data for p in self.trainables])
         self.batches = BatchSampler(
@@ -194,6 +197,7 @@ class _Training:
             draws=isinstance(train, Augmented),
             weights=sample_weights,
             lengths=lengths_of(train),
+            fill=is_sharded(model),  # whose every call is one of all processes
         )
         self.loader = training_loader(
             train, self.batches, workers=workers, seed=config.seed + rank, device=self.device
@@ -246,8 +250,8 @@ class _Training:
         steps = self.batches.start(self.at.epoch, self.at.batch)
         start, before = time.perf_counter(), self.at.epoch_seconds
         parts = loaded(self.loader)
-        for size, own in steps:
-            self._step(parts, size, own)
+        for step in steps:
+            self._step(parts, step)
             due = self.resume_file is not None and self.resume_file.every
             if due and self.at.step % due == 0:
                 self._read()
@@ -256,16 +260,17 @@ class _Training:
         self._read()
         self.at.epoch_seconds = before + time.perf_counter() - start
 
-    def _step(self, parts: Iterator[Any], size: int, own: int) -> None:
+    def _step(self, parts: Iterator[Any], step: Step) -> None:
         self.schedule.step_update(self.at.step)
         if self.config.kl_warmup_epochs:
             grown = (self.at.step + 1) / (self.config.kl_warmup_epochs * len(self.batches))
             self.loss.kl_scale = min(1.0, grown)
         self._zero_gradients()
         numbers = torch.zeros(5 if self.with_terms else 1, device=self.device)
-        for _ in range(own):
+        for part in range(step.parts):
             inputs, target = next(parts)
-            share = len(target) / size
+            counts = part < step.parts - step.fillers
+            share = len(target) / step.images if counts else 0.0
             inputs = to_device(inputs, self.device)
             target = target.to(self.device, non_blocking=True)
             if self.mixup is not None:
@@ -283,7 +288,9 @@ class _Training:
             self.ema.update()
         self.at.step += 1
         self.at.batch += 1
-        self.unread.append((self.at.step, size, self.optimizer.param_groups[0]["lr"], numbers))
+        self.unread.append(
+            (self.at.step, step.images, self.optimizer.param_groups[0]["lr"], numbers)
+        )
         if len(self.unread) >= READ_EVERY.get(self.device.type, 1):
             self._read()
 

@@ -48,6 +48,36 @@ class Gradients(NamedTuple):
     trained: Trained
 
 
+def _read_by_projection(
+    sublayer: Sublayer, attended: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What attention's last layer reads, and its norm's statistics. Backward computes it once
+    more."""
+    norm = sublayer.weights.norm
+    if norm is None:
+        return attended, None
+    normed, _, _, stats = sublayer.kernels.adapter.forward(
+        rows_of(attended), None, norm, None, None
+    )
+    assert normed is not None
+    return normed.view(attended.shape), stats
+
+
+def _attended_backward(
+    sublayer: Sublayer, attended: torch.Tensor, d_read: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of what attention gives, from that of what its last layer reads, as rows."""
+    norm = sublayer.weights.norm
+    if norm is None:
+        return d_read
+    _, stats = _read_by_projection(sublayer, attended)
+    d_attended, *_ = sublayer.kernels.adapter.backward(
+        None, d_read, rows_of(attended), norm, stats, None, None, pass_through=False
+    )
+    assert d_attended is not None
+    return d_attended
+
+
 class AttentionSaved(NamedTuple):
     z: torch.Tensor | None
     stats: torch.Tensor | None
@@ -58,6 +88,11 @@ class AttentionSaved(NamedTuple):
     qkv_low: torch.Tensor | None
     proj_unscaled: torch.Tensor | None
     proj_low: torch.Tensor | None
+
+
+def _reads_attended(sublayer: Sublayer) -> bool:
+    """Whether the gradients of attention's last layer or norm need what attention gives."""
+    return sublayer.last.parts.down is not None or sublayer.weights.norm is not None
 
 
 def all_attention_forward(
@@ -74,8 +109,8 @@ def all_attention_forward(
         kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad,
         sublayer.lengths,
     )  # fmt: skip
-    result, of_proj = sublayer.add_last(rows, adapted, attended)
-    read_again = sublayer.last.parts.down is not None or grad_tokens is not None
+    result, of_proj = sublayer.add_last(rows, adapted, _read_by_projection(sublayer, attended)[0])
+    read_again = _reads_attended(sublayer) or grad_tokens is not None
     kept = attended if read_again else None
     return result, AttentionSaved(z, stats, qkv, kept, lse, *of_qkv, *of_proj), graph
 
@@ -94,13 +129,14 @@ def all_attention_backward(
     lse = saved.lse
     rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
     d_attended, d_proj = sublayer.last_backward(
-        d_out, lambda: rows_of(saved.attended),
+        d_out, lambda: rows_of(_read_by_projection(sublayer, saved.attended)[0]),
         LinearSaved(saved.proj_unscaled, saved.proj_low), needs.trained.last, needs.inner,
     )  # fmt: skip
     if d_attended is None:
         adapter = sublayer.adapter_grads(rows.d_out, rows.x, rows.z)
         return Gradients(None, Trained(adapter, last=d_proj))
 
+    d_attended = _attended_backward(sublayer, saved.attended, d_attended)
     d_attended = d_attended.view(*x.shape[:2], d_attended.shape[1])
     inner_trained = any(needs.trained.norm) or any(needs.trained.first)
     if grad_tokens is None or lse is None or inner_trained or sublayer.lengths is not None:
@@ -166,8 +202,8 @@ def few_attention_forward(
         kernels.attention, q, k, v, weights.num_heads, weights.scale, weights.rotation, need_grad,
         sublayer.lengths,
     )  # fmt: skip
-    result, of_proj = sublayer.add_last(read, adapted, attended)
-    kept = attended if sublayer.last.parts.down is not None else None
+    result, of_proj = sublayer.add_last(read, adapted, _read_by_projection(sublayer, attended)[0])
+    kept = attended if _reads_attended(sublayer) else None
     return result, PrefixSaved(z, stats, q, kv, kept, lse, *of_q, *of_kv, *of_proj), graph
 
 
@@ -185,13 +221,14 @@ def few_attention_backward(
     rows = SublayerRows(rows_of(d_out), rows_of(x), saved.z, saved.stats)
     read = rows_of(x[:, :num_queries])
     d_attended, d_proj = sublayer.last_backward(
-        d_out, lambda: rows_of(saved.attended),
+        d_out, lambda: rows_of(_read_by_projection(sublayer, saved.attended)[0]),
         LinearSaved(saved.proj_unscaled, saved.proj_low), needs.trained.last, needs.inner,
     )  # fmt: skip
     if d_attended is None:
         adapter = sublayer.adapter_grads(rows.d_out, read, rows.z)
         return Gradients(None, Trained(adapter, last=d_proj))
 
+    d_attended = _attended_backward(sublayer, saved.attended, d_attended)
     d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
     k, v = kv.chunk(2, dim=-1)
     d_k, d_v = d_kv.chunk(2, dim=-1)

@@ -102,7 +102,7 @@ class Sublayer:
         self.factors = [f for f in (self.weights.layer_scale, drop_path) if f is not None]
         # Backward reads them, and autograd doesn't save them.
         rotation = getattr(self.weights, "rotation", None) or ()  # an MLP has none
-        inner_norm = getattr(self.weights, "norm", None) or ()  # attention has none
+        inner_norm = self.weights.norm or ()
         self._watched = watched_tensors(
             *(self.norm or ()), *self.weights, *rotation, *inner_norm, drop_path, lengths
         )

@@ -48,7 +48,8 @@ def adapter_attention(
         x + drop_path * (layer_scale * attention(norm(x))) + adapter(x)
 
     GIST places the adapter so (arXiv:2312.07255). The result is differentiable in x and in the
-    tensors of adapter, norm, biases and updates; matrices, layer scale and rotation are frozen.
+    tensors of adapter, norm, biases and updates; matrices, layer scale, rotation and
+    ``attention.norm`` are frozen.
 
     A post-norm block (BERT, arXiv:1810.04805) has its norm after the sum. There ``norm`` is None,
     and the caller norms the result: ``F.layer_norm(adapter_attention(x, None, ...), ...)``.
@@ -97,6 +98,7 @@ def adapter_attention(
         "qkv_weight": (3 * inner, width), "qkv_bias": (3 * inner,),
         "proj_weight": (width, inner), "proj_bias": (width,), "layer_scale": (width,),
     })  # fmt: skip
+    _check_inner_norm("attention.norm", attention.norm, x, inner)
     _check_update("attention.qkv_update", attention.qkv_update, x, width, 3 * inner)
     _check_update("attention.proj_update", attention.proj_update, x, inner, width)
     check.token_count("num_queries", num_queries, x.shape[1])
@@ -147,12 +149,7 @@ def adapter_mlp(
         "fc1_weight": (inner, width), "fc1_bias": (inner,),
         "fc2_weight": (width, hidden), "fc2_bias": (width,), "layer_scale": (width,),
     })  # fmt: skip
-    if mlp.norm is not None:
-        _check_kind("mlp.norm", mlp.norm, NormWeights)
-        check.positive("mlp.norm.eps", mlp.norm.eps)
-        _check_weights("mlp.norm", mlp.norm, x, {"weight": (hidden,), "bias": (hidden,)})
-        for name, tensor in (("weight", mlp.norm.weight), ("bias", mlp.norm.bias)):
-            _check_frozen(f"mlp.norm.{name}", tensor)
+    _check_inner_norm("mlp.norm", mlp.norm, x, hidden)
     _check_update("mlp.fc1_update", mlp.fc1_update, x, width, inner)
     _check_update("mlp.fc2_update", mlp.fc2_update, x, hidden, width)
     return PreparedMlp(norm, mlp, adapter).run(x, drop_path=drop_path)
@@ -219,6 +216,7 @@ class PreparedAttention(_Prepared):
             heads, inner = attention.num_heads, attention.qkv_weight.shape[0] // 3
             if (
                 kernels is not None
+                and attention.norm is None  # which no operator takes
                 and takes_operators(*arguments)
                 and served(kernels.attention, x, matmul_dtype(x), heads, inner)
             ):
@@ -325,6 +323,18 @@ def _check_weights(
         check.alike(f"{group}.{name}", tensor, "x", x, any_float=not frozen)
         if frozen:
             _check_frozen(f"{group}.{name}", tensor)
+
+
+def _check_inner_norm(name: str, norm: object, x: torch.Tensor, width: int) -> None:
+    """Check a frozen norm within a sublayer, or None."""
+    if norm is None:
+        return
+    _check_kind(name, norm, NormWeights)
+    assert isinstance(norm, NormWeights)
+    check.positive(f"{name}.eps", norm.eps)
+    _check_weights(name, norm, x, {"weight": (width,), "bias": (width,)})
+    for part in ("weight", "bias"):
+        _check_frozen(f"{name}.{part}", getattr(norm, part))
 
 
 def _check_frozen(name: str, tensor: torch.Tensor | None) -> None:

@@ -37,6 +37,8 @@ def adapter_attention(
     normed = x if norm is None else _normed(x, norm)
     q, k, v = _projections(normed, weights, num_queries)
     out = attention(q, k, v, weights.num_heads, weights.scale, weights.rotation, lengths)
+    if weights.norm is not None:
+        out = _normed(out, weights.norm, x.dtype)
     out = linear(out, weights.proj_weight, weights.proj_bias, weights.proj_update)
     return _join(x[:, :num_queries], out, weights.layer_scale, adapter, drop_path)
 

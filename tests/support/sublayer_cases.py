@@ -35,6 +35,7 @@ def exact_attention(
         known = (t[row : row + 1, :length] for t in (q, k, v))
         rows.append(oracles.attention(*known, heads, scale)[0][0])
     out = torch.nn.utils.rnn.pad_sequence([*rows, q[0]], batch_first=True)[:-1]
+    out = out if attention.norm is None else oracles.layer_norm(out, *attention.norm)
     out = out @ attention.proj_weight.T
     out = out if attention.proj_bias is None else out + attention.proj_bias
     return joined(x, out, attention.layer_scale, adapter, drop_path)[:, :num_queries]
@@ -86,6 +87,7 @@ def arguments(
     dtype, *, batch=2, tokens=19, width=48, heads=3, rank=4, hidden=80,
     with_adapter=True, layer_scale=False, biases=True, activation="gelu",
     gated=False, inner_norm=False, device="cpu", rotation=None, with_norm=True,
+    attention_norm=False,
 ):  # fmt: skip
     """x and the three groups of weights, rounded to ``dtype``."""
 
@@ -98,6 +100,9 @@ def arguments(
         of(3 * width, width), of(3 * width, optional=True), of(width, width),
         of(width, optional=True), heads, layer_scale=scale, rotation=rotation,
     )  # fmt: skip
+    if attention_norm:
+        of_attention = gk.NormWeights(1 + of(width), of(width, optional=True), 1e-5)
+        attention = attention._replace(norm=of_attention)
     inner = 2 * hidden if gated else hidden
     mlp = gk.MlpWeights(
         of(inner, width), of(inner, optional=True), of(width, hidden),

@@ -17,8 +17,10 @@ from torch.utils.data import TensorDataset
 
 import gist
 from gist.training.config import TrainConfig
+from gist.training.evaluation import processes
 from gist.training.log import Log
 from gist.training.loop import FitResult, fit
+from gist.training.sharding import shard_frozen
 from gist.training.state import ResumeFile
 
 # Its children are forks of a process that has imported what is slow to import, and nothing else.
@@ -88,6 +90,7 @@ def train_in(
     images: int = 50,
     gist_config: gist.GistConfig | None = None,
     drop_path: float = 0.0,
+    shard: bool = False,
     on_step: Callable[[int, float], None] | None = None,
     on_epoch: Callable[[Any], None] | None = None,
 ) -> FitResult:
@@ -97,6 +100,9 @@ def train_in(
     trained = model(config=gist_config, drop_path=drop_path)
     for parameter in trained.trainable_state_dict().values():
         parameter += rank  # all are to start from those of the first process
+    if shard:
+        processes("cpu")
+        shard_frozen(trained, "cpu")
     went_on_after = []
     result = fit(
         trained, stripes(images, 1), stripes(31, 2), config,

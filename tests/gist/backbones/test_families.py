@@ -244,6 +244,7 @@ def test_rotary_positions_stay_with_their_patches(options):
         (gist.DiffFit(), {}),
         (gist.FacT(), {"qkv_fused": False}),
         (gist.BitFit(), {}),
+        (gist.LoRA(), {}),
     ],
 )
 def test_methods_train_rotary_backbones(method, options):
@@ -258,7 +259,7 @@ def test_methods_train_rotary_backbones(method, options):
     ("method", "message"),
     [
         (gist.VPT(), "rotary positions of a Eva"),
-        (gist.LoRA(), "'q' of block 0 of this backbone, a EvaBlock, is no plain"),
+        (gist.SSF(), "SSF changes the biases of queries, keys and values"),
     ],
 )
 def test_methods_that_do_not_fit_rotary_backbones(method, message):

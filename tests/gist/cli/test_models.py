@@ -101,7 +101,10 @@ def test_a_folder_of_transformers_trains_predicts_and_merges(
     [
         (["--model", "resnet18"], "it is a ResNet, which has no sequence of tokens"),
         (["--model", "eva02_tiny_patch14_224", "--img-size", "32"], "patch size, 14; take 28"),
-        (["--model", "vit_small_patch16_dinov3_qkvb"], "no plain linear layer to attach to"),
+        (
+            ["--model", "vit_small_patch16_dinov3_qkvb", "--method", "ssf"],
+            "which this backbone adds apart from the layer",
+        ),
         (["--model", "hf:nowhere"], "nowhere has no config.json"),
         (["--model", "test_vit", "--weights", "missing.pth"], "there is no file missing.pth"),
     ],

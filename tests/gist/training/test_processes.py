@@ -111,14 +111,14 @@ def test_parts_of_an_order(count, processes, accumulate):
     for epoch in (1, 3):
         every = [parts(process, epoch) for process in range(processes)]
         assert sorted(i for _, own in every for part in own for i in part) == list(range(count))
-        sizes = [size for size, _ in every[0][0]]
+        sizes = [size for size, *_ in every[0][0]]
         assert sizes == [16] * (count // 16) + [count % 16] * (count % 16 > 0)
-        assert all([size for size, _ in steps] == sizes for steps, _ in every)
+        assert all([size for size, *_ in steps] == sizes for steps, _ in every)
         for process, (steps, own) in enumerate(every):
-            assert sum(parts_ for _, parts_ in steps) == len(own)
+            assert sum(step.parts for step in steps) == len(own)
             assert all(own)
             later, rest = parts(process, epoch, step=2)
-            assert (later, rest) == (steps[2:], own[sum(n for _, n in steps[:2]) :])
+            assert (later, rest) == (steps[2:], own[sum(step.parts for step in steps[:2]) :])
     if count > 40:
         assert parts(0, 1) != parts(0, 2)
         assert parts(0, 1)[1] != parts(0, 1, seed=2)[1]
