@@ -28,8 +28,6 @@ class Embedded(NamedTuple):
     """What the family's own blocks take as rotary positions."""
     tables: Any = None
     """The same for :meth:`FusedBackbone.rotation`, made once for all blocks."""
-    lengths: torch.Tensor | None = None
-    """(B,), each row's number of tokens before its padding; None without padding."""
 
 
 class FusedBackbone(ABC):
@@ -66,6 +64,10 @@ class FusedBackbone(ABC):
 
     def call_refusal(self, images: torch.Tensor, others: Mapping[str, Any]) -> Refusal | None:
         """Why a call with inputs beside the main one runs by the model's own forward, or None."""
+        return None
+
+    def lengths(self, **others: Any) -> torch.Tensor | None:
+        """(B,), each row's number of tokens before its padding; None without padding."""
         return None
 
     @abstractmethod
@@ -223,6 +225,8 @@ def features(
         or any(p.requires_grad for p in plan.embedding)
         or any(method.reaches_embedding for method in methods)
     )
+    # Before gradients are off: in compiled code, a refused mask raises here.
+    lengths = backbone.lengths(**others)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         embedded = backbone.embed(images, **others)
     x = embedded.tokens
@@ -235,7 +239,8 @@ def features(
         grad_tokens = token.index, token.count
     last = len(plan.blocks) - 1
     added_tokens = 0 if token is None else token.count
-    lengths = None if embedded.lengths is None else embedded.lengths + added_tokens
+    if lengths is not None:
+        lengths = lengths + added_tokens
 
     def run(index: int, x: torch.Tensor) -> torch.Tensor:
         how, rotation = plan.blocks[index], backbone.rotation(index, embedded, added_tokens)

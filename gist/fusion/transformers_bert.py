@@ -15,6 +15,7 @@ from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 from gist.fusion.backbone import Embedded
 from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.padding import padded_lengths, pads_on_the_right
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.fusion.transformers_parts import (
     ACTIVATION_FORWARDS,
@@ -80,11 +81,13 @@ class FusedTransformersBert(FusedTransformers):
             if name not in _INPUTS:
                 return Refusal(f"the call has {name}")
         mask = given.get("attention_mask")
-        if needs_dispatcher(*given.values()):
-            return Refusal("it is traced, and a text's padding is a matter of its values")
         if mask is not None and mask.shape != images.shape:  # which transformers refuses
             return Refusal("its attention mask has another shape than its words")
-        if mask is not None and not _pads_on_the_right(mask):
+        if _compiled():
+            return None
+        if needs_dispatcher(*given.values()):
+            return Refusal("it is traced, and a text's padding is a matter of its values")
+        if mask is not None and not pads_on_the_right(mask):
             return Refusal("its attention mask is not 1 for a row's first words and 0 for others")
         return None
 
@@ -110,25 +113,30 @@ class FusedTransformersBert(FusedTransformers):
     def is_later(self, parameter: str) -> bool:
         return not parameter.startswith(f"{self.model.base_model_prefix}.embeddings")
 
+    def lengths(self, *, attention_mask: torch.Tensor | None = None, **_: Any) -> Any:
+        if attention_mask is None:
+            return None
+        if _compiled():
+            return padded_lengths(attention_mask)
+        return None if bool(attention_mask.all()) else attention_mask.bool().sum(1)
+
     def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
-        others = {name: value for name, value in others.items() if value is not None}
-        mask = others.pop("attention_mask", None)
+        given = {name: value for name, value in others.items() if value is not None}
+        given.pop("attention_mask", None)
         encoder, last = self.family.encoder, self.family.embedding
         # Past the hook by which the Gist token joins where the library's own forward runs.
-        tokens = encoder.embeddings.forward(input_ids=images, **others)
+        tokens = encoder.embeddings.forward(input_ids=images, **given)
         if last is not encoder.embeddings:
             tokens = last.forward(tokens)
-        lengths = None if mask is None or bool(mask.all()) else mask.bool().sum(1)
-        return Embedded(tokens, lengths=lengths)
+        return Embedded(tokens)
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         return x  # which each block has normed
 
 
-def _pads_on_the_right(mask: torch.Tensor) -> bool:
-    """Whether each row of a (B, N) mask has words and then padding. Waits for the device."""
-    words = mask.bool()
-    return bool((words[:, :1].all() & (words[:, 1:] <= words[:, :-1]).all()).item())
+def _compiled() -> bool:
+    """Whether torch.compile traces the call, and no transform whose rules an operator lacks."""
+    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def _block_refusal(block: Any) -> str | None:

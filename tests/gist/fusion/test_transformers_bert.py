@@ -170,7 +170,7 @@ def test_autocast_and_half_models_are_near_to_float64(method):
         assert 1e-4 < error < 2 * theirs
 
 
-def test_compiled_without_a_mask_is_fused():
+def test_compiled_calls_are_fused_with_a_mask_and_without():
     model = wrapped("Bert", "lora")
     names = []
 
@@ -180,15 +180,29 @@ def test_compiled_without_a_mask_is_fused():
 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=note)
-    inputs = inputs_of("no mask")
-    torch.testing.assert_close(tuple(compiled(**inputs)), tuple(model(**inputs)))
-    assert sum("_adapter_attention" in name or "_adapter_mlp" in name for name in names) == 4
-    names.clear()
-    padded = inputs_of("right")
-    torch.testing.assert_close(
-        tuple(compiled(**padded)), tuple(model(**padded)), rtol=1e-4, atol=1e-4
-    )
-    assert not any("_adapter_mlp" in name for name in names)  # by transformers' own forward
+    for side in ("no mask", "right"):
+        names.clear()
+        inputs = inputs_of(side)
+        torch.testing.assert_close(tuple(compiled(**inputs)), tuple(model(**inputs)))
+        assert sum("_adapter_attention" in name or "_adapter_mlp" in name for name in names) == 4
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1, 3] = 0
+    with pytest.raises(ValueError, match="row 1 differs. Pad on the right"):
+        compiled(**inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "train"), [("Bert", True), ("Electra", False)])
+def test_compiled_logits_and_gradients_are_those_of_eager_mode(kind, train):
+    model = wrapped(kind).double().train(train)
+    torch._dynamo.reset()
+    for width in (9, 8):  # the second compiles for any length
+        inputs = {name: value[:, :width] for name, value in inputs_of("right").items()}
+        expected = results(model, inputs)
+        model.compile(fullgraph=True, backend="aot_eager")
+        found = results(model, inputs)
+        model._compiled_call_impl = None
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
 # ---- what is not fused -------------------------------------------------------------------------
