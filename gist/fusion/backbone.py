@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gist_kernels as gk
 from gist.fusion import block as fused_block
-from gist.fusion.block import BlockLayers, Forwards, Plan
+from gist.fusion.block import BlockLayers, Forwards, Plan, Scores
 from gist.methods.base import AttachedMethod, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of
@@ -76,6 +76,15 @@ class FusedBackbone(ABC):
 
         ``others`` are inputs that :meth:`call_refusal` has not refused.
         """
+
+    def scores(
+        self, embedded: Embedded, added_tokens: int, lengths: torch.Tensor | None, **others: Any
+    ) -> Sequence[Scores | None]:
+        """For each block what its own attention takes; None where the fused one runs.
+
+        ``lengths`` count the ``added_tokens`` of gist's, ``embedded`` has none of them.
+        """
+        return [None] * len(self.blocks)
 
     def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
         """A block by its own call, hooks included."""
@@ -241,6 +250,7 @@ def features(
     added_tokens = 0 if token is None else token.count
     if lengths is not None:
         lengths = lengths + added_tokens
+    scores = backbone.scores(embedded, added_tokens, lengths, **others)
 
     def run(index: int, x: torch.Tensor) -> torch.Tensor:
         how, rotation = plan.blocks[index], backbone.rotation(index, embedded, added_tokens)
@@ -255,7 +265,7 @@ def features(
             num_queries=num_read if index == last else None,
             grad_tokens=grad_tokens if index == 0 else None,
             rotation=rotation,
-            lengths=lengths,
+            lengths=lengths, scores=scores[index],
         )  # fmt: skip
         if index == last and num_read is None:
             for method in methods:

@@ -82,12 +82,33 @@ def _zeros(weight: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
 
 
+class Scores(NamedTuple):
+    """What a block's own attention does with its scores before their softmax."""
+
+    bias: torch.Tensor
+    """(B or 1, H or 1, N, N), which is added."""
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Cosine and sine, (N, Dh) each, of the positions of queries and keys."""
+
+
+class OwnAttention(NamedTuple):
+    """An attention sublayer by a block's own modules, with their norm and hooks, and by PyTorch's
+    attention: for scores that kernels don't compute."""
+
+    run: Callable[[torch.Tensor, Scores, int | None], torch.Tensor]
+    """The first tokens of the sublayer's output, or all."""
+    reason: str
+    """Why, or for which calls."""
+    always: bool
+    """Whether every call has :class:`Scores` for it."""
+
+
 class BlockLayers(NamedTuple):
     """The layers of a block ``x + ls1 * attention(norm1(x))``, then ``x + ls2 * mlp(norm2(x))``; or
     of a post-norm block ``norm1(x + attention(x))``, then ``norm2(x + mlp(x))``."""
 
     norms: tuple[Any, Any]
-    """LayerNorms: ``weight``, ``bias`` and ``eps``."""
+    """LayerNorms: ``weight``, ``bias`` and ``eps``. The first may be None, for no norm."""
     qkv: Linears
     proj: Linears
     num_heads: int
@@ -104,6 +125,8 @@ class BlockLayers(NamedTuple):
     layer_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
     post_norm: bool = False
+    own_attention: OwnAttention | None = None
+    """The attention of calls with :class:`Scores`."""
 
     @property
     def matrices(self) -> list[torch.Tensor]:
@@ -119,7 +142,8 @@ class BlockLayers(NamedTuple):
 class Sublayers(NamedTuple):
     """A block's sublayers, for calls that differ in their tokens only."""
 
-    attention: PreparedAttention
+    attention: PreparedAttention | None
+    """None where the block's own always runs."""
     mlp: PreparedMlp
 
 
@@ -131,6 +155,7 @@ class Plan(NamedTuple):
     drop_paths: tuple[DropPath | None, DropPath | None]
     norms_after: tuple[Any, Any] | None = None
     """The LayerNorms behind a post-norm block's sublayers."""
+    own_attention: OwnAttention | None = None
 
 
 def plan(
@@ -160,8 +185,11 @@ def plan(
     parts = _joined(methods, index)
     if isinstance(parts, Refusal):
         return parts
-    if layers.post_norm and not {"norm1", "norm2"}.isdisjoint(parts.updates or ()):
+    updated = set(parts.updates or ())
+    if layers.post_norm and not updated.isdisjoint(("norm1", "norm2")):
         return Refusal("its method changes a norm that follows a sublayer")
+    if layers.norms[0] is None and "norm1" in updated:
+        return Refusal("its method changes a norm that it is without")
     norms_after = layers.norms if layers.post_norm else None
     if not _fits(parts, layers.qkv.weights[0]):
         return Refusal("its method's parameters are not plain tensors beside its weights")
@@ -172,14 +200,14 @@ def plan(
         and all(type(tensor) is nn.Parameter for tensor in _tensors(parts))
     ):
         sublayers = _sublayers(layers, parts)
-        return Plan(lambda: sublayers, layers.drop_paths, norms_after)
+        return Plan(lambda: sublayers, layers.drop_paths, norms_after, layers.own_attention)
 
     def computed() -> Sublayers:
         parts = _joined(methods, index)
         assert not isinstance(parts, Refusal)
         return _sublayers(layers, parts)
 
-    return Plan(computed, layers.drop_paths, norms_after)
+    return Plan(computed, layers.drop_paths, norms_after, layers.own_attention)
 
 
 def run(
@@ -190,6 +218,7 @@ def run(
     grad_tokens: tuple[int, int] | None,
     rotation: gk.Rotation | None,
     lengths: torch.Tensor | None = None,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """Run a block as :func:`plan` says.
 
@@ -199,19 +228,25 @@ def run(
         grad_tokens: compute x's gradient only for these tokens: start and count.
         rotation: the rotary positions of queries and keys.
         lengths: (B,), each row's number of tokens before its padding; None without padding.
+        scores: for the block's own attention, in place of the fused one and its arguments.
     """
     sublayers, norms = plan.sublayers(), plan.norms_after
     of_attention, of_mlp = plan.drop_paths
-    x = sublayers.attention.run(
-        x,
-        num_queries=num_queries,
-        drop_path=None if of_attention is None else of_attention(x),
-        grad_tokens=grad_tokens,
-        rotation=rotation,
-        lengths=lengths,
-    )
-    if norms is not None:
-        x = _normed(x, norms[0])
+    if scores is not None:
+        assert plan.own_attention is not None
+        x = plan.own_attention.run(x, scores, num_queries)
+    else:
+        assert sublayers.attention is not None
+        x = sublayers.attention.run(
+            x,
+            num_queries=num_queries,
+            drop_path=None if of_attention is None else of_attention(x),
+            grad_tokens=grad_tokens,
+            rotation=rotation,
+            lengths=lengths,
+        )
+        if norms is not None:
+            x = _normed(x, norms[0])
     x = sublayers.mlp.run(x, drop_path=None if of_mlp is None else of_mlp(x))
     return x if norms is None else _normed(x, norms[1])
 
@@ -243,27 +278,21 @@ def _joined(methods: Sequence[AttachedMethod], index: int) -> FusedParts | Refus
 def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
     updates = parts.updates or {}
     dtype = layers.qkv.weights[0].dtype
-    qkv, qkv_update = _linear(layers.qkv, updates.get("qkv"))
-    proj, proj_update = _linear(layers.proj, updates.get("proj"))
+    attention, own = None, layers.own_attention
+    if own is None or not own.always:
+        attention = _attention(layers, parts.attention, updates, dtype)
     fc1, fc1_update = _linear(layers.fc1, updates.get("fc1"))
     fc2, fc2_update = _linear(layers.fc2, updates.get("fc2"))
-    scale1, scale2 = layers.layer_scales
-    norm1, norm2 = layers.norms
+    norm = layers.norms[1]
     return Sublayers(
-        PreparedAttention(
-            None if layers.post_norm else _norm(norm1, updates.get("norm1"), dtype),
-            gk.AttentionWeights(
-                *qkv, *proj, layers.num_heads, layers.scale, scale1, qkv_update, proj_update
-            ),
-            parts.attention,
-        ),
+        attention,
         PreparedMlp(
-            None if layers.post_norm else _norm(norm2, updates.get("norm2"), dtype),
+            None if layers.post_norm else _norm(norm, updates.get("norm2"), dtype),
             gk.MlpWeights(
                 *fc1,
                 *fc2,
                 layers.activation,
-                scale2,
+                layers.layer_scales[1],
                 fc1_update,
                 fc2_update,
                 layers.gated,
@@ -271,6 +300,25 @@ def _sublayers(layers: BlockLayers, parts: FusedParts) -> Sublayers:
             ),
             parts.mlp,
         ),
+    )
+
+
+def _attention(
+    layers: BlockLayers,
+    adapter: gk.AdapterWeights | None,
+    updates: Mapping[str, LayerUpdate],
+    dtype: torch.dtype,
+) -> PreparedAttention:
+    qkv, qkv_update = _linear(layers.qkv, updates.get("qkv"))
+    proj, proj_update = _linear(layers.proj, updates.get("proj"))
+    norm, scale = layers.norms[0], layers.layer_scales[0]
+    bare = layers.post_norm or norm is None
+    return PreparedAttention(
+        None if bare else _norm(norm, updates.get("norm1"), dtype),
+        gk.AttentionWeights(
+            *qkv, *proj, layers.num_heads, layers.scale, scale, qkv_update, proj_update
+        ),
+        adapter,
     )
 
 
@@ -307,8 +355,7 @@ def _weights_refusal(block: nn.Module, layers: BlockLayers) -> str | None:
             return f"its weights are {weight.dtype}"
     if any(weight.dtype is not like.dtype for weight in frozen):
         return "its matrices are of several dtypes"
-    inner = () if layers.mlp_norm is None else (layers.mlp_norm,)
-    if any(norm.eps <= 0 for norm in (*layers.norms, *inner)):
+    if any(norm is not None and norm.eps <= 0 for norm in (*layers.norms, layers.mlp_norm)):
         return "its norm has no positive eps"
     return None
 

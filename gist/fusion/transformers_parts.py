@@ -90,7 +90,7 @@ class FusedTransformers(FusedBackbone):
 
     def refusal(self) -> Refusal | None:
         encoder = self.family.encoder
-        within = getattr(encoder, "encoder", None), getattr(encoder, "model", None)
+        within = (getattr(encoder, name, None) for name in ("encoder", "model", "transformer"))
         for part in (self.model, encoder, *within):
             if part is None:
                 continue
