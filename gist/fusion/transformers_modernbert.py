@@ -46,10 +46,10 @@ class FusedTransformersModernBert(FusedTextEncoder):
     def refusal(self) -> Refusal | None:
         if self.family.pooling != "token":
             return Refusal("it pools the mean of its words")
-        rotary = getattr(self.family.encoder, "rotary_emb", None)
-        if rotary is None:
+        encoder = self.family.encoder
+        if not hasattr(encoder.config, "sliding_window"):
             return Refusal("its layers are those of an earlier release of transformers")
-        if any(kind != "default" for kind in rotary.rope_type.values()):
+        if any(kind != "default" for kind in encoder.rotary_emb.rope_type.values()):
             # The class token's position, 0, must turn nothing: the kernels leave it as it is.
             return Refusal("its rotary positions are scaled")
         return super().refusal()
