@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gist_kernels as gk
 from gist.fusion import block as fused_block
-from gist.fusion.block import BlockLayers, Forwards, Plan
+from gist.fusion.block import Plan
+from gist.fusion.layers import BlockLayers, Forwards, Scores
 from gist.methods.base import AttachedMethod, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of
@@ -28,8 +29,6 @@ class Embedded(NamedTuple):
     """What the family's own blocks take as rotary positions."""
     tables: Any = None
     """The same for :meth:`FusedBackbone.rotation`, made once for all blocks."""
-    lengths: torch.Tensor | None = None
-    """(B,), each row's number of tokens before its padding; None without padding."""
 
 
 class FusedBackbone(ABC):
@@ -68,12 +67,25 @@ class FusedBackbone(ABC):
         """Why a call with inputs beside the main one runs by the model's own forward, or None."""
         return None
 
+    def lengths(self, **others: Any) -> torch.Tensor | None:
+        """(B,), each row's number of tokens before its padding; None without padding."""
+        return None
+
     @abstractmethod
     def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
         """(B, 3, H, W) images, or (B, N) words, to what enters the blocks.
 
         ``others`` are inputs that :meth:`call_refusal` has not refused.
         """
+
+    def scores(
+        self, embedded: Embedded, added_tokens: int, lengths: torch.Tensor | None, **others: Any
+    ) -> Sequence[Scores | None]:
+        """For each block what its own attention takes; None where the fused one runs.
+
+        ``lengths`` count the ``added_tokens`` of gist's, ``embedded`` has none of them.
+        """
+        return [None] * len(self.blocks)
 
     def run_block(self, index: int, x: torch.Tensor, embedded: Embedded) -> torch.Tensor:
         """A block by its own call, hooks included."""
@@ -223,6 +235,8 @@ def features(
         or any(p.requires_grad for p in plan.embedding)
         or any(method.reaches_embedding for method in methods)
     )
+    # Before gradients are off: in compiled code, a refused mask raises here.
+    lengths = backbone.lengths(**others)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         embedded = backbone.embed(images, **others)
     x = embedded.tokens
@@ -235,7 +249,9 @@ def features(
         grad_tokens = token.index, token.count
     last = len(plan.blocks) - 1
     added_tokens = 0 if token is None else token.count
-    lengths = None if embedded.lengths is None else embedded.lengths + added_tokens
+    if lengths is not None:
+        lengths = lengths + added_tokens
+    scores = backbone.scores(embedded, added_tokens, lengths, **others)
 
     def run(index: int, x: torch.Tensor) -> torch.Tensor:
         how, rotation = plan.blocks[index], backbone.rotation(index, embedded, added_tokens)
@@ -250,7 +266,7 @@ def features(
             num_queries=num_read if index == last else None,
             grad_tokens=grad_tokens if index == 0 else None,
             rotation=rotation,
-            lengths=lengths,
+            lengths=lengths, scores=scores[index],
         )  # fmt: skip
         if index == last and num_read is None:
             for method in methods:

@@ -8,130 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import gist_kernels as gk
+from gist.fusion.layers import (
+    BlockLayers,
+    DropPath,
+    Forwards,
+    Linears,
+    OwnAttention,
+    Scores,
+)
 from gist.fusion.sharding import Sharding, class_of, is_shard
 from gist.methods.base import AttachedMethod, FusedParts, LayerUpdate, Refusal
 from gist.methods.hooks import is_owned
 from gist.untouched import calls_own_forward, hooks_of, is_plain
-from gist_kernels.autograd.casts import frozen_joined
-from gist_kernels.autograd.linear import matmul_dtype
 from gist_kernels.functional.sublayers import PreparedAttention, PreparedMlp
-from gist_kernels.quantised import QuantisedWeight, is_quantised
+from gist_kernels.quantised import is_quantised
 from gist_kernels.quantised import refusal as quantised_refusal
-from gist_kernels.tracing import needs_dispatcher
-
-DropPath: TypeAlias = Callable[[torch.Tensor], "torch.Tensor | None"]
-"""Draws the (B, 1, 1) factors on a sublayer's update of its input, or gives None for 1."""
-
-Forwards: TypeAlias = Mapping[type[nn.Module], "Callable[..., Any] | None"]
-"""The ``forward`` that each class of a library has, which the fused sublayers take the place of.
-None where another one stood in its place when gist was imported."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class Linears(NamedTuple):
-    """A linear layer, or several with one input, whose outputs are joined in this order."""
-
-    weights: tuple[torch.Tensor, ...]
-    """(out, in) each."""
-    biases: tuple[torch.Tensor | None, ...]
-    """Of each weight, or parts of the only weight's."""
-
-    @classmethod
-    def of(cls, *layers: nn.Linear) -> Linears:
-        return cls(tuple(x.weight for x in layers), tuple(x.bias for x in layers))
-
-    @property
-    def read_in_place(self) -> bool:
-        """Whether weight and bias are the layer's own tensors, not joined by each call."""
-        return len(self.weights) == len(self.biases) == 1
-
-    def matrix(self, gathered: bool) -> Any:
-        """(all out, in): joined in the dtype of matmuls, or a QuantisedWeight.
-
-        ``gathered`` weights are freed after forward. Each matmul then joins and converts them for
-        itself: what is made once would live until the backward pass.
-        """
-        first = self.weights[0]
-        # An operator that is traced converts by itself.
-        dtype = first.dtype if needs_dispatcher() else matmul_dtype(first)
-        in_place = len(self.weights) == 1 and dtype is first.dtype
-        if any(is_quantised(weight) for weight in self.weights) or (gathered and not in_place):
-            return QuantisedWeight(self.weights)
-        return first if len(self.weights) == 1 else frozen_joined(self.weights, dtype)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        if len(self.biases) == 1:
-            return self.biases[0]
-        if all(bias is None for bias in self.biases):
-            return None
-        return torch.cat(
-            [
-                _zeros(self.weights[i]) if bias is None else bias
-                for i, bias in enumerate(self.biases)
-            ]
-        )
-
-
-def _zeros(weight: torch.Tensor) -> torch.Tensor:
-    """A bias of 0; torchao's tensors have no ``new_zeros``."""
-    return torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
-
-
-class BlockLayers(NamedTuple):
-    """The layers of a block ``x + ls1 * attention(norm1(x))``, then ``x + ls2 * mlp(norm2(x))``; or
-    of a post-norm block ``norm1(x + attention(x))``, then ``norm2(x + mlp(x))``."""
-
-    norms: tuple[Any, Any]
-    """LayerNorms: ``weight``, ``bias`` and ``eps``."""
-    qkv: Linears
-    proj: Linears
-    num_heads: int
-    scale: float | None
-    """As :class:`gist_kernels.AttentionWeights` has it."""
-    fc1: Linears
-    fc2: Linears
-    activation: str
-    """A name in :data:`gist_kernels.activations.Activation`."""
-    gated: bool = False
-    """Whether the first half of fc1's outputs, activated, multiplies the second half."""
-    attention_norm: Any = None
-    """A LayerNorm of what proj reads, or None."""
-    mlp_norm: Any = None
-    """A LayerNorm of what fc2 reads, or None."""
-    layer_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    drop_paths: tuple[DropPath | None, DropPath | None] = (None, None)
-    post_norm: bool = False
-
-    @property
-    def inner_norms(self) -> dict[str, Any]:
-        """The frozen norms within the sublayers."""
-        found = {"attention": self.attention_norm, "MLP": self.mlp_norm}
-        return {name: norm for name, norm in found.items() if norm is not None}
-
-    @property
-    def matrices(self) -> list[torch.Tensor]:
-        """The weights of its linear layers."""
-        return [*self.qkv.weights, *self.proj.weights, *self.fc1.weights, *self.fc2.weights]
-
-    @property
-    def frozen(self) -> list[torch.Tensor]:
-        """The weights for which the fused sublayers compute no gradient."""
-        return [*self.matrices, *(scale for scale in self.layer_scales if scale is not None)]
 
 
 class Sublayers(NamedTuple):
     """A block's sublayers, for calls that differ in their tokens only."""
 
-    attention: PreparedAttention
+    attention: PreparedAttention | None
+    """None where the block's own always runs."""
     mlp: PreparedMlp
 
 
@@ -143,6 +50,7 @@ class Plan(NamedTuple):
     drop_paths: tuple[DropPath | None, DropPath | None]
     norms_after: tuple[Any, Any] | None = None
     """The LayerNorms behind a post-norm block's sublayers."""
+    own_attention: OwnAttention | None = None
     sharding: Sharding | None = None
     """What gathers the block's weights for a call."""
 
@@ -179,8 +87,11 @@ def plan(
     parts = _joined(methods, index)
     if isinstance(parts, Refusal):
         return parts
-    if layers.post_norm and not {"norm1", "norm2"}.isdisjoint(parts.updates or ()):
+    updated = set(parts.updates or ())
+    if layers.post_norm and not updated.isdisjoint(("norm1", "norm2")):
         return Refusal("its method changes a norm that follows a sublayer")
+    if layers.norms[0] is None and "norm1" in updated:
+        return Refusal("its method changes a norm that it is without")
     norms_after = layers.norms if layers.post_norm else None
     if not _fits(parts, layers.qkv.weights[0]):
         return Refusal("its method's parameters are not plain tensors beside its weights")
@@ -192,7 +103,7 @@ def plan(
         and all(type(tensor) is nn.Parameter for tensor in _tensors(parts))
     ):
         sublayers = _sublayers(layers, parts, gathered=False)
-        return Plan(lambda: sublayers, layers.drop_paths, norms_after)
+        return Plan(lambda: sublayers, layers.drop_paths, norms_after, layers.own_attention)
 
     def computed() -> Sublayers:
         # A sharded block has other tensors once they are gathered.
@@ -201,7 +112,7 @@ def plan(
         assert not isinstance(parts, Refusal)
         return _sublayers(now, parts, gathered=sharding is not None)
 
-    return Plan(computed, layers.drop_paths, norms_after, sharding)
+    return Plan(computed, layers.drop_paths, norms_after, layers.own_attention, sharding)
 
 
 def run(
@@ -212,6 +123,7 @@ def run(
     grad_tokens: tuple[int, int] | None,
     rotation: gk.Rotation | None,
     lengths: torch.Tensor | None = None,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """Run a block as :func:`plan` says.
 
@@ -221,10 +133,12 @@ def run(
         grad_tokens: compute x's gradient only for these tokens: start and count.
         rotation: the rotary positions of queries and keys.
         lengths: (B,), each row's number of tokens before its padding; None without padding.
+        scores: for the block's own attention, in place of the fused one and its arguments.
     """
     forward = partial(
         _run, plan,
         num_queries=num_queries, grad_tokens=grad_tokens, rotation=rotation, lengths=lengths,
+        scores=scores,
     )  # fmt: skip
     output: torch.Tensor = forward(x) if plan.sharding is None else plan.sharding.call(forward, x)
     return output
@@ -238,19 +152,25 @@ def _run(
     grad_tokens: tuple[int, int] | None,
     rotation: gk.Rotation | None,
     lengths: torch.Tensor | None,
+    scores: Scores | None,
 ) -> torch.Tensor:
     sublayers, norms = plan.sublayers(), plan.norms_after
     of_attention, of_mlp = plan.drop_paths
-    x = sublayers.attention.run(
-        x,
-        num_queries=num_queries,
-        drop_path=None if of_attention is None else of_attention(x),
-        grad_tokens=grad_tokens,
-        rotation=rotation,
-        lengths=lengths,
-    )
-    if norms is not None:
-        x = _normed(x, norms[0])
+    if scores is not None:
+        assert plan.own_attention is not None
+        x = plan.own_attention.run(x, scores, num_queries)
+    else:
+        assert sublayers.attention is not None
+        x = sublayers.attention.run(
+            x,
+            num_queries=num_queries,
+            drop_path=None if of_attention is None else of_attention(x),
+            grad_tokens=grad_tokens,
+            rotation=rotation,
+            lengths=lengths,
+        )
+        if norms is not None:
+            x = _normed(x, norms[0])
     x = sublayers.mlp.run(x, drop_path=None if of_mlp is None else of_mlp(x))
     return x if norms is None else _normed(x, norms[1])
 
@@ -282,34 +202,21 @@ def _joined(methods: Sequence[AttachedMethod], index: int) -> FusedParts | Refus
 def _sublayers(layers: BlockLayers, parts: FusedParts, gathered: bool) -> Sublayers:
     updates = parts.updates or {}
     dtype = layers.qkv.weights[0].dtype
-    qkv, qkv_update = _linear(layers.qkv, updates.get("qkv"), gathered)
-    proj, proj_update = _linear(layers.proj, updates.get("proj"), gathered)
+    attention, own = None, layers.own_attention
+    if own is None or not own.always:
+        attention = _attention(layers, parts.attention, updates, dtype, gathered)
     fc1, fc1_update = _linear(layers.fc1, updates.get("fc1"), gathered)
     fc2, fc2_update = _linear(layers.fc2, updates.get("fc2"), gathered)
-    scale1, scale2 = layers.layer_scales
-    norm1, norm2 = layers.norms
+    norm = layers.norms[1]
     return Sublayers(
-        PreparedAttention(
-            None if layers.post_norm else _norm(norm1, updates.get("norm1"), dtype),
-            gk.AttentionWeights(
-                *qkv,
-                *proj,
-                layers.num_heads,
-                layers.scale,
-                scale1,
-                qkv_update,
-                proj_update,
-                norm=_inner_norm(layers.attention_norm, dtype),
-            ),
-            parts.attention,
-        ),
+        attention,
         PreparedMlp(
-            None if layers.post_norm else _norm(norm2, updates.get("norm2"), dtype),
+            None if layers.post_norm else _norm(norm, updates.get("norm2"), dtype),
             gk.MlpWeights(
                 *fc1,
                 *fc2,
                 layers.activation,
-                scale2,
+                layers.layer_scales[1],
                 fc1_update,
                 fc2_update,
                 layers.gated,
@@ -317,6 +224,33 @@ def _sublayers(layers: BlockLayers, parts: FusedParts, gathered: bool) -> Sublay
             ),
             parts.mlp,
         ),
+    )
+
+
+def _attention(
+    layers: BlockLayers,
+    adapter: gk.AdapterWeights | None,
+    updates: Mapping[str, LayerUpdate],
+    dtype: torch.dtype,
+    gathered: bool,
+) -> PreparedAttention:
+    qkv, qkv_update = _linear(layers.qkv, updates.get("qkv"), gathered)
+    proj, proj_update = _linear(layers.proj, updates.get("proj"), gathered)
+    norm, scale = layers.norms[0], layers.layer_scales[0]
+    bare = layers.post_norm or norm is None
+    return PreparedAttention(
+        None if bare else _norm(norm, updates.get("norm1"), dtype),
+        gk.AttentionWeights(
+            *qkv,
+            *proj,
+            layers.num_heads,
+            layers.scale,
+            scale,
+            qkv_update,
+            proj_update,
+            norm=_inner_norm(layers.attention_norm, dtype),
+        ),
+        adapter,
     )
 
 
@@ -359,7 +293,8 @@ def _weights_refusal(
             return f"its weights are {weight.dtype}"
     if any(weight.dtype is not like.dtype for weight in frozen):
         return "its matrices are of several dtypes"
-    if any(norm.eps <= 0 for norm in (*layers.norms, *layers.inner_norms.values())):
+    norms = *layers.norms, *layers.inner_norms.values()
+    if any(norm is not None and norm.eps <= 0 for norm in norms):
         return "its norm has no positive eps"
     return None
 

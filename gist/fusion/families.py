@@ -8,7 +8,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from gist.backbones.text_models import text_family
-from gist.backbones.transformers_encoders import TransformersBert, TransformersRoberta
+from gist.backbones.transformers_encoders import (
+    TransformersDistilBert,
+    TransformersModernBert,
+    TransformersMPNet,
+)
+from gist.backbones.transformers_text import TransformersEncoder, TransformersText
 from gist.backbones.transformers_vit import (
     TransformersDINOv3,
     TransformersSiglip2,
@@ -36,11 +41,23 @@ def fused_backbone(model: Any) -> FusedBackbone | Refusal:
         rotary = isinstance(family, TransformersDINOv3)
         return (fused.FusedTransformersDINOv3 if rotary else fused.FusedTransformersViT)(family)
     text = text_family(model)
-    # Not of a subclass: MPNet's attention adds a bias.
-    if isinstance(text, TransformersBert) and type(text) in (TransformersBert, TransformersRoberta):
-        from gist.fusion.transformers_bert import FusedTransformersBert
-
-        return FusedTransformersBert(text)
     if text is not None:
-        return Refusal(f"a {type(model).__name__} has no fused sublayers")
+        return _fused_text(text)
     return Refusal(f"it is a {type(model).__name__}")
+
+
+def _fused_text(family: TransformersText) -> FusedBackbone | Refusal:
+    kind = type(family)
+    if kind is TransformersModernBert:
+        from gist.fusion.transformers_modernbert import FusedTransformersModernBert
+
+        return FusedTransformersModernBert(family)
+    if not isinstance(family, TransformersEncoder):
+        return Refusal(f"a {type(family.model).__name__} has no fused sublayers")
+    from gist.fusion import transformers_bert as fused
+
+    if kind is TransformersDistilBert:
+        return fused.FusedTransformersDistilBert(family)
+    if kind is TransformersMPNet:
+        return fused.FusedTransformersMPNet(family)
+    return fused.FusedTransformersBert(family)

@@ -13,7 +13,7 @@ from torch import nn
 
 import gist_kernels as gk
 from gist.fusion.backbone import Embedded, FusedBackbone
-from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.layers import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
 from gist.fusion.sharding import class_of
 from gist.fusion.timm_vit import (

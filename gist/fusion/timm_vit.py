@@ -14,7 +14,7 @@ from torch import nn
 
 from gist.fusion import block as fused_block
 from gist.fusion.backbone import Embedded, FusedBackbone
-from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.layers import BlockLayers, Forwards, Linears
 from gist.fusion.patch_embedding import embed_patches
 from gist.fusion.sharding import class_of
 from gist.methods.base import Refusal

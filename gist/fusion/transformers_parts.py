@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gist.fusion.backbone import FusedBackbone
+from gist.fusion.padding import pads_on_the_right
 from gist.methods.base import Refusal
 from gist.untouched import is_own, written_forward
 
@@ -79,15 +80,9 @@ def mask_refusal(mask: torch.Tensor, shape: torch.Size, what: str) -> Refusal | 
     None. Waits for the device."""
     if mask.shape != shape:  # which transformers refuses
         return Refusal(f"its attention mask has another shape than its {what}")
-    kept = mask.bool()
-    if not bool((kept[:, :1].all() & (kept[:, 1:] <= kept[:, :-1]).all()).item()):
+    if not pads_on_the_right(mask):
         return Refusal(f"its attention mask is not 1 for a row's first {what} and 0 for others")
     return None
-
-
-def lengths_of(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Each row's length by a mask that :func:`mask_refusal` has not refused; None: all whole."""
-    return None if mask is None or bool(mask.all()) else mask.bool().sum(1)
 
 
 class FusedTransformers(FusedBackbone):
@@ -107,7 +102,7 @@ class FusedTransformers(FusedBackbone):
 
     def refusal(self) -> Refusal | None:
         encoder = self.family.encoder
-        within = getattr(encoder, "encoder", None), getattr(encoder, "model", None)
+        within = (getattr(encoder, name, None) for name in ("encoder", "model", "transformer"))
         for part in (self.model, encoder, *within):
             if part is None:
                 continue

@@ -19,14 +19,14 @@ from transformers.models.vit import modeling_vit
 import gist_kernels as gk
 from gist.fusion import block as fused_block
 from gist.fusion.backbone import Embedded
-from gist.fusion.block import BlockLayers, Forwards, Linears
+from gist.fusion.layers import BlockLayers, Forwards, Linears
+from gist.fusion.padding import lengths_of
 from gist.fusion.sharding import class_of
 from gist.fusion.timm_vit import COMMON_FORWARDS, dropout_refusal
 from gist.fusion.transformers_parts import (
     ACTIVATION_FORWARDS,
     FusedTransformers,
     activation_name,
-    lengths_of,
     library_forward,
     mask_refusal,
 )
@@ -168,10 +168,13 @@ class FusedTransformersSiglip2(FusedTransformersViT):
         return None if mask is None else mask_refusal(mask, images.shape[:2], "patches")
 
     def embed(self, images: torch.Tensor, **others: Any) -> Embedded:
-        mask, shapes = others.get("pixel_attention_mask"), others.get("spatial_shapes")
         # Past the hook by which the Gist token joins where the library's own forward runs.
-        tokens = self.family.encoder.embeddings.forward(images, shapes)
-        return Embedded(tokens, lengths=lengths_of(mask))
+        return Embedded(self.family.encoder.embeddings.forward(images, others["spatial_shapes"]))
+
+    def lengths(
+        self, *, pixel_attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor | None:
+        return None if pixel_attention_mask is None else lengths_of(pixel_attention_mask)
 
 
 class FusedTransformersDINOv3(FusedTransformersViT):

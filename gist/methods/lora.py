@@ -25,6 +25,10 @@ from gist.methods.hooks import Hook
 from gist.untouched import is_bare
 from gist.validate import check_count, check_finite, check_known, check_rate
 
+# The fused sublayers' layers, by target; and those that hold several targets.
+_FUSED = {"proj": "proj", "fc1": "fc1", "fc2": "fc2", "down": "fc2"}
+_PACKED = {"qkv": ("q", "k", "v"), "fc1": ("gate", "up")}
+
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2", "gate", "up", "down")
 
 
@@ -136,17 +140,20 @@ class LowRankUpdates(nn.ModuleList, AttachedMethod):
         if not all(is_bare(factors) for factors in of_block.values()):
             return Refusal("its method's modules are not as gist made them")
         updates = {
-            name: LayerUpdate(down=of_block[name].down, up=self.scale * of_block[name].up)
-            for name in ("proj", "fc1", "fc2")
-            if name in of_block
+            name: LayerUpdate(down=of_block[target].down, up=self.scale * of_block[target].up)
+            for target, name in _FUSED.items()
+            if target in of_block
         }
-        packed = [(i, of_block[name]) for i, name in enumerate("qkv") if name in of_block]
-        if packed:
-            # Each of q, k and v has a third of the packed layer's outputs.
-            up = [F.pad(f.up, (0, 0, i * len(f.up), (2 - i) * len(f.up))) for i, f in packed]
-            updates["qkv"] = LayerUpdate(
-                down=torch.cat([f.down for _, f in packed]), up=self.scale * torch.cat(up, dim=1)
-            )
+        for name, parts in _PACKED.items():
+            packed = [(i, of_block[part]) for i, part in enumerate(parts) if part in of_block]
+            if packed:
+                # Each part has an equal share of the packed layer's outputs.
+                last = len(parts) - 1
+                up = [F.pad(f.up, (0, 0, i * len(f.up), (last - i) * len(f.up))) for i, f in packed]
+                updates[name] = LayerUpdate(
+                    down=torch.cat([f.down for _, f in packed]),
+                    up=self.scale * torch.cat(up, dim=1),
+                )
         return FusedParts(updates=updates)
 
     def merge(self, family: BackboneFamily) -> None:

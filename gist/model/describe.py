@@ -72,6 +72,10 @@ def explain(model: nn.Module) -> str:
         how = f"fused sublayers, served by {serving!r}"
         if isinstance(block, Refusal):
             how = f"the block's own forward, for {block.reason}"
+        elif block.own_attention is not None:
+            sublayers = "MLP" if block.own_attention.always else "sublayers"
+            how = f"fused {sublayers}, served by {serving!r}, attention by PyTorch's, "
+            how += block.own_attention.reason
         if lines and lines[-1][2] == how:
             lines[-1] = (lines[-1][0], index, how)
         else:

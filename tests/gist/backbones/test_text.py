@@ -52,7 +52,7 @@ def encoded(model, kind, x, positions):
         return x
     if kind.startswith("ModernBert"):
         index = torch.arange(x.shape[1])
-        near = (index[:, None] - index).abs() <= model.config.sliding_window
+        near = (index[:, None] - index).abs() <= model.config.local_attention // 2
         windows = {"full_attention": None, "sliding_attention": near.log()[None, None]}
         for layer in base.layers:
             name = layer.attention_type

@@ -51,6 +51,8 @@ def test_a_copy_is_independent(kind):
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "ModernBert, mean", "Llama", "Gemma2"])
 def test_checkpointed_blocks_give_the_same_gradients(kind, method):
     model = perturbed(kind, gist.GistConfig(method, token_dropout=0.0))
+    if "fused" in gist.explain(model):  # until then: the sums are of another order
+        model.double()
     batch = texts(kind)._asdict()
     expected = gradients(model, batch)
     model.set_grad_checkpointing()
@@ -59,7 +61,7 @@ def test_checkpointed_blocks_give_the_same_gradients(kind, method):
 
 
 def test_mpnet_has_no_checkpointing():
-    with pytest.raises(ValueError, match="does not support activation checkpointing"):
+    with pytest.raises(ValueError, match="does not support (activation|gradient) checkpointing"):
         perturbed("MPNet").set_grad_checkpointing()
 
 
@@ -117,10 +119,10 @@ def test_a_file_does_not_load_onto_other_weights(kind, tmp_path):
 
 
 def test_explain_says_that_nothing_is_fused():
-    said = gist.explain(perturbed("DistilBert"))
+    said = gist.explain(perturbed("Llama"))
     assert said == (
-        "blocks 0 to 1: the backbone's own forward, for a DistilBertForSequenceClassification has "
-        "no fused sublayers"
+        "blocks 0 to 1: the backbone's own forward, for a LlamaForSequenceClassification has no "
+        "fused sublayers"
     )
 
 

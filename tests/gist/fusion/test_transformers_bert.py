@@ -7,77 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from text_models import made, texts
+from fused_text import METHODS, by_library, check, inputs_of, is_fused, results, wrapped
+from text_models import texts
 
 import gist
 
 pytest.importorskip("transformers")
 
 KINDS = ("Bert", "Roberta", "XLMRoberta", "Electra")
-METHODS = {
-    "adapter": gist.Adapter(rank=4, scale=0.7),
-    "adapter, parallel": gist.Adapter(rank=4, scale=0.7, placement="parallel"),
-    "adaptformer": gist.AdaptFormer(rank=4, dropout=0.0),
-    "lora": gist.LoRA(rank=2),
-    "lora of all": gist.LoRA(rank=2, targets=("q", "k", "v", "proj", "fc1", "fc2")),
-    "fact": gist.FacT(rank=3, dropout=0.0),
-    "bitfit": gist.BitFit(),
-    "norms": gist.LayerNormTuning(),
-    "difffit": gist.DiffFit(),
-    "token alone": None,
-}
-
-
-def wrapped(kind="Bert", method="adapter", *, num_tokens=1, use_gist=True, **options):
-    config = gist.GistConfig(
-        METHODS[method], gist=use_gist, token_dropout=0.0, num_tokens=num_tokens
-    )
-    backbone = made(kind, "sdpa", **options)
-    torch.manual_seed(2)
-    model = gist.wrap(backbone, config).train()
-    with torch.no_grad():
-        for parameter in model.method.parameters() if model.method is not None else ():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def inputs_of(side):
-    words = texts("Bert", "right")
-    if side == "no mask":
-        return {"input_ids": words.input_ids}
-    if side == "mask of ones":
-        return {"input_ids": words.input_ids, "attention_mask": torch.ones_like(words.input_ids)}
-    return words._asdict() | {"token_type_ids": (words.input_ids > 30).long()}
-
-
-def results(model, inputs):
-    """Logits, and the gradient of everything that is trained."""
-    model.zero_grad()
-    out = model(**inputs)
-    logits = out if isinstance(out, torch.Tensor) else torch.stack(out)
-    logits.square().sum().backward()
-    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
-def is_fused(model):
-    return gist.explain(model).startswith("blocks 0 to 1: fused sublayers")
-
-
-def by_library(model, inputs):
-    hook = model.family.encoder.register_forward_hook(lambda *_: None)
-    assert "carries hooks" in gist.explain(model)
-    found = results(model, inputs)
-    hook.remove()
-    assert is_fused(model)
-    return found
-
-
-def check(model, inputs):
-    assert is_fused(model)
-    fused = results(model, inputs)
-    expected = by_library(model, inputs)
-    assert all(g is None or g.abs().max() > 1e-9 for n, g in expected[1].items() if "norm" in n)
-    torch.testing.assert_close(fused, expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -170,7 +107,7 @@ def test_autocast_and_half_models_are_near_to_float64(method):
         assert 1e-4 < error < 2 * theirs
 
 
-def test_compiled_without_a_mask_is_fused():
+def test_compiled_calls_are_fused_with_a_mask_and_without():
     model = wrapped("Bert", "lora")
     names = []
 
@@ -180,15 +117,29 @@ def test_compiled_without_a_mask_is_fused():
 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=note)
-    inputs = inputs_of("no mask")
-    torch.testing.assert_close(tuple(compiled(**inputs)), tuple(model(**inputs)))
-    assert sum("_adapter_attention" in name or "_adapter_mlp" in name for name in names) == 4
-    names.clear()
-    padded = inputs_of("right")
-    torch.testing.assert_close(
-        tuple(compiled(**padded)), tuple(model(**padded)), rtol=1e-4, atol=1e-4
-    )
-    assert not any("_adapter_mlp" in name for name in names)  # by transformers' own forward
+    for side in ("no mask", "right"):
+        names.clear()
+        inputs = inputs_of(side)
+        torch.testing.assert_close(tuple(compiled(**inputs)), tuple(model(**inputs)))
+        assert sum("_adapter_attention" in name or "_adapter_mlp" in name for name in names) == 4
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1, 3] = 0
+    with pytest.raises(ValueError, match="row 1 differs. Pad on the right"):
+        compiled(**inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "train"), [("Bert", True), ("Electra", False)])
+def test_compiled_logits_and_gradients_are_those_of_eager_mode(kind, train):
+    model = wrapped(kind).double().train(train)
+    torch._dynamo.reset()
+    for width in (9, 8):  # the second compiles for any length
+        inputs = {name: value[:, :width] for name, value in inputs_of("right").items()}
+        expected = results(model, inputs)
+        model.compile(fullgraph=True, backend="aot_eager")
+        found = results(model, inputs)
+        model._compiled_call_impl = None
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
 # ---- what is not fused -------------------------------------------------------------------------
@@ -277,8 +228,3 @@ def test_a_model_that_does_not_match_says_why(change, reason):
     said = gist.explain(model)
     assert "the backbone's own forward, for " in said
     assert reason in said
-
-
-def test_mpnet_says_that_it_is_not_fused():
-    model = gist.wrap(made("MPNet", "eager"), gist.GistConfig(gist.LoRA(rank=2)))
-    assert "a MPNetForSequenceClassification has no fused sublayers" in gist.explain(model)
