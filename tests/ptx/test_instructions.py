@@ -75,6 +75,20 @@ def test_fma_rounds_once():
     assert (found != twice).any()
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+def test_products_of_halves_are_rounded_once(kind, dtype):
+    a, b = torch.randn(2, 4096, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    a[0, 0], b[0, 0], b[1, 1] = -0.0, 1.0, torch.inf
+    exact = a.double() * b.double()
+    packed = {"a": a.view(torch.int32).numpy().ravel(), "b": b.view(torch.int32).numpy().ravel()}
+    for body in (f"mul.{kind}x2 %r0, %r1, %r2;", f"fma.rn.{kind}x2 %r0, %r1, %r2, 0x80008000;"):
+        found = torch.from_numpy(each_thread(body, **packed).view(np.int32)).view(dtype)
+        torch.testing.assert_close(found.view(-1, 2), exact.to(dtype), rtol=0, atol=0)
+        assert (found.signbit() == exact.flatten().signbit()).all()
+    with pytest.raises(UnsupportedError):
+        each_thread(f"add.{kind}x2 %r0, %r1, %r2;", **packed)
+
+
 @pytest.mark.parametrize(("opcode", "pick"), [("min.f32", min), ("max.f32", max)])
 def test_min_and_max_drop_a_nan_and_order_zeros(opcode, pick):
     found = floats(f"{opcode} %r0, %r1, %r2;", a=A, b=B)

@@ -162,6 +162,29 @@ def to_f16(x: Array) -> Array:
     return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
 
 
+def from_f16(bits: Array) -> Array:
+    return bits.astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+def in_halves(function: Function, kind: str, parts: int) -> Function:
+    """A function of float32 on a register's one or two halves, bf16 or f16.
+
+    A product is exact in float32, and so rounded once. A sum may be rounded twice.
+    """
+    widened, rounded = {"bf16": (from_bf16, to_bf16), "f16": (from_f16, to_f16)}[kind]
+
+    def apply(*registers: Array) -> Array:
+        result = np.zeros((), np.uint32)
+        for part in range(parts):
+            shift = np.uint32(16 * part)
+            halves = [(each >> shift) & np.uint32(0xFFFF) for each in registers]
+            found = rounded(function(*map(widened, halves)))
+            result = result | (found.astype(np.uint32) << shift)
+        return result if parts == 2 else result.astype(np.uint16)
+
+    return apply
+
+
 def pair(half: Function) -> Function:
     """Two halves of a 32-bit register from two numbers, the high one first."""
     return lambda high, low: (half(high).astype(np.uint32) << np.uint32(16)) | half(low)

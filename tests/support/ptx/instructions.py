@@ -139,7 +139,12 @@ class _Translator:
         (kind,) = self.types
         if kind == "f32":
             return self._assign(arithmetic.FLOAT[self.stem], kind, kind)
-        if kind[0] not in "busp":
+        half = re.fullmatch(r"(b?f16)(x2)?", kind)
+        if half is not None and self.stem in ("mul", "fma") and "ftz" not in self.modifiers:
+            parts, bits = (2, "b32") if half[2] else (1, "b16")
+            function = arithmetic.in_halves(arithmetic.FLOAT[self.stem], half[1], parts)
+            return self._assign(function, bits, bits)
+        if kind[0] not in "busp" or half is not None:
             raise UnsupportedError(str(self.instruction))
         return self._assign(arithmetic.INTEGER[self.stem], kind, kind)
 
