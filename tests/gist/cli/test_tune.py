@@ -138,7 +138,7 @@ def test_methods_that_do_not_fit_are_left_out_unless_named(folder, tmp_path, mon
     monkeypatch.setattr("gist.cli.tune.tune", tuned)
     qkvb = [*TUNE, "--data", str(folder), "--model", "vit_small_patch16_dinov3_qkvb"]
     assert cli.main(qkvb) == 130
-    assert spaces[-1][0].methods == ("adapter", "adaptformer")
+    assert spaces[-1][0].methods == ("adapter", "adaptformer", "lora")
     fixed = ["--lr", "0.02", "--weight-decay", "0.1", "0.2", "--method", "lora", "--set", "rank=3"]
     assert cli.main([*TUNE, "--data", str(folder), *fixed]) == 130
     space, schedule = spaces[-1]

@@ -94,5 +94,5 @@ def test_what_can_not_be_searched_is_refused(options, message):
 
 def test_a_method_that_does_not_fit_the_backbone_is_named():
     config = replace(CONFIG, model="vit_small_patch16_dinov3_qkvb", gist=gist.GistConfig())
-    with pytest.raises(ValueError, match="method lora: .*no plain linear layer"):
-        Space(methods=("adapter", "lora")).check(config)
+    with pytest.raises(ValueError, match="method ssf: .*changes the biases"):
+        Space(methods=("adapter", "ssf")).check(config)
