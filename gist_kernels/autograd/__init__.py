@@ -15,7 +15,12 @@ from gist_kernels.autograd.divergence import register as register_divergence
 from gist_kernels.autograd.linear_chunks import GistRows, JensenShannonRows, LogitOptions
 from gist_kernels.autograd.linear_loss import linear_loss
 from gist_kernels.autograd.linear_loss import register as register_linear_loss
-from gist_kernels.autograd.loss import eager_gist_loss, gist_loss, gist_loss_and_grad
+from gist_kernels.autograd.loss import (
+    eager_gist_loss,
+    eager_gist_loss_and_grad,
+    gist_loss,
+    gist_loss_and_grad,
+)
 from gist_kernels.autograd.loss import register as register_loss
 from gist_kernels.autograd.sublayers import adapter_attention, adapter_mlp, sublayer_of
 from gist_kernels.autograd.trained import Sublayer
@@ -31,6 +36,7 @@ __all__ = [
     "adapter_operator",
     "cached_casts",
     "eager_gist_loss",
+    "eager_gist_loss_and_grad",
     "gist_loss",
     "gist_loss_and_grad",
     "jensen_shannon",

@@ -74,6 +74,18 @@ def gist_loss_and_grad(
             one, cls, gist, target, row_scale, stats, *_flat(options), True, True
         )
         return loss, d_cls, d_gist
+    return eager_gist_loss_and_grad(kernels, cls, gist, target, options, row_scale)
+
+
+def eager_gist_loss_and_grad(
+    kernels: LossKernels,
+    cls: torch.Tensor,
+    gist: torch.Tensor,
+    target: torch.Tensor,
+    options: LossOptions,
+    row_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`gist_loss_and_grad` of dense rows, where nothing is traced."""
     found: Any = kernels.forward_backward(cls, gist, target, options, row_scale)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = found
     return result

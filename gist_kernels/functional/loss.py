@@ -16,6 +16,7 @@ from gist_kernels.functional.logits import (
     checked_options,
     evaluate,
     evaluate_with_gradients,
+    plainly_valid,
 )
 from gist_kernels.functional.rows import RowOptions, check_rows, row_options
 from gist_kernels.kernels.protocols import LossOptions
@@ -207,6 +208,9 @@ def gist_loss_and_grad(
         scale_by_temperature_squared, stop_gradient,
     )  # fmt: skip
     rows = row_options(mask, row_weight, divisor)
+    kernels = _direct_kernels(cls_logits, gist_logits, target) if rows.absent else None
+    if kernels is not None:
+        return autograd.eager_gist_loss_and_grad(kernels, cls_logits, gist_logits, target, options)
     _check_tensors(cls_logits, gist_logits, target, options, rows)
     return evaluate_with_gradients(cls_logits, gist_logits, target, options, rows)
 
@@ -245,7 +249,8 @@ def _check_tensors(
     options: LossOptions,
     rows: RowOptions,
 ) -> None:
-    check_logits("cls_logits", cls, "gist_logits", gist)
+    if not plainly_valid(cls, gist):
+        check_logits("cls_logits", cls, "gist_logits", gist)
     check_target(target, cls)
     check_rows(rows, cls, options.reduction)
     check_indices_if_asked(target, cls.shape[-1], options, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from text_models import EAGER_ONLY, made, texts
 
@@ -78,3 +80,21 @@ def check(model, inputs):
     expected = by_library(model, inputs)
     assert all(g is None or g.abs().max() > 1e-9 for n, g in expected[1].items() if "norm" in n)
     torch.testing.assert_close(fused, expected, rtol=1e-8, atol=1e-8)
+
+
+def check_halves(model, inputs):
+    """Under autocast and in bf16, fused sublayers err as little as the library's own forward."""
+    truth, _ = results(copy.deepcopy(model).double(), inputs)
+
+    def errors():
+        with torch.autocast("cpu", torch.bfloat16):
+            yield (results(model, inputs)[0].double() - truth).norm() / truth.norm()
+        half = copy.deepcopy(model)
+        half.backbone.bfloat16()
+        yield (results(half, inputs)[0].double() - truth).norm() / truth.norm()
+
+    assert is_fused(model)
+    fused = list(errors())
+    model.family.encoder.register_forward_hook(lambda *_: None)
+    for error, theirs in zip(fused, errors(), strict=True):
+        assert 1e-4 < error < 2 * theirs

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from fused_text import by_library, results
 
 import gist
 
@@ -56,22 +57,6 @@ def batch():
     patches = torch.randn(3, count, 48, generator=torch.Generator().manual_seed(7)).double()
     mask = (torch.arange(count) < LENGTHS[:, None]).int()
     return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": SHAPES}
-
-
-def results(model, inputs):
-    model.zero_grad()
-    out = model(**inputs)
-    logits = out if isinstance(out, torch.Tensor) else torch.stack(out)
-    logits.square().sum().backward()
-    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
-def by_library(model, inputs):
-    hook = model.family.encoder.register_forward_hook(lambda *_: None)
-    assert "carries hooks" in gist.explain(model)
-    found = results(model, inputs)
-    hook.remove()
-    return found
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_text import METHODS, by_library, check, inputs_of, is_fused, results, wrapped
+from fused_text import (
+    METHODS,
+    by_library,
+    check,
+    check_halves,
+    inputs_of,
+    is_fused,
+    results,
+    wrapped,
+)
 from text_models import texts
 
 import gist
@@ -91,20 +98,7 @@ def test_checkpointed_blocks_stay_fused():
 def test_autocast_and_half_models_are_near_to_float64(method):
     model = wrapped("Bert", method)
     inputs = inputs_of("right")
-    truth, _ = results(copy.deepcopy(model).double(), inputs)
-
-    def errors():
-        with torch.autocast("cpu", torch.bfloat16):
-            yield (results(model, inputs)[0].double() - truth).norm() / truth.norm()
-        half = copy.deepcopy(model)
-        half.backbone.bfloat16()
-        yield (results(half, inputs)[0].double() - truth).norm() / truth.norm()
-
-    assert is_fused(model)
-    fused = list(errors())
-    model.family.encoder.register_forward_hook(lambda *_: None)
-    for error, theirs in zip(fused, errors(), strict=True):
-        assert 1e-4 < error < 2 * theirs
+    check_halves(model, inputs)
 
 
 def test_compiled_calls_are_fused_with_a_mask_and_without():

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_text import METHODS, by_library, check, inputs_of, is_fused, results, wrapped
+from fused_text import (
+    METHODS,
+    by_library,
+    check,
+    check_halves,
+    inputs_of,
+    is_fused,
+    results,
+    wrapped,
+)
 from text_models import made, texts
 
 import gist
@@ -101,20 +108,7 @@ def test_each_block_takes_the_attention_it_should(name, monkeypatch):
 @pytest.mark.parametrize("name", ["DistilBert", "MPNet", "ModernBert"])
 def test_autocast_and_half_models_are_near_to_float64(name):
     model, inputs = model_of(name), inputs_of("right", KINDS[name][0])
-    truth, _ = results(copy.deepcopy(model).double(), inputs)
-
-    def errors():
-        with torch.autocast("cpu", torch.bfloat16):
-            yield (results(model, inputs)[0].double() - truth).norm() / truth.norm()
-        half = copy.deepcopy(model)
-        half.backbone.bfloat16()
-        yield (results(half, inputs)[0].double() - truth).norm() / truth.norm()
-
-    assert is_fused(model)
-    fused = list(errors())
-    model.family.encoder.register_forward_hook(lambda *_: None)
-    for error, theirs in zip(fused, errors(), strict=True):
-        assert 1e-4 < error < 2 * theirs
+    check_halves(model, inputs)
 
 
 def test_mpnet_stays_fused_with_any_mask():
