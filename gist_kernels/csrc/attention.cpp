@@ -17,6 +17,13 @@ namespace {
 using std::int64_t;
 
 constexpr const AttentionKernels *kKernels[] = GIST_TABLE(AttentionKernels, attention_rows);
+constexpr const AttentionKernels *kBf16Kernels[] =
+    GIST_BF16_TABLE(AttentionKernels, attention_bf16_rows);
+
+const AttentionKernels &kernels_of(Dtype dtype) {
+  const AttentionKernels *const bf16 = kBf16Kernels[current_set()];
+  return dtype == Dtype::bfloat16 && bf16 != nullptr ? *bf16 : *kKernels[current_set()];
+}
 
 // Multiplications that make it worth waking a thread.
 constexpr int64_t kProductsPerThread = 256 * 1024;
@@ -66,7 +73,7 @@ void clear_padding(const AttentionCall &call, Direction direction, AttentionSize
 }
 
 void run(const AttentionCall &call, Direction direction, int threads) {
-  const AttentionKernels &kernels = *kKernels[current_set()];
+  const AttentionKernels &kernels = kernels_of(call.dtype);
   const int64_t tasks = call.batch * call.heads;
   const std::vector<int64_t> order = longest_first(call);
   int64_t size = 0, scores = 0;

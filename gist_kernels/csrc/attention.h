@@ -1,5 +1,6 @@
-// Multi-head attention. kernels/attention.cpp is compiled once per instruction set. attention.cpp
-// selects one of the results and divides images and heads among threads.
+// Multi-head attention. kernels/attention.cpp is compiled once per instruction set, and
+// kernels/attention_bf16.cpp once for each that multiplies bf16. attention.cpp selects one of the
+// results and divides images and heads among threads.
 #pragma once
 
 #include <cstdint>
@@ -59,6 +60,8 @@ struct AttentionKernels {
 };
 
 extern const AttentionKernels GIST_EVERY_SET(attention_rows);
+// For bf16, where the instruction set has matmuls of it.
+extern const AttentionKernels GIST_EVERY_BF16_SET(attention_bf16_rows);
 
 // Writes call.out and call.lse.
 void attention_forward(const AttentionCall &call, int threads);

@@ -4,6 +4,14 @@
 
 #include <cstring>
 
+#if defined(GIST_X86_KERNELS)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace gist {
 namespace {
 
@@ -15,17 +23,36 @@ struct InstructionSet {
   bool (*supported)();
 };
 
-// In the order of GIST_TABLE; the last one runs everywhere.
+#if defined(GIST_X86_KERNELS)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// Linux keeps the tiles of a process that has asked for them.
+bool has_amx() {
+#if defined(GIST_AMX_KERNELS) && defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;
+  unsigned a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tiles) &&
+         __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) &&  // AVX512_BF16
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// In the order of GIST_TABLE.
 const InstructionSet kInstructionSets[] = {
 #if defined(GIST_X86_KERNELS)
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     }},
+    {"amx", has_amx},
+    {"avx512", has_avx512},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {"portable", [] { return true; }},
+    {"portable_bf16", [] { return true; }},
 };
 
 int widest() {
@@ -72,7 +99,13 @@ const char *processor_vendor() {
   return "other";
 }
 
-bool processor_has_avx512() { return std::strcmp(instruction_sets(0), "avx512") == 0; }
+bool processor_has_avx512() {
+#if defined(GIST_X86_KERNELS)
+  return has_avx512();
+#else
+  return false;
+#endif
+}
 
 std::int64_t useful_threads(std::int64_t numbers, int threads) {
   const std::int64_t useful = numbers / kNumbersPerThread;

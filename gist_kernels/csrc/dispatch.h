@@ -18,24 +18,39 @@ namespace gist {
 #define GIST_NAME_OF(name, set) GIST_JOIN_NAMES(name, set)
 #define GIST_IN_SET(name) GIST_NAME_OF(name, GIST_SET)
 
-// The tables of all instruction sets, widest first: `Type GIST_EVERY_SET(loss_rows)` declares them,
-// and GIST_TABLE(Type, loss_rows) is an array of pointers to them.
+// The tables of all instruction sets: `Type GIST_EVERY_SET(loss_rows)` declares them, and
+// GIST_TABLE(Type, loss_rows) is an array of pointers to them, indexed by current_set(). The sets
+// "amx" and "portable_bf16" add matmuls of bf16 to "avx512" and "portable".
 #if defined(GIST_X86_KERNELS)
 #define GIST_EVERY_SET(name) name##_avx512, name##_avx2, name##_portable
-#define GIST_TABLE(Type, name) {&name##_avx512, &name##_avx2, &name##_portable}
+#define GIST_TABLE(Type, name) \
+  {&name##_avx512, &name##_avx512, &name##_avx2, &name##_portable, &name##_portable}
 #else
 #define GIST_EVERY_SET(name) name##_portable
-#define GIST_TABLE(Type, name) {&name##_portable}
+#define GIST_TABLE(Type, name) {&name##_portable, &name##_portable}
+#endif
+
+// The same for kernels of bf16 numbers whose matmuls add up in float: null for other sets.
+#if defined(GIST_X86_KERNELS) && defined(GIST_AMX_KERNELS)
+#define GIST_EVERY_BF16_SET(name) name##_amx, name##_portable
+#define GIST_BF16_TABLE(Type, name) {&name##_amx, nullptr, nullptr, nullptr, &name##_portable}
+#elif defined(GIST_X86_KERNELS)
+#define GIST_EVERY_BF16_SET(name) name##_portable
+#define GIST_BF16_TABLE(Type, name) {nullptr, nullptr, nullptr, nullptr, &name##_portable}
+#else
+#define GIST_EVERY_BF16_SET(name) name##_portable
+#define GIST_BF16_TABLE(Type, name) {nullptr, &name##_portable}
 #endif
 
 // The index into a GIST_TABLE of the instruction set in use. By default that is the widest one that
 // this build and this processor have.
 int current_set();
-// The name of the instruction set in use: "avx512", "avx2" or "portable".
+// The name of the instruction set in use: "amx", "avx512", "avx2", "portable", or "portable_bf16",
+// which is for tests and never the default.
 const char *instruction_set();
 // Selects an instruction set. Returns false if this build or this processor does not have it.
 bool use_instruction_set(const char *name);
-// The names of the available instruction sets, widest first; nullptr beyond the last.
+// The names of the available instruction sets, the default first; nullptr beyond the last.
 const char *instruction_sets(int index);
 
 // The processor's maker, "amd" or "intel", or "other".

@@ -16,21 +16,13 @@
 // the scores, and probabilities computed only from it would not sum to 1. Where values are alike,
 // delta nearly cancels dP. Computed as sum dO O, with a rounded O, delta would be too inexact.
 
-#include "attention.h"
-
-#include <algorithm>
 #include <array>
 #include <utility>
 
-#include "storage.h"
+#include "attention_parts.h"
 
 namespace gist {
 namespace {
-
-using std::int64_t;
-
-constexpr int64_t kWide = kLanes<float>;
-constexpr int64_t kLine = 64 / sizeof(float);
 
 // A matmul's tile stays in registers: its sums, one row of the right matrix, one number. Each load
 // of that row or number should serve several sums, and eight or more sums hide the latency of a
@@ -59,20 +51,6 @@ constexpr int64_t kBlockQueries = kVectorBytes == 64 ? 144 : 72;
 // Keys whose scores are taken at once, from the matmul on while they are in the L1 cache.
 constexpr int64_t kChunkKeys = 24;
 
-// Exponentials are powers of 2, which take fewer operations. Without a fused multiply-add they are
-// powers of e: scores times log2(e) would be rounded, while a usual scale is a power of 2 itself.
-#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
-constexpr double kLogOfBase = 0.69314718055994530942;
-using Power = Exp2;
-#else
-constexpr double kLogOfBase = 1;
-struct Power : Exp<float> {
-  Power() : Exp<float>(1) {}
-};
-#endif
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // The stride of rows of n floats in scratch memory. If a tile takes only a part of each row, an odd
 // number of cache lines keeps these parts from competing for the same cache sets.
 int64_t padded(int64_t n) {
@@ -86,22 +64,11 @@ struct Left {
   int64_t row, step;
 };
 
-// A right matrix or a result: each row has whole vectors.
-struct Matrix {
-  float *data;
-  int64_t row;
-
-  float *at(int64_t i) const { return data + i * row; }
-};
-
 Left by_rows(Matrix m) { return {m.data, m.row, 1}; }
 Left by_columns(Matrix m) { return {m.data, 1, m.row}; }
 
 using Tile = void (*)(int64_t depth, const float *a, int64_t a_stride, const float *b,
                       int64_t b_row, float *c, int64_t c_row, bool add);
-
-// The sums stay in registers only where the compiler unrolls every loop over them early.
-#define GIST_UNROLL _Pragma("GCC unroll 16")
 
 // The left matrix is read along its rows, which are a_stride apart, or else along its columns.
 template <bool kAlongRows, int kRows, int kVectors>
@@ -173,223 +140,6 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left a, Matrix b, Mat
   }
 }
 
-// How many rows ahead a tensor is prefetched: its rows are too far apart for the processor's own
-// prefetching.
-constexpr int64_t kAhead = 24;
-
-// Some rows of a tensor, one head's columns.
-template <class S>
-class Rows {
- public:
-  Rows(S *first, int64_t stride, int64_t count) : first_(first), stride_(stride), count_(count) {}
-
-  int64_t count() const { return count_; }
-  S *at(int64_t i) const { return first_ + i * stride_; }
-  const S *ahead(int64_t i) const { return at(i + kAhead < count_ ? i + kAhead : count_ - 1); }
-
- private:
-  S *first_;
-  int64_t stride_, count_;
-};
-
-// Copies rows of a tensor to scratch memory, each padded with 0 up to a whole vector.
-template <class S>
-void pack(Rows<S> from, int64_t columns, Matrix to) {
-  for (int64_t i = 0; i < from.count(); ++i)
-    for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
-      __builtin_prefetch(from.ahead(i) + j);
-      store(to.at(i) + j, Whole{}, load(from.at(i) + j, lanes, 0.0f));
-    });
-}
-
-// Copies rows of scratch memory to a tensor, row i multiplied by factor(i).
-template <class S, class Factor>
-void unpack(Matrix from, int64_t columns, Factor factor, Rows<S> to) {
-  for (int64_t i = 0; i < to.count(); ++i) {
-    const float by = factor(i);
-    for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
-      __builtin_prefetch(to.ahead(i) + j, 1);
-      store(to.at(i) + j, lanes, by * load(from.at(i) + j, Whole{}));
-    });
-  }
-}
-
-// The numbers as memory of type S would hold them.
-template <class S>
-GIST_INLINE Floats rounded(Floats v) {
-  if constexpr (sizeof(S) == 2)
-    return widen(S{}, narrow(S{}, v));
-  else
-    return v;
-}
-
-// The vector with the lanes of each pair exchanged: 1, 0, 3, 2, ...
-GIST_INLINE Floats swap_pairs(Floats x) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_permute_ps(0xffff, x, 0xb1);
-#elif defined(__AVX2__)
-  return _mm256_permute_ps(x, 0xb1);
-#elif defined(__SSE2__)
-  return _mm_shuffle_ps(x, x, 0xb1);
-#else
-  const Vec<std::uint64_t> pairs = bit_cast<Vec<std::uint64_t> >(x);
-  return bit_cast<Floats>(pairs << 32 | pairs >> 32);
-#endif
-}
-
-// Rotates a row's pairs of features j and j + columns / 2, or with kTransposed its gradient. What
-// is rotated forward is rounded to S, the dtype: so do backends that hand it to another kernel, and
-// log-sum-exps fit the scores of whoever computes them again from such numbers.
-template <class S, bool kTransposed>
-void rotate_halves(float *x, const float *sin, const float *cos, int64_t columns) {
-  const int64_t half = columns / 2;
-  for_each_vector<float>(half, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    const int64_t i = half + j;
-    const Floats a = load(x + j, lanes, 0.0f), b = load(x + i, lanes, 0.0f);
-    const Floats sin_a = load(sin + j, lanes, 0.0f), sin_b = load(sin + i, lanes, 0.0f);
-    const Floats cos_a = load(cos + j, lanes, 0.0f), cos_b = load(cos + i, lanes, 0.0f);
-    if constexpr (kTransposed) {
-      store(x + j, lanes, fma(a, cos_a, b * sin_b));
-      store(x + i, lanes, fma(b, cos_b, -a * sin_a));
-    } else {
-      store(x + j, lanes, rounded<S>(fma(a, cos_a, -b * sin_a)));
-      store(x + i, lanes, rounded<S>(fma(b, cos_b, a * sin_b)));
-    }
-  });
-}
-
-// The same for the features 2 j and 2 j + 1.
-template <class S, bool kTransposed>
-void rotate_neighbours(float *x, const float *sin, const float *cos, int64_t columns) {
-  Floats sign;
-  for (int lane = 0; lane < kWide; ++lane) sign[lane] = lane % 2 ? 1 : -1;
-  for_each_vector<float>(columns, [&](int64_t j, auto lanes) GIST_LAMBDA {
-    const Floats v = load(x + j, lanes, 0.0f), s = load(sin + j, lanes, 0.0f);
-    const Floats c = load(cos + j, lanes, 0.0f);
-    if constexpr (kTransposed)
-      store(x + j, lanes, fma(v, c, -sign * swap_pairs(v * s)));
-    else
-      store(x + j, lanes, rounded<S>(fma(v, c, sign * swap_pairs(v) * s)));
-  });
-}
-
-void fill(float *to, int64_t n, float x) {
-  for (int64_t i = 0; i < n; ++i) to[i] = x;
-}
-
-// to(j, i) = from(i, j), in blocks of whole vectors both ways.
-void transpose(Matrix from, int64_t rows, int64_t columns, Matrix to) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  for (int64_t j = 0; j < columns; j += 4) {
-    for (int64_t i = 0; i < rows; i += kWide) {
-      // Each quarter of a vector holds four numbers of a row; these 4 x 4 blocks are transposed.
-      Floats r[4];
-      for (int k = 0; k < 4; ++k) {
-        const float *const at = from.at(i + k) + j;
-        const auto quarter = [&](int64_t q) { return _mm_loadu_ps(at + 4 * q * from.row); };
-#if defined(__AVX512F__)
-        __m512 all = _mm512_zextps128_ps512(quarter(0));
-        all = _mm512_maskz_insertf32x4(-1, all, quarter(1), 1);
-        all = _mm512_maskz_insertf32x4(-1, all, quarter(2), 2);
-        r[k] = _mm512_maskz_insertf32x4(-1, all, quarter(3), 3);
-#else
-        r[k] = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(0)), quarter(1), 1);
-#endif
-      }
-#if defined(__AVX512F__)
-#define GIST_UNPACK(half, type, x, y) _mm512_maskz_unpack##half##_##type(-1, x, y)
-#define GIST_PAIRS(x) __m512d(x)
-#else
-#define GIST_UNPACK(half, type, x, y) _mm256_unpack##half##_##type(x, y)
-#define GIST_PAIRS(x) __m256d(x)
-#endif
-      const auto low_02 = GIST_PAIRS(GIST_UNPACK(lo, ps, r[0], r[1]));
-      const auto high_02 = GIST_PAIRS(GIST_UNPACK(hi, ps, r[0], r[1]));
-      const auto low_13 = GIST_PAIRS(GIST_UNPACK(lo, ps, r[2], r[3]));
-      const auto high_13 = GIST_PAIRS(GIST_UNPACK(hi, ps, r[2], r[3]));
-      store(to.at(j) + i, Whole{}, Floats(GIST_UNPACK(lo, pd, low_02, low_13)));
-      store(to.at(j + 1) + i, Whole{}, Floats(GIST_UNPACK(hi, pd, low_02, low_13)));
-      store(to.at(j + 2) + i, Whole{}, Floats(GIST_UNPACK(lo, pd, high_02, high_13)));
-      store(to.at(j + 3) + i, Whole{}, Floats(GIST_UNPACK(hi, pd, high_02, high_13)));
-#undef GIST_UNPACK
-#undef GIST_PAIRS
-    }
-  }
-#else
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < rows; ++i) to.at(j)[i] = from.at(i)[j];
-#endif
-}
-
-// Scores of some keys: rows of a transposed matrix, and `lanes` queries in whole vectors.
-struct Scores {
-  Matrix of;
-  int64_t keys, lanes;
-
-  float *at(int64_t key, int64_t lane) const { return of.at(key) + lane; }
-};
-
-// Keys whose vectors are computed side by side, so that their chains of operations overlap.
-constexpr int kSideBySide = kVectorBytes == 64 ? 4 : 2;
-
-// Raises top to the largest scale * s of each query.
-void raise_tops(Scores s, float scale, float *top) {
-  for (int64_t lane = 0; lane < s.lanes; lane += kWide) {
-    Floats most = load(top + lane, Whole{});
-    for (int64_t key = 0; key < s.keys; ++key) {
-      const Floats scaled = scale * load(s.at(key, lane), Whole{});
-      most = max(most, scaled);
-    }
-    store(top + lane, Whole{}, most);
-  }
-}
-
-// Replaces s by base^(scale s - shift) and adds each query's to its total. A large scale s is never
-// rounded: one fused operation subtracts the shift.
-void exponentials(Scores s, float scale, const float *shift, float *total, const Power &power) {
-  for (int64_t lane = 0; lane < s.lanes; lane += kWide) {
-    const Floats below = -load(shift + lane, Whole{});
-    Floats sums[kSideBySide] = {};
-    int64_t key = 0;
-    const auto next = [&](auto count) GIST_LAMBDA {
-      Floats x[count], e[count];
-      for (int i = 0; i < count; ++i)
-        x[i] = fma(load(s.at(key + i, lane), Whole{}), broadcast(scale), below);
-      power(x, e);
-      for (int i = 0; i < count; ++i) {
-        store(s.at(key + i, lane), Whole{}, e[i]);
-        sums[i] += e[i];
-      }
-      key += count;
-    };
-    while (key + kSideBySide <= s.keys) next(std::integral_constant<int, kSideBySide>());
-    while (key < s.keys) next(std::integral_constant<int, 1>());
-    for (int i = 1; i < kSideBySide; ++i) sums[0] += sums[i];
-    store(total + lane, Whole{}, load(total + lane, Whole{}) + sums[0]);
-  }
-}
-
-// Adds each query's sum of p d_p to its total.
-void add_products(Scores p, Scores d_p, float *total) {
-  for (int64_t lane = 0; lane < p.lanes; lane += kWide) {
-    Floats sum = {};
-    for (int64_t key = 0; key < p.keys; ++key)
-      sum = fma(load(p.at(key, lane), Whole{}), load(d_p.at(key, lane), Whole{}), sum);
-    store(total + lane, Whole{}, load(total + lane, Whole{}) + sum);
-  }
-}
-
-// Replaces d_p by factor p (d_p - delta); factor and delta are the queries'.
-void score_gradients(Scores p, Scores d_p, const float *factor, const float *delta) {
-  for (int64_t lane = 0; lane < p.lanes; lane += kWide) {
-    const Floats by = load(factor + lane, Whole{}), less = load(delta + lane, Whole{});
-    for (int64_t key = 0; key < p.keys; ++key) {
-      float *const to = d_p.at(key, lane);
-      store(to, Whole{}, by * load(p.at(key, lane), Whole{}) * (load(to, Whole{}) - less));
-    }
-  }
-}
-
 // The layout of scratch memory.
 class Scratch {
  public:
@@ -438,21 +188,17 @@ class Scratch {
 };
 
 template <class S>
-class Head {
+class Head : HeadOf<S> {
  public:
   Head(const AttentionCall &call, Direction direction, AttentionSizes sizes, int64_t image,
        int64_t head, float *memory)
-      : call_(call),
-        sizes_(sizes),
-        image_(image),
-        head_(head),
-        at_(call.head_dim, direction, sizes, memory) {}
+      : HeadOf<S>(call, sizes, image, head), at_(call.head_dim, direction, sizes, memory) {}
 
   void forward() {
     const int64_t n = sizes_.keys, columns = call_.head_dim;
     const float scale = power_scale();
     pack(rows(call_.k, 0, n), columns, at_.keys);
-    rotate<false>(at_.keys, 0, n);
+    rotate(at_.keys, 0, n);
     pack(rows(call_.v, 0, n), columns, at_.values);
     for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
       pack_queries(first, count, lanes);
@@ -465,7 +211,7 @@ class Head {
         exponentials(part(at_.p, key, keys, lanes), scale, at_.shift, at_.total, power_);
       });
       product(count, columns, n, by_columns(at_.p), at_.values, at_.result, false);
-      finish(first, count);
+      finish(first, count, at_.shift, at_.total);
       const auto inverse = [&](int64_t i) { return at_.total[i]; };
       unpack(at_.result, columns, inverse, rows(call_.out, first, count));
     });
@@ -475,7 +221,7 @@ class Head {
     const int64_t n = sizes_.keys, columns = call_.head_dim;
     const float scale = float(call_.scale);
     pack(rows(call_.k, 0, n), columns, at_.keys);
-    rotate<false>(at_.keys, 0, n);
+    rotate(at_.keys, 0, n);
     pack(rows(call_.v, 0, n), columns, at_.values);
     for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
       pack_queries(first, count, lanes);
@@ -508,25 +254,18 @@ class Head {
       });
       product(n, columns, count, by_rows(at_.p), at_.d_out, at_.d_values, first > 0);
       product(count, columns, n, by_columns(at_.d_s), at_.keys, at_.result, false);
-      rotate<true>(at_.result, first, count);
+      rotate_back(at_.result, first, count);
       unpack_gradient(at_.result, rows(call_.d_q, first, count));
     });
-    rotate<true>(at_.d_keys, 0, n);
+    rotate_back(at_.d_keys, 0, n);
     unpack_gradient(at_.d_keys, rows(call_.d_k, 0, n));
     unpack_gradient(at_.d_values, rows(call_.d_v, 0, n));
   }
 
  private:
-  S *row(const AttentionTensor &tensor, int64_t i) const {
-    return static_cast<S *>(tensor.data) + image_ * tensor.batch_stride + i * tensor.row_stride +
-           head_ * call_.head_dim;
-  }
-  Rows<S> rows(const AttentionTensor &tensor, int64_t first, int64_t count) const {
-    return {row(tensor, first), tensor.row_stride, count};
-  }
-  // The scale of exponents.
-  float power_scale() const { return float(call_.scale / kLogOfBase); }
-  float *lse() const { return call_.lse + (image_ * call_.heads + head_) * call_.queries; }
+  using Of = HeadOf<S>;
+  using Of::call_, Of::sizes_, Of::power_, Of::rows, Of::lse, Of::power_scale, Of::finish;
+  using Of::rotate, Of::rotate_back, Of::unpack_gradient;
 
   // Calls body(first, count, lanes) for each block of queries.
   template <class Body>
@@ -544,13 +283,9 @@ class Head {
       body(first, first + kChunkKeys < n ? kChunkKeys : n - first);
   }
 
-  void unpack_gradient(Matrix from, Rows<S> to) const {
-    unpack(from, call_.head_dim, [](int64_t) { return 1.0f; }, to);
-  }
-
   void pack_queries(int64_t first, int64_t count, int64_t lanes) const {
     pack(rows(call_.q, first, count), call_.head_dim, at_.queries);
-    rotate<false>(at_.queries, first, count);
+    rotate(at_.queries, first, count);
     transpose_rows(at_.queries, count, lanes, at_.queries_t);
   }
 
@@ -558,22 +293,6 @@ class Head {
   void transpose_rows(Matrix of, int64_t count, int64_t lanes, Matrix to) const {
     for (int64_t i = count; i < lanes; ++i) fill(of.at(i), of.row, 0);
     transpose(of, lanes, call_.head_dim, to);
-  }
-
-  // Rotates some tokens' rows in scratch memory, or with kTransposed their gradients, as far as
-  // the tables have them.
-  template <bool kTransposed>
-  void rotate(Matrix of, int64_t first, int64_t count) const {
-    const AttentionRotation &r = call_.rotation;
-    if (r.sin == nullptr) return;
-    const int64_t columns = call_.head_dim, table = r.per_head ? head_ * r.rows : 0;
-    const int64_t begin = std::max(first, r.start);
-    const int64_t end = std::min(first + count, r.start + r.rows);
-    const auto turn = r.half ? rotate_halves<S, kTransposed> : rotate_neighbours<S, kTransposed>;
-    for (int64_t token = begin; token < end; ++token) {
-      const int64_t at = (table + token - r.start) * columns;
-      turn(of.at(token - first), r.sin + at, r.cos + at, columns);
-    }
   }
 
   static Scores part(Matrix of, int64_t key, int64_t keys, int64_t lanes) {
@@ -587,26 +306,7 @@ class Head {
     return s;
   }
 
-  // Writes a block's log-sum-exps and replaces totals by their inverses.
-  void finish(int64_t first, int64_t count) const {
-    // As many as a vector of doubles has lanes, for one call of log().
-    constexpr int64_t group = kLanes<double>;
-    for (int64_t i = 0; i < count; i += group) {
-      Vec<double> total;
-      for (int64_t lane = 0; lane < group; ++lane) total[lane] = at_.total[i + lane];
-      const Vec<double> logarithm = log(total), inverse = 1 / total;
-      for (int64_t lane = 0; lane < group && i + lane < count; ++lane) {
-        lse()[first + i + lane] = float(kLogOfBase * at_.shift[i + lane] + logarithm[lane]);
-        at_.total[i + lane] = float(inverse[lane]);
-      }
-    }
-  }
-
-  const AttentionCall &call_;
-  const AttentionSizes sizes_;
-  const int64_t image_, head_;
   const Scratch at_;
-  const Power power_{};
 };
 
 template <class S>

@@ -237,10 +237,14 @@ void run(const Case &c, int threads) {
       }
   turn(d_q, c.queries, true), turn(d_k, c.keys, true);
   const auto check = [&](const Slice &slice, const Doubles &exact, const char *what) {
-    // Nearly all of a gradient may cancel out.
-    const double least = what[0] == 'd' ? 1 : 0;
-    compare(*slice.buffer, exact, least, c.name() + what,
-            [&](int64_t i) { return slice.place(i); });
+    // Matmuls of bf16 read probabilities, or gradients of scores, that have been rounded too.
+    const std::string set = instruction_set();
+    const bool twice = dtype == Dtype::bfloat16 && (set == "amx" || set == "portable_bf16");
+    // Nearly all of a gradient may cancel out, and so may values once probabilities are rounded.
+    const double least = what[0] == 'd' || twice ? 1 : 0;
+    compare(
+        *slice.buffer, exact, least, c.name() + what, [&](int64_t i) { return slice.place(i); },
+        twice ? 2 : 1);
   };
   check(found.out, out, "out");
   compare(found.lse, lse, c.name() + "lse", 1);

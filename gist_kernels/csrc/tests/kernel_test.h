@@ -214,11 +214,11 @@ inline void expect(double value, double exact, double allowed, const std::string
 // number, or to `least` if that is larger. Numbers that were compared are erased.
 template <class Place>
 void compare(Buffer &found, const std::vector<double> &exact, double least, const std::string &what,
-             Place place) {
+             Place place, int roundings = 1) {
   double largest = least;
   for (double x : exact)
     if (std::isfinite(x)) largest = std::max(largest, std::fabs(x));
-  const double allowed = tolerance(found.dtype()) * largest;
+  const double allowed = roundings * tolerance(found.dtype()) * largest;
   for (std::size_t i = 0; i < exact.size(); ++i) {
     const int64_t at = place(int64_t(i));
     expect(found[at], exact[i], allowed, what + "[" + std::to_string(i) + "]");
@@ -237,7 +237,7 @@ inline void expect_blank(const Buffer &found, const std::string &what) {
 // Runs body() with every instruction set of this processor. Returns main()'s status.
 template <class Body>
 int on_every_instruction_set(Body body) {
-  for (const char *name : {"avx512", "avx2", "portable"})
+  for (const char *name : {"amx", "avx512", "avx2", "portable", "portable_bf16"})
     if (use_instruction_set(name)) {
       const int64_t before = compared;
       body();

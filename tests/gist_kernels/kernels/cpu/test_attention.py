@@ -21,8 +21,10 @@ from attention_cases import (
     exact_peer_and_scales,
     magnitudes,
     pytorch,
+    shares,
     truth,
 )
+from draws import assert_within_bounds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from marks import slow_where
@@ -59,8 +61,12 @@ def check(
 def test_error_is_no_larger_than_that_of_pytorch(keys, head_dim):
     for queries in {1, 2, keys}:
         shape = Shape(1, 3, queries, keys, head_dim)
-        exact, peer, _ = exact_peer_and_scales(shape, "random")
-        assert_parity(ours(draw(shape)), exact, peer, exact, 8)
+
+        def drawn(seed, shape=shape):
+            exact, peer, _ = exact_peer_and_scales(shape, "random", seed=seed)
+            return shares(ours(draw(shape, seed=seed)), exact, peer, exact, 8)
+
+        assert_within_bounds(drawn)
 
 
 @pytest.mark.parametrize("head_dim", [1, 8, 64, 80])
