@@ -40,28 +40,32 @@ class Rule(NamedTuple):
     transposed_numbers: float = float("inf")
     """The most numbers of a weight that is read transposed. With AVX2, oneDNN reads such a weight
     where it lies, at up to 12 KB from row to row."""
+    few_transposed: int = 8
+    """With 2 to so many outputs and a transposed weight, MKL takes 2 to 5 times as long on AMD
+    processors."""
 
 
 # The kinds of processors; all else is unmeasured.
+_INTEL = "Intel with AVX-512"
 _RULES = {
     "AMD with AVX-512": Rule(large=True, inputs_to_add=64),
     "AMD with AVX-512, oneDNN held to AVX2": Rule(
         large=True, inputs_to_add=256, transposed_numbers=1 << 20
     ),
+    _INTEL: Rule(few_transposed=0),
 }
 # Calling oneDNN costs some 10 us more, as long as so many multiplications take.
 _LEAST_MULTIPLICATIONS = 1_500_000
 # With so few outputs, the first of a low-rank update say, MKL sums in several parts where oneDNN
 # sums in one: half of the error in the same time. With more, MKL takes twice the time.
 _FEW = 4
-# With 2 to so many outputs and a transposed weight, MKL takes 2 to 5 times as long on any
-# processor.
-_FEW_TRANSPOSED = 8
 
 
 def _kind_of_processor() -> str | None:
-    if _native.processor_vendor() != "amd" or not _native.processor_has_avx512():
+    if not _native.processor_has_avx512():
         return None
+    if (vendor := _native.processor_vendor()) != "amd":
+        return _INTEL if vendor == "intel" else None
     most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
     held = not most.upper().startswith(("AVX512", "AVX10", "DEFAULT", "ALL"))
     return "AMD with AVX-512" + (", oneDNN held to AVX2" if held else "")
@@ -117,7 +121,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, *, adds: bool) -> bool:
             and not (transposed and weight.numel() > _rule.transposed_numbers)
             and not (adds and inputs < _rule.inputs_to_add)
         )
-        if not fast and not (transposed and 1 < outputs <= _FEW_TRANSPOSED):
+        if not fast and not (transposed and 1 < outputs <= _rule.few_transposed):
             return False
     elif not x.numel():
         return False

@@ -13,6 +13,7 @@ import torch
 linear = pytest.importorskip("gist_kernels.kernels.cpu.linear")
 
 AVX512, HELD = "AMD with AVX-512", "AMD with AVX-512, oneDNN held to AVX2"
+INTEL = "Intel with AVX-512"
 needs_onednn = pytest.mark.skipif(not linear._has_onednn(), reason="PyTorch without oneDNN")
 
 
@@ -60,6 +61,8 @@ def test_the_rule_takes_the_library_measured_to_be_faster(
     for kind, expected in ((AVX512, of_avx512), (HELD, of_held), (None, of_others)):
         on(kind)
         assert chosen(*sizes, **case) is expected, kind
+    on(INTEL)
+    assert not chosen(*sizes, **case)
 
 
 def test_onednn_that_is_switched_off_is_not_called(on):
@@ -92,7 +95,9 @@ def test_every_library_computes_the_same(library, backward, monkeypatch):
         ("amd", True, {"DNNL_MAX_CPU_ISA": "AVX2_VNNI"}, HELD),
         ("amd", True, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, AVX512),
         ("amd", False, {}, None),
-        ("intel", True, {}, None),
+        ("intel", True, {}, INTEL),
+        ("intel", True, {"ONEDNN_MAX_CPU_ISA": "avx2"}, INTEL),
+        ("intel", False, {}, None),
         ("other", False, {}, None),
     ],
 )
