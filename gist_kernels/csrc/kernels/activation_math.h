@@ -66,7 +66,7 @@ class ActivationOf {
       }
       tail(z, q, p);
       for (int i = 0; i < kCount; ++i) {
-        const Vec<A> at = x[i], below = q[i] - z[i] * p[i];
+        const Vec<A> at = x[i], below = fma(-z[i], p[i], q[i]);
         value[i] = fma(-z[i], q[i], at < 0 ? zero : at);
         derivative[i] = at > 0 ? 1 - below : below;
       }

@@ -70,6 +70,17 @@ def test_halves_are_float32_rounded_once(name, dtype):
         assert torch.equal(x, y.to(dtype))
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits(name, dtype):
+    """Infinities and NaNs among them; kernels look them up, and compute the last few of a tensor."""
+    u = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    d_a = torch.full_like(u, 1.5)
+    low, wide = both(u, d_a, name), both(u.float(), d_a.float(), name)
+    for x, y in zip(low, wide, strict=True):
+        torch.testing.assert_close(x, y.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_length(name, dtype):
