@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 AVX512, ZEN3, HELD_TO_AVX2 = "cpu-amd-epyc", "cpu-amd-epyc-zen3", "cpu-amd-epyc-avx2"
+AMX = "cpu-intel-amx"
 
 Result = dict[str, float]
 Case = dict[str, Any]
@@ -221,6 +222,24 @@ def tables() -> list[Table]:
             ["", *others],
             COMPILED | OWN_FORWARD,
             [Column(f"{ZEN3}/{name}", case, ms_and_factor) for name, case in others.values()],
+        ),
+        by_contender(
+            results,
+            ["", "ViT-S/16, float32", "", "ViT-S/16, bf16", "", "ViT-B/16, bf16", ""],
+            COMPILED | RELEASED | TOKEN_ALONE,
+            [
+                *times_and_memory(f"{AMX}/step", 0),
+                *times_and_memory(f"{AMX}/step-bf16", 0, 1),
+            ],
+        ),
+        by_contender(
+            results,
+            ["", "DINOv3-S/16", "ViT-B/16 (transformers)", "BERT-base", "BERT-base, bf16"],
+            COMPILED | OWN_FORWARD,
+            [
+                *(Column(f"{AMX}/step", case, ms_and_factor) for case in (2, 3, 4)),
+                Column(f"{AMX}/step-bf16", 2, ms_and_factor),
+            ],
         ),
         _loss(),
         by_contender(results, of_divergence, DIVERGENCES | MASKED, divergence),

@@ -1,8 +1,9 @@
 // The element-wise activation, plain and gated, and its gradient. CMakeLists.txt compiles this file
 // once per instruction set, which defines GIST_IN_SET(activation_rows).
 //
-// A 16-bit dtype has 65,536 numbers only. What each becomes is computed once and looked up from then
-// on. This takes less than half of the time: the few thousand usual numbers stay in the L1 cache.
+// A 16-bit dtype has 65,536 numbers only. What each becomes is computed once and looked up from
+// then on. This takes less than half of the time: the few thousand usual numbers stay in the L1
+// cache.
 
 #include "activation.h"
 
@@ -111,8 +112,8 @@ class OfMemory {
 // Calls body with the OfMemory<..., S> of `activation`.
 template <class S, class Body>
 GIST_INLINE void with_activation_of(Activation activation, Body body) {
-  with_activation<Arithmetic<S>>(
-      activation, [&](auto function) { body(OfMemory<decltype(function), S>()); });
+  with_activation<Arithmetic<S>>(activation,
+                                 [&](auto function) { body(OfMemory<decltype(function), S>()); });
 }
 
 template <class S, class A = Arithmetic<S>>
