@@ -115,7 +115,7 @@ def case(
             **least(batch * heads * queries * tokens, dtype, device),
         },
         parity=parity,
-        floors={"ours": (floor(device), 1.0)},
+        floors={"ours": (floor(dtype, device), 1.0)},
         clock=clock(device),
     )
 
@@ -173,7 +173,7 @@ def padded_case(
             **least(scores, dtype, device),
         },
         parity=parity,
-        floors={"ours": (floor(device), 1.0)},
+        floors={"ours": (floor(dtype, device), 1.0)},
         clock=clock(device),
     )
 
@@ -183,8 +183,12 @@ MULTIPLY_ADDS = 7 * HEAD_DIM
 PRODUCT, ARITHMETIC = "a product as large", "its matmuls at the peak of multiply-adds"
 
 
-def floor(device: torch.device) -> str:
-    return ARITHMETIC if device.type == "cpu" and native is not None else PRODUCT
+def floor(dtype: torch.dtype, device: torch.device) -> str:
+    """AMX multiplies bf16 faster than any other instruction multiplies and adds."""
+    if device.type != "cpu" or native is None:
+        return PRODUCT
+    by_amx = dtype is torch.bfloat16 and native.instruction_set() == "amx"
+    return PRODUCT if by_amx else ARITHMETIC
 
 
 def least(scores: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -194,7 +198,7 @@ def least(scores: int, dtype: torch.dtype, device: torch.device) -> dict[str, Ca
     a, b = (torch.randn(n, 2048, device=device, dtype=dtype) for n in (rows, 64))
     linear = linear_of(device)
     found: dict[str, Callable[[], object]] = {PRODUCT: lambda: linear(a, b, None)}
-    if floor(device) == ARITHMETIC:
+    if floor(dtype, device) == ARITHMETIC:
         count, threads = MULTIPLY_ADDS * scores, torch.get_num_threads()
         found[ARITHMETIC] = lambda: native.multiply_adds(count, threads)
     return found
