@@ -24,14 +24,16 @@ FIGURE = Path("docs/figures/history.svg")
 PEERS = {
     "adapter": ("modules", "modules, torch.compile"),
     "attention": ("SDPA",),
+    "attention-bf16": ("SDPA",),
     "divergence": ("eager", "torch.compile"),
     "linear-loss": ("log-softmax", "torch.compile"),
     "loss": ("released", "torch.compile"),
     "step": ("released", "released, torch.compile"),
     "step-bert": ("own forward",),
+    "step-bf16": ("released", "released, torch.compile", "own forward"),
     "step-other-models": ("own forward", "own forward, torch.compile"),
 }
-STYLES = ("-", "--")
+STYLES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
