@@ -73,7 +73,7 @@ def test_halves_are_float32_rounded_once(name, dtype):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_number_of_16_bits(name, dtype):
-    """Infinities and NaNs among them; kernels look them up, and compute the last few of a tensor."""
+    """Infinities and NaNs among them. Kernels look them up, but for the last few of a tensor."""
     u = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     d_a = torch.full_like(u, 1.5)
     low, wide = both(u, d_a, name), both(u.float(), d_a.float(), name)
