@@ -200,14 +200,14 @@ class Head : HeadOf<S> {
     pack(rows(call_.k, 0, n), columns, at_.keys);
     rotate(at_.keys, 0, n);
     pack(rows(call_.v, 0, n), columns, at_.values);
-    for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
+    for_each_block(at_.block, kWide, [&](int64_t first, int64_t count, int64_t lanes) {
       pack_queries(first, count, lanes);
       fill(at_.shift, lanes, -__builtin_inff());
-      for_each_chunk([&](int64_t key, int64_t keys) {
+      for_each_chunk(kChunkKeys, [&](int64_t key, int64_t keys) {
         raise_tops(scores(key, keys, lanes), scale, at_.shift);
       });
       fill(at_.total, lanes, 0);
-      for_each_chunk([&](int64_t key, int64_t keys) {
+      for_each_chunk(kChunkKeys, [&](int64_t key, int64_t keys) {
         exponentials(part(at_.p, key, keys, lanes), scale, at_.shift, at_.total, power_);
       });
       product(count, columns, n, by_columns(at_.p), at_.values, at_.result, false);
@@ -223,7 +223,7 @@ class Head : HeadOf<S> {
     pack(rows(call_.k, 0, n), columns, at_.keys);
     rotate(at_.keys, 0, n);
     pack(rows(call_.v, 0, n), columns, at_.values);
-    for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
+    for_each_block(at_.block, kWide, [&](int64_t first, int64_t count, int64_t lanes) {
       pack_queries(first, count, lanes);
       pack(rows(call_.d_out, first, count), columns, at_.d_out);
       transpose_rows(at_.d_out, count, lanes, at_.d_out_t);
@@ -231,7 +231,7 @@ class Head : HeadOf<S> {
       for (int64_t i = 0; i < count; ++i) at_.shift[i] = float(lse()[first + i] / kLogOfBase);
       fill(at_.total, lanes, 0);
       fill(at_.delta, lanes, 0);
-      for_each_chunk([&](int64_t key, int64_t keys) {
+      for_each_chunk(kChunkKeys, [&](int64_t key, int64_t keys) {
         const Scores p = scores(key, keys, lanes), d_p = part(at_.d_s, key, keys, lanes);
         exponentials(p, power_scale(), at_.shift, at_.total, power_);
         const Left values = {at_.values.at(key), at_.values.row, 1};
@@ -246,7 +246,7 @@ class Head : HeadOf<S> {
         for (int64_t j = 0; j < columns; j += kWide)
           store(at_.d_out.at(i) + j, Whole{}, inverse * load(at_.d_out.at(i) + j, Whole{}));
       }
-      for_each_chunk([&](int64_t key, int64_t keys) {
+      for_each_chunk(kChunkKeys, [&](int64_t key, int64_t keys) {
         const Scores p = part(at_.p, key, keys, lanes), d_s = part(at_.d_s, key, keys, lanes);
         score_gradients(p, d_s, at_.total, at_.delta);
         const Matrix d_keys = {at_.d_keys.at(key), at_.d_keys.row};
@@ -265,23 +265,8 @@ class Head : HeadOf<S> {
  private:
   using Of = HeadOf<S>;
   using Of::call_, Of::sizes_, Of::power_, Of::rows, Of::lse, Of::power_scale, Of::finish;
+  using Of::for_each_block, Of::for_each_chunk;
   using Of::rotate, Of::rotate_back, Of::unpack_gradient;
-
-  // Calls body(first, count, lanes) for each block of queries.
-  template <class Body>
-  void for_each_block(Body body) const {
-    for (int64_t first = 0; first < sizes_.queries; first += at_.block) {
-      const int64_t rest = sizes_.queries - first, count = at_.block < rest ? at_.block : rest;
-      body(first, count, round_up(count, kWide));
-    }
-  }
-  // Calls body(first, count) for each chunk of keys.
-  template <class Body>
-  void for_each_chunk(Body body) const {
-    const int64_t n = sizes_.keys;
-    for (int64_t first = 0; first < n; first += kChunkKeys)
-      body(first, first + kChunkKeys < n ? kChunkKeys : n - first);
-  }
 
   void pack_queries(int64_t first, int64_t count, int64_t lanes) const {
     pack(rows(call_.q, first, count), call_.head_dim, at_.queries);
@@ -295,9 +280,6 @@ class Head : HeadOf<S> {
     transpose(of, lanes, call_.head_dim, to);
   }
 
-  static Scores part(Matrix of, int64_t key, int64_t keys, int64_t lanes) {
-    return {{of.at(key), of.row}, keys, lanes};
-  }
   // Computes a block's scores with some keys, before scaling.
   Scores scores(int64_t key, int64_t keys, int64_t lanes) const {
     const Scores s = part(at_.p, key, keys, lanes);

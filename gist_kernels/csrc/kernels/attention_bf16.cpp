@@ -24,21 +24,14 @@ using Word = std::uint32_t;
 constexpr int64_t kTile = 16, kDeep = 32;
 // Keys whose scores are taken at once.
 constexpr int64_t kChunkKeys = 32;
-// Queries in a block: what a block has in scratch memory fills half of an L2 cache of 1 MiB per
-// core, as far as 16 queries do. It has up to 14 bytes for each query and key.
+// Queries in a block, at least 16. A block has up to 14 bytes of scores for each query and key, and
+// they should fill no more than half of an L2 cache of 1 MiB.
 constexpr int64_t kMostQueries = 224;
 int64_t most_queries(int64_t keys) {
   const int64_t fit = (int64_t(512) << 10) / (14 * keys) / kTile * kTile;
   return std::min(std::max(fit, kTile), kMostQueries);
 }
 
-template <class T>
-struct MatrixOf {
-  T *data;
-  int64_t row;
-
-  T *at(int64_t i) const { return data + i * row; }
-};
 using Numbers = MatrixOf<BFloat16>;
 using Pairs = MatrixOf<Word>;
 
@@ -301,15 +294,15 @@ class Head : HeadOf<BFloat16> {
     copy(call_.k, 0, sizes_.keys, at_.tall, true, at_.keys);
     copy(call_.v, 0, sizes_.keys, at_.tall, false, at_.values);
     transpose_numbers(at_.values);
-    for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
+    for_each_block(at_.block, kTile, [&](int64_t first, int64_t count, int64_t lanes) {
       copy_queries(first, count, lanes);
       fill(at_.shift, lanes, -__builtin_inff());
-      for_each_chunk([&](int64_t key, int64_t keys) {
+      for_each_chunk(kChunkKeys, [&](int64_t key, int64_t keys) {
         scores(key, lanes);
         raise_tops(part(at_.p, key, keys, lanes), power_scale(), at_.shift);
       });
       fill(at_.total, lanes, 0);
-      for_each_chunk([&](int64_t key, int64_t keys) {
+      for_each_chunk(kChunkKeys, [&](int64_t key, int64_t keys) {
         const Scores p = part(at_.p, key, keys, lanes);
         exponentials(p, power_scale(), at_.shift, at_.total, power_);
         round_to_pairs(at_.p, key, lanes);
@@ -327,7 +320,7 @@ class Head : HeadOf<BFloat16> {
     copy(call_.k, 0, sizes_.keys, at_.tall, true, at_.keys);
     copy(call_.v, 0, sizes_.keys, at_.tall, false, at_.values);
     transpose_numbers(at_.keys);
-    for_each_block([&](int64_t first, int64_t count, int64_t lanes) {
+    for_each_block(at_.block, kTile, [&](int64_t first, int64_t count, int64_t lanes) {
       const int64_t deep = round_up(lanes, kDeep);
       copy_queries(first, count, lanes);
       interleave(at_.queries, deep, at_.wide, at_.pairs_of_queries);
@@ -338,7 +331,7 @@ class Head : HeadOf<BFloat16> {
       for (int64_t i = 0; i < count; ++i) at_.shift[i] = float(lse()[first + i] / kLogOfBase);
       fill(at_.total, lanes, 0);
       fill(at_.delta, lanes, 0);
-      for_each_chunk([&](int64_t key, int64_t keys) {
+      for_each_chunk(kChunkKeys, [&](int64_t key, int64_t keys) {
         scores(key, lanes);
         const Scores p = part(at_.p, key, keys, lanes), d_p = part(at_.d_s, key, keys, lanes);
         exponentials(p, power_scale(), at_.shift, at_.total, power_);
@@ -351,7 +344,7 @@ class Head : HeadOf<BFloat16> {
         at_.delta[i] *= at_.inverse[i];
         at_.total[i] = scale * at_.inverse[i];
       }
-      for_each_chunk([&](int64_t key, int64_t keys) {
+      for_each_chunk(kChunkKeys, [&](int64_t key, int64_t keys) {
         const Scores p = part(at_.p, key, keys, lanes), d_s = part(at_.d_s, key, keys, lanes);
         score_gradients(p, d_s, at_.total, at_.delta);
         round_to_pairs(at_.d_s, key, lanes);
@@ -376,25 +369,6 @@ class Head : HeadOf<BFloat16> {
   }
 
  private:
-  // Calls body(first, count, lanes) for each block of queries; lanes are count in whole tiles.
-  template <class Body>
-  void for_each_block(Body body) const {
-    for (int64_t first = 0; first < sizes_.queries; first += at_.block) {
-      const int64_t count = std::min(at_.block, sizes_.queries - first);
-      body(first, count, round_up(count, kTile));
-    }
-  }
-  // Calls body(first, count) for each chunk of keys, of which only the last may have fewer.
-  template <class Body>
-  void for_each_chunk(Body body) const {
-    for (int64_t first = 0; first < sizes_.keys; first += kChunkKeys)
-      body(first, std::min(kChunkKeys, sizes_.keys - first));
-  }
-
-  static Scores part(Matrix of, int64_t key, int64_t keys, int64_t lanes) {
-    return {{of.at(key), of.row}, keys, lanes};
-  }
-
   // Copies `count` rows of a tensor, rotated if they are queries or keys, padded with 0 to whole
   // tiles of `height` rows.
   void copy(const AttentionTensor &tensor, int64_t first, int64_t count, int64_t height,

@@ -30,13 +30,16 @@ struct Power : Exp<float> {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A right matrix or a result: each row has whole vectors.
-struct Matrix {
-  float *data;
+// Rows in scratch memory.
+template <class T>
+struct MatrixOf {
+  T *data;
   int64_t row;
 
-  float *at(int64_t i) const { return data + i * row; }
+  T *at(int64_t i) const { return data + i * row; }
 };
+// A right matrix or a result: each row has whole vectors.
+using Matrix = MatrixOf<float>;
 
 // The sums stay in registers only where the compiler unrolls every loop over them early.
 #define GIST_UNROLL _Pragma("GCC unroll 16")
@@ -197,6 +200,11 @@ struct Scores {
   float *at(int64_t key, int64_t lane) const { return of.at(key) + lane; }
 };
 
+// A matrix's rows of some keys.
+Scores part(Matrix of, int64_t key, int64_t keys, int64_t lanes) {
+  return {{of.at(key), of.row}, keys, lanes};
+}
+
 // Keys whose vectors are computed side by side, so that their chains of operations overlap.
 constexpr int kSideBySide = kVectorBytes == 64 ? 4 : 2;
 
@@ -274,6 +282,21 @@ class HeadOf {
   // The scale of exponents.
   float power_scale() const { return float(call_.scale / kLogOfBase); }
   float *lse() const { return call_.lse + (image_ * call_.heads + head_) * call_.queries; }
+
+  // Calls body(first, count, lanes) for each block of queries; lanes are count in whole steps.
+  template <class Body>
+  void for_each_block(int64_t block, int64_t step, Body body) const {
+    for (int64_t first = 0; first < sizes_.queries; first += block) {
+      const int64_t count = std::min(block, sizes_.queries - first);
+      body(first, count, round_up(count, step));
+    }
+  }
+  // Calls body(first, count) for each chunk of keys, of which only the last may have fewer.
+  template <class Body>
+  void for_each_chunk(int64_t chunk, Body body) const {
+    for (int64_t first = 0; first < sizes_.keys; first += chunk)
+      body(first, std::min(chunk, sizes_.keys - first));
+  }
 
   void unpack_gradient(Matrix from, Rows<S> to) const {
     unpack(from, call_.head_dim, [](int64_t) { return 1.0f; }, to);
